@@ -1,0 +1,25 @@
+"""all_gather: every rank ends with the chunks of all ranks, in rank order. The kernels are in `exchange`."""
+
+from tdccl.collectives import exchange
+from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+
+
+def _push_ll(call, context):
+    return packets_in(call, context).adding(counts={"send_stride": 0})
+
+
+def _push(call, context):
+    return copying(call, context).adding(counts={"send_stride": 0}, constants={"SAME": True})
+
+
+def _staged(call, context):
+    geometry = tiles_in(call, context, rings=context.size, depth=exchange.DEPTH.value)
+    counts = (geometry.counts["count"],) * context.size
+    return geometry.splitting(counts, counts, same=True)
+
+
+ALGORITHMS = [
+    Algorithm("push_ll", exchange.push_ll, _push_ll, limit="packets"),
+    Algorithm("push", exchange.push, _push, symmetric=("recv",)),
+    Algorithm("staged", exchange.staged, _staged),
+]

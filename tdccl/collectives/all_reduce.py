@@ -1,0 +1,181 @@
+"""all_reduce: every rank ends with the reduction of all ranks' messages, the same bits on all.
+
+one_shot_ll   every rank sends its whole message to all and reduces all   small messages
+two_shot      every rank reduces its part and sends the result to all:
+  _pull       straight from and to the peers' symmetric buffers           bandwidth, symmetric memory
+  _staged     tiles through rings in scratch, pipelined                   bandwidth, any memory
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+
+# See `two_shot_staged`: how many slots make it safe to reuse one without asking.
+DEPTH = tl.constexpr(3)
+
+
+@triton.jit
+def _one_shot(
+    team, epoch, send, recv, index, count,
+    OP: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All-reduces the words `index` of `count` elements by packets; see `one_shot_ll`."""
+    place = tl.arange(0, index.numel)
+    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
+    mask = index * lanes < count
+    own = shmem.load_words(send, index, count, DTYPE, WIDE)
+    for distance in tl.static_range(1, team.size):
+        shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
+    words = shmem.get_words(team, epoch, own, place, mask)
+    shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
+
+
+@triton.jit
+def one_shot_ll(
+    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Block b sends the b-th TILE words of its message to all as packets, and reduces what all sent it.
+
+    Waits:    block b for block b of every peer, once.
+    Ordering: none needed, the flag travels in the word. Own data never leaves the registers.
+    Reuse:    packet slots alternate by the parity of the epoch; each rank hears from all in each call.
+    """
+    epoch = shmem.begin(team)
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    _one_shot(team, epoch, send, recv, index, count, OP, DTYPE, WIDE)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def _reduce_tail(team, epoch, send, recv, count, tail, OP: tl.constexpr, DTYPE: tl.constexpr):
+    """Block 0 all-reduces the last `tail` elements, fewer than fill 16 bytes, by packets."""
+    if tl.program_id(0) == 0:
+        _one_shot(
+            team, epoch, send + count, recv + count, tl.arange(0, 16).to(tl.int64), tail, OP, DTYPE, False
+        )
+
+
+@triton.jit
+def two_shot_pull(
+    team, send, recv, count, part, tail,
+    DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rank r loads part r from all ranks, reduces it, and stores the result into all ranks' buffers.
+
+    Waits:    block b for block b of every peer, on entry and at the end.
+    Ordering: the entry barrier makes the peers' input visible, the closing one their results.
+    Reuse:    part r of any buffer is read and written by rank r alone, so send may be recv.
+    """
+    epoch = shmem.begin(team)
+    shmem.barrier_block(team, epoch, 1)
+    for step in range(shmem.steps_of(part, TILE)):
+        within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        index = team.rank * part + within
+        mask = (within < part) & (index < count)
+        values = ()
+        for source in tl.static_range(team.size):
+            values = values + (tl.load(shmem.symm_at(send, source, DTYPE, ALIGN) + index, mask=mask, other=0),)
+        result = shmem.fold(values, OP, DTYPE)
+        for distance in tl.static_range(1, team.size + 1):
+            pe = (team.rank + distance) % team.size
+            tl.store(shmem.symm_at(recv, pe, DTYPE, ALIGN) + index, result, mask=mask)
+    if TAIL:
+        own_send = shmem.symm_at(send, team.rank, DTYPE, ALIGN)
+        own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
+        _reduce_tail(team, epoch, own_send, own_recv, count, tail, OP, DTYPE)
+    shmem.barrier_block(team, epoch, 2)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def two_shot_staged(
+    team, send, recv, count, part, tail,
+    DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """At step s a block pushes tile s of every part to the part's rank, reduces tile s - 1 of its own part
+    and pushes the result to all, and writes out tile s - 2 of the others' results.
+
+    Waits:    block b for block b of every peer, twice a step: for their inputs, for their results.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    a slot returns after DEPTH = 3 steps. Inputs: when a block starts step s it has seen its peer's
+              result s - 3, so the peer has read input s - 3. Results: when it sends result s - 1 it has
+              seen the peer's input s - 1, so the peer is past its step s - 2 and has written out s - 4.
+              Between calls the ring alternates by the parity of the epoch.
+    """
+    epoch = shmem.begin(team)
+    place = tl.arange(0, TILE)
+    steps = shmem.steps_of(part, TILE)
+    for step in range(steps + 2):
+        if step < steps:
+            within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                index = pe * part + within
+                mask = (within < part) & (index < count)
+                slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
+                tl.store(slot + place, tl.load(send + index, mask=mask), mask=mask)
+            shmem.signal_all(team, epoch, shmem.DATA, step + 1)
+        if (step >= 1) & (step <= steps):
+            start = shmem.tile_start(step - 1, TILE)
+            index = team.rank * part + start + place
+            mask = (start + place < part) & (index < count)
+            own = (send + team.rank * part + start).to(tl.int64)
+            shmem.wait_all(team, epoch, shmem.DATA, step)
+            values = ()
+            for source in tl.static_range(team.size):
+                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
+                address = tl.where(source == team.rank, own, slot.to(tl.int64))
+                pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+                values = values + (tl.load(pointer + place, mask=mask, other=0),)
+            result = shmem.fold(values, OP, DTYPE)
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                slot = shmem.remote_slot(team, epoch, team.size + team.rank, step - 1, pe, DTYPE, TILE, DEPTH)
+                tl.store(slot + place, result, mask=mask)
+            shmem.signal_all(team, epoch, shmem.RESULT, step)
+            tl.store(recv + index, result, mask=mask)
+        if step >= 2:
+            within = shmem.tile_start(step - 2, TILE) + tl.arange(0, TILE)
+            shmem.wait_all(team, epoch, shmem.RESULT, step - 1)
+            for distance in tl.static_range(1, team.size):
+                source = (team.rank + team.size - distance) % team.size
+                index = source * part + within
+                mask = (within < part) & (index < count)
+                slot = shmem.local_slot(team, epoch, team.size + source, step - 2, DTYPE, TILE, DEPTH)
+                tl.store(recv + index, tl.load(slot + place, mask=mask), mask=mask)
+    if TAIL:
+        _reduce_tail(team, epoch, send, recv, count, tail, OP, DTYPE)
+    shmem.end(team, epoch)
+
+
+def _bulk_and_tail(call):
+    """The call without its ragged end, and the elements (fewer than fill 16 bytes) of that end."""
+    tail = call.count % (16 // call.itemsize) if call.alignment == 16 else 0
+    return call._replace(count=call.count - tail), tail
+
+
+def _part_bytes(call, context):
+    """Bytes of one rank's part of the message, a multiple of 16."""
+    return -(-call.nbytes // (16 * context.size)) * 16
+
+
+def _two_shot_pull(call, context):
+    bulk, tail = _bulk_and_tail(call)
+    geometry = copying(bulk, context, part_bytes=_part_bytes(bulk, context))
+    return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
+
+
+def _two_shot_staged(call, context):
+    bulk, tail = _bulk_and_tail(call)
+    rings = 2 * context.size
+    geometry = tiles_in(bulk, context, rings, DEPTH.value, part_bytes=_part_bytes(bulk, context))
+    return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
+
+
+ALGORITHMS = [
+    Algorithm("one_shot_ll", one_shot_ll, packets_in, limit="packets"),
+    Algorithm("two_shot_pull", two_shot_pull, _two_shot_pull, symmetric=("send", "recv")),
+    Algorithm("two_shot_staged", two_shot_staged, _two_shot_staged),
+]

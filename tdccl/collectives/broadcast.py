@@ -1,0 +1,168 @@
+"""broadcast: every rank ends with the root's message.
+
+push_ll          one hop, flags inside the data; the whole message at once           small messages
+scatter_gather   the root sends each other rank a different part, and they share:
+  _direct        straight into the peers' symmetric buffers                          bandwidth, symmetric memory
+  _staged        tiles through rings in scratch, pipelined                           bandwidth, any memory
+
+The message is cut into n - 1 parts, one for every rank but the root, so that the root's link carries the
+message once: a flat push from the root would carry it n - 1 times.
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+
+# See `scatter_gather_staged`: how many slots make it safe to reuse one without asking.
+DEPTH = tl.constexpr(4)
+
+
+@triton.jit
+def push_ll(
+    team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Block b of the root sends the b-th TILE words of the message to all as packets.
+
+    Waits:    block b of every rank for block b of the root, then for that of every peer.
+    Ordering: none needed for the data, the flag travels in the word.
+    Reuse:    packet slots alternate by the parity of the epoch, which is only safe if each rank hears from
+              all in each call: hence the BARRIER signals, sent first and awaited last, beside the data.
+    """
+    epoch = shmem.begin(team)
+    shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    place = tl.arange(0, TILE)
+    index = tl.program_id(0).to(tl.int64) * TILE + place
+    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
+    mask = index * lanes < count
+    own = shmem.load_words(send, index, count, DTYPE, WIDE)
+    if team.rank == root:
+        for distance in tl.static_range(1, team.size):
+            shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
+    words = shmem.get_words_from(team, epoch, own, place, mask, root)
+    shmem.store_words(recv, index, words, count, DTYPE, WIDE)
+    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def scatter_gather_direct(
+    team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """The root stores tile s of each part into its rank's buffer; that rank passes it on to the others.
+
+    Waits:    block b for block b of every peer, on entry and at the end; on the way for the root's, a tile.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
+    """
+    epoch = shmem.begin(team)
+    shmem.barrier_block(team, epoch, 1)
+    from_root = tl.arange(0, shmem.MAX_RANKS) == root
+    mine = (team.rank + team.size - root - 1) % team.size
+    for step in range(shmem.steps_of(part, TILE)):
+        within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        if team.rank == root:
+            for other in tl.static_range(team.size - 1):
+                index = other * part + within
+                mask = (within < part) & (index < count)
+                chunk = tl.load(send + index, mask=mask)
+                pe = (root + 1 + other) % team.size
+                tl.store(shmem.symm_at(recv, pe, DTYPE, ALIGN) + index, chunk, mask=mask)
+            shmem.signal_all(team, epoch, shmem.DATA, step + 1)
+        else:
+            shmem.wait_peers(team, epoch, shmem.DATA, step + 1, from_root)
+            index = mine * part + within
+            mask = (within < part) & (index < count)
+            chunk = tl.load(shmem.symm_at(recv, team.rank, DTYPE, ALIGN) + index, mask=mask)
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + index
+                tl.store(target, chunk, mask=mask & (pe != root))
+    shmem.barrier_block(team, epoch, 2)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def scatter_gather_staged(
+    team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr
+):
+    """At step s the root pushes tile s of every part to the part's rank; that rank takes in tile s - 1 and
+    passes it on to the others; every rank takes in tile s - 2 of the others' parts.
+
+    Waits:    block b for block b: of the root for its tile, of every other rank for what it passed on.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    a slot returns after DEPTH = 4 steps. All ranks signal all, the root included, so when a block
+              starts step s it has seen each peer pass on tile s - 3: the peer is past its step s - 3 and
+              has taken in tile s - 5 of the others' parts, and the root's tile s - 3.
+              Between calls the ring alternates by the parity of the epoch; the BARRIER signal lets each
+              rank hear from all in each call.
+    """
+    epoch = shmem.begin(team)
+    shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    place = tl.arange(0, TILE)
+    ranks = tl.arange(0, shmem.MAX_RANKS)
+    is_root = team.rank == root
+    mine = (team.rank + team.size - root - 1) % team.size
+    steps = shmem.steps_of(part, TILE)
+    for step in range(steps + 2):
+        if is_root & (step < steps):
+            within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+            for other in tl.static_range(team.size - 1):
+                index = other * part + within
+                mask = (within < part) & (index < count)
+                pe = (root + 1 + other) % team.size
+                slot = shmem.remote_slot(team, epoch, team.size, step, pe, DTYPE, TILE, DEPTH)
+                tl.store(slot + place, tl.load(send + index, mask=mask), mask=mask)
+            shmem.signal_all(team, epoch, shmem.DATA, step + 1)
+        if (team.rank != root) & (step >= 1) & (step <= steps):
+            within = shmem.tile_start(step - 1, TILE) + tl.arange(0, TILE)
+            index = mine * part + within
+            mask = (within < part) & (index < count)
+            shmem.wait_peers(team, epoch, shmem.DATA, step, ranks == root)
+            slot = shmem.local_slot(team, epoch, team.size, step - 1, DTYPE, TILE, DEPTH)
+            chunk = tl.load(slot + place, mask=mask)
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                slot = shmem.remote_slot(team, epoch, team.rank, step - 1, pe, DTYPE, TILE, DEPTH)
+                tl.store(slot + place, chunk, mask=mask & (pe != root))
+            shmem.signal_all(team, epoch, shmem.RESULT, step)
+            tl.store(recv + index, chunk, mask=mask)
+        if step >= 2:
+            within = shmem.tile_start(step - 2, TILE) + tl.arange(0, TILE)
+            shmem.wait_peers(team, epoch, shmem.RESULT, step - 1, ranks != root)
+            for distance in tl.static_range(1, team.size):
+                source = (team.rank + team.size - distance) % team.size
+                index = ((source + team.size - root - 1) % team.size) * part + within
+                mask = (within < part) & (index < count) & (source != root) & (team.rank != root)
+                slot = shmem.local_slot(team, epoch, source, step - 2, DTYPE, TILE, DEPTH)
+                tl.store(recv + index, tl.load(slot + place, mask=mask), mask=mask)
+    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+    shmem.end(team, epoch)
+
+
+def _part_bytes(call, context):
+    """Bytes of one of the n - 1 parts of the message, a multiple of 16."""
+    return -(-call.nbytes // (16 * (context.size - 1))) * 16
+
+
+def _push_ll(call, context):
+    return packets_in(call, context).adding(scalars={"root": call.root})
+
+
+def _direct(call, context):
+    geometry = copying(call, context, part_bytes=_part_bytes(call, context))
+    return geometry.adding(scalars={"root": call.root})
+
+
+def _staged(call, context):
+    rings = context.size + 1
+    geometry = tiles_in(call, context, rings, DEPTH.value, part_bytes=_part_bytes(call, context))
+    return geometry.adding(scalars={"root": call.root})
+
+
+ALGORITHMS = [
+    Algorithm("push_ll", push_ll, _push_ll, limit="packets"),
+    Algorithm("scatter_gather_direct", scatter_gather_direct, _direct, symmetric=("recv",)),
+    Algorithm("scatter_gather_staged", scatter_gather_staged, _staged),
+]

@@ -1,0 +1,127 @@
+"""Every rank has a chunk for every other rank: what all_gather and all_to_all have in common.
+
+push_ll   one hop, flags inside the data; the whole chunk at once       small chunks
+push      16-byte stores straight into every peer's symmetric buffer    bandwidth, symmetric memory
+staged    tiles through rings of slots in scratch, one step ahead       bandwidth, any memory, any split
+
+In an all_gather the chunk is the same for all, so `send_stride` is 0.
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+
+# See `staged`: how many slots make it safe to reuse one without asking.
+DEPTH = tl.constexpr(4)
+
+
+@triton.jit
+def push_ll(
+    team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Block b sends the b-th TILE words of each chunk as packets, then collects what the peers sent it.
+
+    Waits:    block b for block b of every peer, once.
+    Ordering: none needed, the flag travels in the word.
+    Reuse:    packet slots alternate by the parity of the epoch; each rank hears from all in each call.
+    """
+    epoch = shmem.begin(team)
+    place = tl.arange(0, TILE)
+    index = tl.program_id(0).to(tl.int64) * TILE + place
+    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
+    mask = index * lanes < count
+    for distance in tl.static_range(1, team.size):
+        pe = (team.rank + distance) % team.size
+        words = shmem.load_words(send + pe * send_stride, index, count, DTYPE, WIDE)
+        shmem.put_words(team, epoch, words, place, mask, pe)
+    own = shmem.load_words(send + team.rank * send_stride, index, count, DTYPE, WIDE)
+    received = shmem.get_words(team, epoch, own, place, mask)
+    for source in tl.static_range(team.size):
+        shmem.store_words(recv + source * count, index, received[source], count, DTYPE, WIDE)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def push(
+    team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """Each block copies its tiles of every chunk to their final place on every rank.
+
+    Waits:    block b for block b of every peer, on entry and at the end.
+    Ordering: stores, then the closing barrier (release and acquire at sys scope).
+    Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
+    """
+    epoch = shmem.begin(team)
+    shmem.barrier_block(team, epoch, 1)
+    for step in range(shmem.steps_of(count, TILE)):
+        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        mask = index < count
+        if SAME:
+            chunk = tl.load(send + index, mask=mask)
+        for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
+            pe = (team.rank + distance) % team.size
+            if not SAME:
+                chunk = tl.load(send + pe * send_stride + index, mask=mask)
+            target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + team.rank * count
+            tl.store(target + index, chunk, mask=mask)
+    shmem.barrier_block(team, epoch, 2)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def _steps_with_peers(send_counts, recv_counts, TILE: tl.constexpr):
+    """For each rank, as one small tensor: the steps of this block with it, the longer of the two directions."""
+    ranks = tl.arange(0, shmem.MAX_RANKS)
+    steps = tl.zeros([shmem.MAX_RANKS], tl.int64)
+    for rank in tl.static_range(len(send_counts)):
+        longer = tl.maximum(send_counts[rank], recv_counts[rank])
+        steps = tl.where(ranks == rank, shmem.steps_of(longer, TILE), steps)
+    return steps
+
+
+@triton.jit
+def staged(
+    team, send, recv, send_counts, send_offsets, recv_counts, recv_offsets,
+    DTYPE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """At step s a block pushes tile s of every chunk into a ring slot of its receiver, then takes in tile s - 1.
+
+    Waits:    block b for block b of each peer, once a step; both directions of a pair take equally many
+              steps, so two ranks agree on them from their own two counts alone.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peer's
+              signal for tile s - 2, so the peer is past its step s - 3 and has taken in tile s - 4.
+              Between calls the ring alternates by the parity of the epoch; pairs that exchange nothing
+              still hear of each other by the BARRIER signal.
+    """
+    epoch = shmem.begin(team)
+    shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    with_peers = _steps_with_peers(send_counts, recv_counts, TILE)
+    steps = tl.max(with_peers)
+    own_count = shmem.pick(send_counts, team.rank)
+    own_source = send + shmem.pick(send_offsets, team.rank)
+    own_target = recv + shmem.pick(recv_offsets, team.rank)
+    for step in range(steps + 1):
+        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        for distance in tl.static_range(1, team.size):
+            pe = (team.rank + distance) % team.size
+            mask = index < shmem.pick(send_counts, pe)
+            chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
+            slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
+            tl.store(slot + tl.arange(0, TILE), chunk, mask=mask)
+        shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
+        own = tl.load(own_source + index, mask=index < own_count)
+        tl.store(own_target + index, own, mask=index < own_count)
+        if step >= 1:
+            shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
+            index = shmem.tile_start(step - 1, TILE) + tl.arange(0, TILE)
+            for distance in tl.static_range(1, team.size):
+                source = (team.rank + team.size - distance) % team.size
+                mask = index < shmem.pick(recv_counts, source)
+                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
+                chunk = tl.load(slot + tl.arange(0, TILE), mask=mask)
+                tl.store(recv + shmem.pick(recv_offsets, source) + index, chunk, mask=mask)
+    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+    shmem.end(team, epoch)

@@ -1,0 +1,113 @@
+"""reduce_scatter: rank r ends with the reduction of all ranks' r-th chunks.
+
+push_ll   one hop, flags inside the data; the whole chunk at once                     small chunks
+pull      loads straight from the peers' symmetric buffers, adds in registers         bandwidth, symmetric memory
+staged    tiles through rings of slots in scratch, one step ahead                     bandwidth, any memory
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+
+# The pipeline is that of `exchange.staged`, and so is the reason why four slots do.
+DEPTH = tl.constexpr(4)
+
+
+@triton.jit
+def push_ll(
+    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """Block b sends the b-th TILE words of each chunk to the chunk's rank, and reduces what all sent it.
+
+    Waits:    block b for block b of every peer, once.
+    Ordering: none needed, the flag travels in the word. Own data never leaves the registers.
+    Reuse:    packet slots alternate by the parity of the epoch; each rank hears from all in each call.
+    """
+    epoch = shmem.begin(team)
+    place = tl.arange(0, TILE)
+    index = tl.program_id(0).to(tl.int64) * TILE + place
+    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
+    mask = index * lanes < count
+    for distance in tl.static_range(1, team.size):
+        pe = (team.rank + distance) % team.size
+        words = shmem.load_words(send + pe * count, index, count, DTYPE, WIDE)
+        shmem.put_words(team, epoch, words, place, mask, pe)
+    own = shmem.load_words(send + team.rank * count, index, count, DTYPE, WIDE)
+    words = shmem.get_words(team, epoch, own, place, mask)
+    shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def pull(
+    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Rank r loads chunk r from all ranks and reduces it.
+
+    Waits:    block b for block b of every peer, on entry and at the end.
+    Ordering: the entry barrier makes the peers' input visible.
+    Reuse:    the closing barrier keeps every rank from changing its input while a peer still reads it.
+    """
+    epoch = shmem.begin(team)
+    shmem.barrier_block(team, epoch, 1)
+    for step in range(shmem.steps_of(count, TILE)):
+        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        mask = index < count
+        values = ()
+        for source in tl.static_range(team.size):
+            chunk = shmem.symm_at(send, source, DTYPE, ALIGN) + team.rank * count
+            values = values + (tl.load(chunk + index, mask=mask, other=0),)
+        tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
+    shmem.barrier_block(team, epoch, 2)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def staged(
+    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """At step s a block pushes tile s of every chunk to the chunk's rank and reduces tile s - 1 of its own.
+
+    Waits:    block b for block b of every peer, once a step.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    as `exchange.staged`: a slot returns after DEPTH = 4 steps, the ring alternates by parity.
+    """
+    epoch = shmem.begin(team)
+    place = tl.arange(0, TILE)
+    steps = shmem.steps_of(count, TILE)
+    for step in range(steps + 1):
+        if step < steps:
+            index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+            mask = index < count
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
+                tl.store(slot + place, tl.load(send + pe * count + index, mask=mask), mask=mask)
+            shmem.signal_all(team, epoch, shmem.DATA, step + 1)
+        if step >= 1:
+            start = shmem.tile_start(step - 1, TILE)
+            index = start + place
+            mask = index < count
+            own = (send + team.rank * count + start).to(tl.int64)
+            shmem.wait_all(team, epoch, shmem.DATA, step)
+            values = ()
+            for source in tl.static_range(team.size):
+                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
+                address = tl.where(source == team.rank, own, slot.to(tl.int64))
+                pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+                values = values + (tl.load(pointer + place, mask=mask, other=0),)
+            tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
+    shmem.end(team, epoch)
+
+
+def _staged(call, context):
+    return tiles_in(call, context, rings=context.size, depth=DEPTH.value)
+
+
+ALGORITHMS = [
+    Algorithm("push_ll", push_ll, packets_in, limit="packets"),
+    Algorithm("pull", pull, copying, symmetric=("send",)),
+    Algorithm("staged", staged, _staged),
+]

@@ -1,0 +1,474 @@
+"""The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
+
+import ctypes
+import math
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from tdccl import __version__, environment, transport, tuning
+from tdccl.collectives import ALGORITHMS
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Timeout
+from tdccl.language import team as layout
+from tdccl.runtime import arrays
+from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.plan import Choice, Plan, choose
+from tdccl.transport.bootstrap import Bootstrap, discover
+
+_announced = False
+
+
+def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: float = 600.0) -> "Communicator":
+    """Makes a communicator over all ranks; every rank calls it.
+
+    mpi      an mpi4py communicator, or
+    store    a torch.distributed Store, with `rank` and `size`, or
+    nothing  TDCCL_INIT=tcp://host:port, torchrun's environment or mpirun's, in this order
+    device   this rank's GPU; default: GPUs in the order of the ranks of this host
+    timeout  seconds, for ranks to come and for every wait of a kernel
+
+    Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
+    """
+    return Communicator(discover(mpi, store, rank, size, timeout), device, timeout)
+
+
+class Communicator:
+    """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
+
+    Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
+    this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
+    a torch or CuPy stream). Every rank makes the same calls with the same sizes in the same order, and an array
+    that lies in symmetric memory (`empty`) on one rank lies at the same place of it on all.
+
+    All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
+    or Aborted once a wait has failed.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, device: torch.device | str | int | None, timeout: float):
+        _announce_emulation(bootstrap.rank)
+        self.rank, self.size = bootstrap.rank, bootstrap.size
+        self.timeout = timeout
+        if self.size > layout.MAX_RANKS.value:
+            raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
+        self._bootstrap = bootstrap
+        self._tuning = tuning.EMULATION if environment.emulated() else tuning.GPU
+        scratch = environment.scratch_bytes()
+        ring_bytes = layout.ring_bytes_within(scratch, self.size, self._tuning.blocks)
+        if ring_bytes < 16 << 10:
+            raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {self.size} ranks")
+        self.device = self._agree(device, ring_bytes)
+        self._context = Context(self.size, ring_bytes, self._tuning)
+        self._heap = transport.allocate(
+            bootstrap, layout.heap_bytes(self.size, self._tuning.blocks, ring_bytes), self.device
+        )
+        self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
+        self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
+        self._segments: list[transport.SymmetricMemory] = []
+        self._plans: dict[Call, Plan] = {}
+        self._forced = environment.forced_algorithms()
+        self._lock = threading.RLock()
+        self._stream: Any = None
+        self._splits = 0
+        self._last = "no call yet"
+        self._destroyed = False
+        self.team = self._make_team()
+        fields = self.team._asdict()
+        addresses = {n: v.data_ptr() for n, v in fields.items() if isinstance(v, torch.Tensor)}
+        constants = {n: v.value for n, v in fields.items() if isinstance(v, tl.constexpr)}
+        self._team = self.team._replace(**addresses, **constants)
+
+    def _agree(self, device, ring_bytes: int) -> torch.device:
+        """Checks that all ranks fit together; returns this rank's device."""
+        host = f"{socket.gethostname()}/{_boot_id()}"
+        mine = {"tdccl": __version__, "scratch": ring_bytes, "emulated": environment.emulated()}
+        everyone = self._bootstrap.exchange((host, mine))
+        for rank, (other_host, other) in enumerate(everyone):
+            if other != mine:
+                raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
+            if other_host != host:
+                raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
+        if environment.emulated():
+            return torch.device("cpu")
+        if device is None:
+            device = self.rank % torch.cuda.device_count()
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if device.type != "cuda":
+            raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)
+        return device
+
+    def _make_team(self) -> layout.Team:
+        """What kernels get: tensors for addresses, so that users can pass it to kernels of their own."""
+        backend = "emulation" if environment.emulated() else "cuda"
+        return layout.Team(
+            heap=self._heap.peers,
+            local=self._heap.local.view(torch.int8),
+            rank=self.rank,
+            control=self._control,
+            timeout=int(self.timeout * 1e9),
+            size=tl.constexpr(self.size),
+            blocks=tl.constexpr(self._tuning.blocks),
+            ring_bytes=tl.constexpr(self._context.ring_bytes),
+            backend=tl.constexpr(backend),
+        )
+
+    # ---- collectives -------------------------------------------------------------------------------
+
+    def all_reduce(self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None) -> Any:
+        """recv = op over all ranks' `send`, the same bits on every rank; returns recv.
+
+        send, recv: equal shape and dtype; recv may be send (in place); None makes a new one.
+        op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
+        fp32, in rank order.
+        """
+        source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape)
+        arrays.check_reduction("all_reduce", op, source.dtype)
+        self._run("all_reduce", source, target, source.numel(), op=op, stream=stream)
+        return result
+
+    def all_gather(self, send: Any, recv: Any = None, *, stream: Any = None) -> Any:
+        """recv = all ranks' `send`, one after another in rank order; returns recv.
+
+        send: [d, ...], any dtype. recv: [size * d, ...], or any shape with size times as many elements; send
+        may be this rank's piece of it (in place).
+        """
+        source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size))
+        self._run("all_gather", source, target, source.numel(), stream=stream)
+        return result
+
+    def reduce_scatter(self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None) -> Any:
+        """recv = op over all ranks' pieces of `send` that belong to this rank; returns recv.
+
+        send: [size * d, ...], or any shape with size times the elements of recv. recv: [d, ...]; it may be this
+        rank's piece of send (in place). op as in `all_reduce`.
+        """
+
+        def shape_of_recv(shape):
+            if not shape or shape[0] % self.size:
+                raise ArgumentError(
+                    f"reduce_scatter: send has shape {tuple(shape)}, its first dimension must be a multiple "
+                    f"of the {self.size} ranks (or give recv)"
+                )
+            return (shape[0] // self.size, *shape[1:])
+
+        source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, shrinks=True)
+        arrays.check_reduction("reduce_scatter", op, source.dtype)
+        self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream)
+        return result
+
+    def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None) -> Any:
+        """`buf` of rank `root` ends in `buf` of all ranks; returns buf. Any shape and dtype."""
+        tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf"))
+        if not isinstance(root, int) or not 0 <= root < self.size:
+            raise ArgumentError(f"broadcast: root is {root!r}, expected a rank from 0 to {self.size - 1}")
+        if self.size > 1:
+            self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream)
+        return buf
+
+    def all_to_all(
+        self,
+        send: Any,
+        recv: Any = None,
+        send_splits: list[int] | None = None,
+        recv_splits: list[int] | None = None,
+        *,
+        stream: Any = None,
+    ) -> Any:
+        """Rank i's j-th piece of `send` becomes rank j's i-th piece of `recv`; returns recv.
+
+        Pieces are cut along the first dimension: equal ones, or `send_splits` and `recv_splits` rows for each
+        rank, where rank i's send_splits[j] is rank j's recv_splits[i]. recv may be send if all pieces are equal.
+        """
+        source = self._checked("all_to_all", "send", arrays.as_tensor(send, "send"))
+        if (send_splits is None) != (recv_splits is None):
+            raise ArgumentError("all_to_all: give both send_splits and recv_splits, or neither")
+        if send_splits is None:
+            source, target, result = self._pair("all_to_all", send, recv, lambda shape: shape)
+            if source.numel() and (source.dim() == 0 or source.shape[0] % self.size):
+                raise ArgumentError(
+                    f"all_to_all: send has shape {tuple(source.shape)}, its first dimension must be a multiple of "
+                    f"the {self.size} ranks (or give splits)"
+                )
+            self._run("all_to_all", source, target, source.numel() // self.size, stream=stream)
+            return result
+        splits, row = self._row_splits(source, send_splits, recv_splits)
+        shape = (sum(recv_splits), *source.shape[1:])
+        source, target, result = self._pair("all_to_all", send, recv, lambda _: shape, expected=math.prod(shape))
+        if _overlap(source, target):
+            raise ArgumentError("all_to_all: recv overlaps send; in place it takes equal pieces only")
+        splits = tuple(tuple(count * row for count in counts) for counts in splits)
+        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+        return result
+
+    def barrier(self, *, stream: Any = None) -> None:
+        """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
+        self._ready()
+        nothing = self._heap.local[:0]
+        self._run("barrier", nothing, nothing, 0, stream=stream)
+
+    # ---- memory, groups, inspection ---------------------------------------------------------------
+
+    def empty(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor in symmetric memory, zeroed; collective, with the same size on all ranks.
+
+        Collectives on it (or on views of it) take the zero-copy algorithms. It lives until `destroy`.
+        """
+        self._ready()
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = math.prod(shape) * dtype.itemsize
+        sizes = self._bootstrap.exchange(nbytes)
+        if len(set(sizes)) > 1:
+            raise ArgumentError(f"empty: the ranks ask for different sizes in bytes: {sizes}")
+        segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
+        self._segments.append(segment)
+        return segment.local[:nbytes].view(dtype).view(shape)
+
+    def symmetric(self, tensor: torch.Tensor) -> layout.Symmetric:
+        """The kernel argument through which a kernel reaches all ranks' copies of a tensor made by `empty`."""
+        segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+        if segment is None:
+            raise ArgumentError("symmetric: the tensor was not made by this communicator's empty()")
+        return layout.Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+
+    def split(self, color: int | None, key: int = 0) -> "Communicator | None":
+        """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""
+        self._ready()
+        self._splits += 1
+        everyone = self._bootstrap.exchange((color, key))
+        if color is None:
+            return None
+        members = sorted(
+            (rank for rank in range(self.size) if everyone[rank][0] == color),
+            key=lambda rank: (everyone[rank][1], rank),
+        )
+        subgroup = self._bootstrap.subgroup(members, f"split{self._splits}/{color}")
+        return Communicator(subgroup, self.device, self.timeout)
+
+    def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
+        """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
+        self._ready()
+        if collective not in ALGORITHMS:
+            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(ALGORITHMS)}")
+        source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
+        target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
+        chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
+        pieces = self.size if collective == "all_to_all" or (collective == "reduce_scatter" and recv is None) else 1
+        reduces = "reduce" in collective
+        call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
+        return Explanation(call, self._choose(call), self._heap.nbytes)
+
+    def destroy(self) -> None:
+        """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        if not environment.emulated():
+            torch.cuda.synchronize(self.device)
+        self._bootstrap.barrier()  # no peer's kernel writes here any more
+        self._plans.clear()
+        for memory in [*self._segments, self._heap]:
+            memory.release(self._bootstrap)
+        self._segments.clear()
+
+    def __enter__(self) -> "Communicator":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.destroy()
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, size={self.size}, device={self.device})"
+
+    # ---- how a call is checked and launched ---------------------------------------------------------
+
+    def _ready(self) -> None:
+        """Raises if the communicator is destroyed or one of its waits has failed."""
+        if self._destroyed:
+            raise DestroyedError("this communicator is destroyed; make a new one with tdccl.init")
+        if self._abort_word.value:
+            self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        fault = dict(zip(layout.FAULT_FIELDS, self._control.tolist()))
+        if fault["abort"] == layout.ABORTED:
+            raise Aborted("this communicator was aborted; make a new one with tdccl.init")
+        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", layout.PACKET_KIND.value: "packets"}
+        raise Timeout(
+            f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "
+            f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
+            f"{fault['seen']:#x}); last call here: {self._last}. Did every rank make the same calls?"
+        )
+
+    def _checked(self, collective: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        self._ready()
+        if tensor.device != self.device:
+            raise ArgumentError(f"{collective}: {name} is on {tensor.device}, expected {self.device}")
+        if not tensor.is_contiguous():
+            raise ArgumentError(
+                f"{collective}: {name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+                "pass a contiguous() copy"
+            )
+        return tensor
+
+    def _pair(self, collective, send, recv, shape_of_recv, shrinks=False, expected=None):
+        """(send, recv) as checked tensors, and what to return to the user."""
+        source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
+        if recv is None:
+            target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
+            return source, target, arrays.like(target, send)
+        target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
+        if target.dtype != source.dtype:
+            raise ArgumentError(f"{collective}: send is {source.dtype}, recv is {target.dtype}; expected equal dtypes")
+        if expected is not None:
+            if target.numel() != expected:
+                raise ArgumentError(
+                    f"{collective}: recv has {target.numel()} elements, expected {expected} by recv_splits"
+                )
+            return source, target, recv
+        small, large, names = (target, source, "send") if shrinks else (source, target, "recv")
+        ranks = 1 if collective in ("all_reduce", "all_to_all") else self.size
+        if large.numel() != ranks * small.numel():
+            times = f"{ranks} ranks x {small.numel()} = " if ranks > 1 else ""
+            raise ArgumentError(
+                f"{collective}: {names} has {large.numel()} elements, expected {times}{ranks * small.numel()}"
+            )
+        return source, target, recv
+
+    def _row_splits(self, source, send_splits, recv_splits):
+        for name, splits in (("send_splits", send_splits), ("recv_splits", recv_splits)):
+            if len(splits) != self.size or any(count < 0 for count in splits):
+                raise ArgumentError(f"all_to_all: {name} is {list(splits)}, expected {self.size} counts >= 0")
+        rows = source.shape[0] if source.dim() else 0
+        if sum(send_splits) != rows:
+            raise ArgumentError(f"all_to_all: send has {rows} rows, expected sum(send_splits) = {sum(send_splits)}")
+        if send_splits[self.rank] != recv_splits[self.rank]:
+            raise ArgumentError(
+                f"all_to_all: rank {self.rank} sends itself {send_splits[self.rank]} rows but expects "
+                f"{recv_splits[self.rank]}"
+            )
+        return (send_splits, recv_splits), math.prod(source.shape[1:])
+
+    def _call(self, collective, source, target, count, op, root, splits) -> Call:
+        send, recv = source.data_ptr(), target.data_ptr()
+        low = (send | recv) & 15
+        segments = (None, None)
+        if self._segments:
+            segments = (
+                self._segment_of(send, source.numel() * source.itemsize),
+                self._segment_of(recv, target.numel() * target.itemsize),
+            )
+        if op is None:
+            dtype, size = "u8", source.itemsize
+            count *= size
+            if splits is not None:
+                splits = tuple(tuple(n * size for n in counts) for counts in splits)
+        else:
+            dtype = arrays.TRITON_NAMES[source.dtype]
+        in_place = _overlap(source, target)
+        return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
+
+    def _segment_of(self, address: int, nbytes: int):
+        return next((s for s in self._segments if s.contains(address, nbytes)), None)
+
+    def _choose(self, call: Call) -> Choice:
+        return choose(ALGORITHMS[call.collective], call, self._context, self._forced.get(call.collective))
+
+    def _run(self, collective, source, target, count, op=None, root=0, splits=None, stream=None) -> None:
+        if count == 0 and splits is None and collective != "barrier":
+            return
+        call = self._call(collective, source, target, count, op, root, splits)
+        with self._lock:
+            plan = self._plans.get(call)
+            if plan is None:
+                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+            self._last = collective
+            if environment.emulated():
+                plan(source.data_ptr(), target.data_ptr(), 0)
+                self._ready()
+                return
+            if torch.cuda.current_device() != self.device.index:
+                with torch.cuda.device(self.device):
+                    self._launch(plan, source, target, stream)
+            else:
+                self._launch(plan, source, target, stream)
+
+    def _launch(self, plan: Plan, source, target, stream) -> None:
+        handle = arrays.stream_handle(stream, self.device)
+        if handle != self._stream:
+            self._follow(handle)
+        plan(source.data_ptr(), target.data_ptr(), handle)
+
+    def _follow(self, handle: int) -> None:
+        """Calls on one communicator share scratch: one on a new stream waits for those on the last."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # a graph is ordered with other work where it is replayed
+        if self._stream is not None:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.ExternalStream(self._stream, self.device))
+            torch.cuda.ExternalStream(handle, self.device).wait_event(event)
+        self._stream = handle
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `Communicator.explain` found; prints as a few lines."""
+
+    call: Call
+    choice: Choice
+    scratch: int
+
+    @property
+    def algorithm(self) -> str:
+        return self.choice.algorithm.name
+
+    @property
+    def path(self) -> str:
+        """packets (LL), symmetric (zero-copy) or staged (through scratch)."""
+        if self.choice.algorithm.limit == "packets":
+            return "packets"
+        return "symmetric" if self.choice.algorithm.symmetric else "staged"
+
+    def __str__(self) -> str:
+        geometry = self.choice.geometry
+        constants = ", ".join(f"{name}={value}" for name, value in geometry.constants.items())
+        access = "16-byte" if geometry.aligned else f"{geometry.dtype} element"
+        lines = [
+            f"{self.call.collective}: {self.call.nbytes} bytes a chunk -> {self.algorithm} ({self.path})",
+            f"  grid {geometry.grid} blocks of {geometry.warps} warps, {constants}, {access} accesses",
+            f"  scratch {self.scratch / 2**20:.1f} MiB, shared by all calls",
+        ]
+        lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
+        return "\n".join(lines)
+
+
+def _scaled(shape, size: int):
+    return (size, *shape[1:]) if not shape else (shape[0] * size, *shape[1:])
+
+
+def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
+    start, other = left.data_ptr(), right.data_ptr()
+    return start < other + right.numel() * right.itemsize and other < start + left.numel() * left.itemsize
+
+
+def _boot_id() -> str:
+    """Tells two hosts of the same name apart; containers on one kernel share it, and share memory too."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return str(os.getuid())
+
+
+def _announce_emulation(rank: int) -> None:
+    global _announced
+    if environment.emulated() and not _announced and rank == 0:
+        print("tdccl: no GPU, kernels run in Triton's interpreter: for correctness, not for speed", flush=True)
+    _announced = True

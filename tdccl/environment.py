@@ -1,0 +1,35 @@
+"""What this process runs on, and every environment variable that tdccl reads, in one place."""
+
+import functools
+import os
+
+
+@functools.cache
+def emulated() -> bool:
+    """True when the kernels run in Triton's interpreter on CPU tensors.
+
+    `TDCCL_EMULATE=1` asks for it, `TDCCL_EMULATE=0` forbids it (kernels can then be compiled without
+    a GPU, but not run); otherwise it is so exactly when there is no GPU.
+    """
+    asked = os.environ.get("TDCCL_EMULATE")
+    if asked is not None:
+        return asked != "0"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def scratch_bytes() -> int:
+    """Scratch of one communicator: 64 MiB a GPU, 4 MiB a rank in emulation, or `TDCCL_SCRATCH_MB`."""
+    return int(os.environ.get("TDCCL_SCRATCH_MB", 4 if emulated() else 64)) << 20
+
+
+def rendezvous_address() -> str | None:
+    """`TDCCL_INIT=tcp://host:port`: where the ranks meet when neither torchrun nor mpirun started them."""
+    return os.environ.get("TDCCL_INIT")
+
+
+def forced_algorithms() -> dict[str, str]:
+    """`TDCCL_ALGO=all_reduce:two_shot,broadcast:push_ll` as {collective: algorithm}."""
+    pairs = filter(None, os.environ.get("TDCCL_ALGO", "").split(","))
+    return dict(pair.split(":", 1) for pair in pairs)

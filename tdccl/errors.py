@@ -1,0 +1,25 @@
+"""The errors of tdccl. Each says what was given, what was expected, and what to do."""
+
+
+class TdcclError(RuntimeError):
+    """Base of all errors of tdccl."""
+
+
+class ArgumentError(TdcclError, ValueError):
+    """A call was refused before anything was launched; the communicator can go on."""
+
+
+class InitError(TdcclError):
+    """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared."""
+
+
+class DestroyedError(TdcclError):
+    """A communicator was used after `destroy()`."""
+
+
+class Timeout(TdcclError):
+    """A kernel gave up waiting for a peer; the communicator can no longer be used."""
+
+
+class Aborted(TdcclError):
+    """The communicator was aborted; it can no longer be used."""

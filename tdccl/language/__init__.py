@@ -1,0 +1,49 @@
+"""Device functions for communicating Triton kernels: import this before you define yours.
+
+    import tdccl.language as shmem
+
+The *shmem* layer is here: teams and epochs, symmetric addresses, signals and bounded waits, LL packets,
+ring slots, ordered reductions. Each function states its memory ordering.
+"""
+
+from tdccl.language.packets import (
+    fold_words,
+    get_words,
+    get_words_from,
+    load_words,
+    put_words,
+    store_words,
+)
+from tdccl.language.reduce import accumulate, fold, settle, widen
+from tdccl.language.signals import (
+    barrier_all,
+    barrier_block,
+    fence,
+    heap_at,
+    local_at,
+    record_fault,
+    may_go_on,
+    signal_all,
+    signal_op,
+    signal_peers,
+    signal_wait,
+    symm_at,
+    wait_all,
+    wait_peers,
+)
+from tdccl.language.target import clock
+from tdccl.language.team import (
+    BARRIER,
+    DATA,
+    MAX_RANKS,
+    PACKETS,
+    RESULT,
+    USER,
+    Symmetric,
+    Team,
+    begin,
+    end,
+)
+from tdccl.language.tiles import local_slot, pick, remote_slot, steps_of, tile_start
+
+__all__ = [name for name in dir() if not name.startswith("_")]

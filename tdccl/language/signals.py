@@ -1,0 +1,223 @@
+"""The shmem layer: peers' addresses, signals, bounded waits, barriers.
+
+A signal is an int64 of symmetric memory. Those of the team carry (epoch << 32) + step: they only ever
+grow, are never reset, and are compared wrap-safe by the sign of the difference.
+"""
+
+import triton
+import triton.language as tl
+
+from tdccl.language.target import POLLS_A_CHECK, clock, pause
+from tdccl.language.team import (
+    BARRIER,
+    MAX_RANKS,
+    STATE_BYTES,
+    TIMED_OUT_CODE,
+    begin,
+    end,
+    signal_offset,
+)
+
+
+@triton.jit
+def symm_at(symmetric, pe, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 16):
+    """Pointer to rank `pe`'s copy of a symmetric buffer. ALIGN bytes are promised to the compiler.
+
+    Ordering: none; it computes an address. OpenSHMEM: `shmem_ptr`.
+    """
+    address = tl.load(symmetric.bases + pe) + symmetric.offset
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@triton.jit
+def heap_at(team, offset, pe, DTYPE: tl.constexpr):
+    """Pointer to byte `offset` (a multiple of 16) of rank `pe`'s heap. Ordering: none."""
+    address = tl.load(team.heap + pe) + offset
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def local_at(team, offset, DTYPE: tl.constexpr):
+    """Pointer to byte `offset` (a multiple of 16) of this rank's own heap. Ordering: none."""
+    return tl.multiple_of((team.local + offset).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def fence():
+    """Orders this block's earlier accesses before the release signals it sends next.
+
+    Triton emits no block barrier before a release atomic, so a signal alone would only order the
+    accesses of the one thread that sends it. OpenSHMEM: `shmem_fence`.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
+def signal_op(pointer, value, OP: tl.constexpr = "set", SEM: tl.constexpr = "release"):
+    """Sets the int64 signal at `pointer` (local or a peer's) to `value`, or adds `value` to it (OP="add").
+
+    Ordering: release at sys scope for the calling thread; call `fence` before it to cover the block.
+    With SEM="relaxed" it orders nothing. OpenSHMEM: `shmemx_signal_op`.
+    """
+    if OP == "set":
+        tl.atomic_xchg(pointer, value, sem=SEM, scope="sys")
+    else:
+        tl.static_assert(OP == "add", "signal_op: OP is set or add")
+        tl.atomic_add(pointer, value, sem=SEM, scope="sys")
+
+
+@triton.jit
+def _holds(seen, value, CMP: tl.constexpr):
+    difference = seen - value
+    if CMP == "ge":
+        return difference >= 0
+    elif CMP == "eq":
+        return difference == 0
+    elif CMP == "ne":
+        return difference != 0
+    else:
+        tl.static_assert(CMP == "gt", "signal_wait: CMP is ge, gt, eq or ne")
+        return difference > 0
+
+
+@triton.jit
+def may_go_on(team, polls, started):
+    """Whether a wait that began at `started` ns may poll again: no abort was asked for, no deadline passed.
+
+    Returns (go on, started): `started` is 0 on the first call and is filled in here, so that a wait
+    that is satisfied at once reads no clock. Ordering: none.
+    """
+    go = polls >= 0
+    pause(polls)
+    if polls % POLLS_A_CHECK == 0:
+        now = clock(team)
+        started = tl.where(started == 0, now, started)
+        aborted = tl.load(team.control, volatile=True) != 0
+        go = (now - started < team.timeout) & (not aborted)
+    return go, started
+
+
+@triton.jit
+def record_fault(team, peer, kind, epoch, expected, seen):
+    """Notes in the control block who waited for whom, and makes every other wait of this rank end.
+
+    The first failed wait of a rank wins; one that ended because of an abort notes nothing.
+    Ordering: the record is released at sys scope by the abort word, which the host reads first.
+    """
+    aborted = tl.load(team.control, volatile=True) != 0
+    if not aborted:
+        claim = (team.local + 64).to(tl.pointer_type(tl.int64))
+        if tl.atomic_cas(claim, tl.full([], 0, tl.int64), tl.full([], 1, tl.int64)) == 0:
+            tl.store(team.control + 1, tl.program_id(0).to(tl.int64))
+            tl.store(team.control + 2, peer.to(tl.int64))
+            tl.store(team.control + 3, tl.full([], kind, tl.int64))
+            tl.store(team.control + 4, epoch)
+            tl.store(team.control + 5, expected)
+            tl.store(team.control + 6, seen)
+            tl.debug_barrier()
+            tl.atomic_xchg(team.control, tl.full([], TIMED_OUT_CODE, tl.int64), sem="release", scope="sys")
+
+
+@triton.jit
+def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = "ge", KIND: tl.constexpr = 3):
+    """Waits until the int64 signal at `pointer` compares with `value`; returns the value seen.
+
+    CMP is ge (wrap-safe), gt, eq or ne; `peer` is the rank to name if it never comes.
+    Ordering: acquire at sys scope, then a block barrier: the whole block sees what the signaller
+    released. Bounded: ends after the team's timeout, or on abort, with the fault recorded.
+    OpenSHMEM: `shmem_signal_wait_until`.
+    """
+    seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+    go = True
+    polls = 0
+    started = tl.full([], 0, tl.int64)
+    while (not _holds(seen, value, CMP)) & go:
+        polls += 1
+        go, started = may_go_on(team, polls, started)
+        seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+    if not _holds(seen, value, CMP):
+        record_fault(team, peer, KIND, tl.full([], 0, tl.int64), value, seen)
+    tl.debug_barrier()
+    return seen
+
+
+@triton.jit
+def _peers(team):
+    """All rank numbers as one small tensor, and the mask of those that exist and are not this rank."""
+    ranks = tl.arange(0, MAX_RANKS)
+    return ranks, (ranks < team.size) & (ranks != team.rank)
+
+
+@triton.jit
+def signal_peers(team, epoch, KIND: tl.constexpr, step, wanted, SEM: tl.constexpr = "release"):
+    """Tells this block of every peer in the mask `wanted` ([MAX_RANKS]) that this rank has reached `step`.
+
+    Ordering: block barrier, then release at sys scope: what the block did before is visible to
+    whoever sees the signal. The signals to all peers leave in parallel, under one fence.
+    """
+    fence()
+    ranks, peers = _peers(team)
+    wanted = wanted & peers
+    addresses = tl.load(team.heap + ranks, mask=wanted, other=0) + signal_offset(team, KIND, team.rank)
+    value = tl.full([MAX_RANKS], 0, tl.int64) + ((epoch << 32) + step)
+    tl.atomic_xchg(addresses.to(tl.pointer_type(tl.int64)), value, mask=wanted, sem=SEM, scope="sys")
+
+
+@triton.jit
+def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = "release"):
+    """`signal_peers` to every peer."""
+    signal_peers(team, epoch, KIND, step, tl.arange(0, MAX_RANKS) >= 0, SEM)
+
+
+@triton.jit
+def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
+    """Waits until this block of every peer in the mask `wanted` ([MAX_RANKS]) has signalled `step` of `epoch`.
+
+    Ordering: acquire at sys scope, then a block barrier: the block sees what those peers released.
+    Bounded as `signal_wait`.
+    """
+    ranks, peers = _peers(team)
+    wanted = wanted & peers
+    zero = tl.full([MAX_RANKS], 0, tl.int64)
+    target = (epoch << 32) + step
+    mine = (team.local + signal_offset(team, KIND, ranks)).to(tl.pointer_type(tl.int64))
+    seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
+    late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
+    go = True
+    polls = 0
+    started = tl.full([], 0, tl.int64)
+    while (late >= 0) & go:
+        polls += 1
+        go, started = may_go_on(team, polls, started)
+        seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
+        late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
+    if late >= 0:
+        record_fault(team, late, KIND, epoch, target, tl.sum(tl.where(ranks == late, seen, 0)))
+    tl.debug_barrier()
+
+
+@triton.jit
+def wait_all(team, epoch, KIND: tl.constexpr, step):
+    """`wait_peers` for every peer."""
+    wait_peers(team, epoch, KIND, step, tl.arange(0, MAX_RANKS) >= 0)
+
+
+@triton.jit
+def barrier_block(team, epoch, step):
+    """No block b leaves before block b of every peer has come; `step` counts the barriers of this call from 1.
+
+    Ordering: what any of these blocks did before the barrier is visible to all of them after it.
+    """
+    signal_all(team, epoch, BARRIER, step)
+    wait_all(team, epoch, BARRIER, step)
+
+
+@triton.jit
+def barrier_all(team):
+    """A barrier over all ranks as a call of its own, for kernels of users. OpenSHMEM: `shmem_barrier_all`.
+
+    Ordering: as `barrier_block`. Every rank must launch the same grid.
+    """
+    epoch = begin(team)
+    barrier_block(team, epoch, 1)
+    end(team, epoch)

@@ -1,0 +1,55 @@
+"""What stock Triton cannot interpret: the clock and the pause of a spinning wait.
+
+On a GPU these are Triton functions; in emulation a Python function of the same name takes their
+place. Everything else in `tdccl.language` is one source for all targets.
+"""
+
+import os
+import time
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+from triton.language.extra.hip import memrealtime
+
+from tdccl.environment import emulated
+
+if emulated():
+    # Must be set before the first @triton.jit of the library is read.
+    triton.knobs.runtime.interpret = True
+
+
+def _device(twin):
+    return lambda function: twin if emulated() else triton.jit(function)
+
+
+def _host_clock(team):
+    return time.monotonic_ns()
+
+
+def _host_pause(polls):
+    # The peer that is waited for may need this core: give it away, and sleep once it takes long.
+    count = int(polls)
+    if count < 200:
+        os.sched_yield()
+    else:
+        time.sleep(50e-6)
+
+
+@_device(_host_clock)
+def clock(team):
+    """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
+    if team.backend == "hip":
+        return memrealtime() * 10
+    else:
+        return globaltimer()
+
+
+@_device(_host_pause)
+def pause(polls):
+    """Called between two polls of a wait; nothing on a GPU."""
+    pass
+
+
+# A GPU looks at clock and abort word once in so many polls: the abort word lies across PCIe.
+POLLS_A_CHECK = tl.constexpr(1 if emulated() else 256)

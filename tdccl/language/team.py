@@ -1,0 +1,129 @@
+"""The team: what a kernel knows of its communicator, and how the symmetric heap is laid out.
+
+Every block of a kernel owns its own piece of the heap on every rank, so that block b only ever deals
+with block b of its peers:
+
+    state     the epoch of this block, and a word that the first failed wait claims     (local use)
+    signals   SIGNAL_KINDS x MAX_RANKS words of 8 bytes: where peers tell this block something
+    packets   2 parities x ranks x PACKETS words of 8 bytes: the slots of the LL protocol
+    ring      2 parities x ring_bytes: scratch through which tiles of ordinary tensors pass
+
+An *epoch* counts the calls of one block. It lives in the heap and the kernel itself advances it, so a
+captured graph replays correctly. Packets and ring are doubled by the parity of the epoch. Why that is
+safe without a barrier at the end: in every call each block hears from the same block of every peer, and
+a peer speaks in epoch e only after its launch of epoch e - 1 has ended; so whoever has finished epoch
+e - 1 knows that all peers are done with epoch e - 2, whose parity epoch e uses again.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+MAX_RANKS = tl.constexpr(8)
+PACKETS = tl.constexpr(1024)
+STATE_BYTES = tl.constexpr(128)
+SIGNAL_KINDS = tl.constexpr(4)
+SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
+
+# Kinds of signal. The first three belong to tdccl's own collectives; the fourth is free for users.
+DATA = tl.constexpr(0)
+RESULT = tl.constexpr(1)
+BARRIER = tl.constexpr(2)
+USER = tl.constexpr(3)
+
+LAST_EPOCH = tl.constexpr(0xFFFFFFFF)
+
+
+class Team(NamedTuple):
+    """First argument of every communicating kernel; `Communicator.team` makes it.
+
+    heap     *i64: table of the base addresses of all ranks' heaps
+    local    *i8: base of this rank's own heap
+    rank     i32
+    control  *i64: 8 words of pinned host memory, the abort word and the fault record (`FAULT_FIELDS`)
+    timeout  i64: nanoseconds that a wait may last
+    size     number of ranks
+    blocks   blocks that the heap has room for: the largest grid
+    ring_bytes   bytes of ring that a block has for each parity
+    backend  "cuda", "hip" or "emulation"
+    """
+
+    heap: object
+    local: object
+    rank: object
+    control: object
+    timeout: object
+    size: tl.constexpr
+    blocks: tl.constexpr
+    ring_bytes: tl.constexpr
+    backend: tl.constexpr
+
+
+TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 4)
+
+
+class Symmetric(NamedTuple):
+    """A buffer that exists on every rank: *i64 table of all ranks' segment bases, and i64 offset in bytes."""
+
+    bases: object
+    offset: object
+
+
+SYMMETRIC_TYPES = Symmetric("*i64", "i64")
+
+# Words of the control block. `abort` is 0, ABORTED or TIMED_OUT.
+FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen")
+ABORTED, TIMED_OUT = 1, 2
+PACKET_KIND = tl.constexpr(4)
+TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)
+
+
+def heap_bytes(size: int, blocks: int, ring_bytes: int) -> int:
+    """Bytes of heap that a team of `size` ranks needs on each rank."""
+    packets = 2 * size * PACKETS.value * 8
+    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + packets + 2 * ring_bytes)
+
+
+def ring_bytes_within(scratch: int, size: int, blocks: int) -> int:
+    """The largest ring (a multiple of 1 KiB) for which the heap stays within `scratch` bytes."""
+    left = scratch - heap_bytes(size, blocks, 0)
+    return left // (2 * blocks) // 1024 * 1024
+
+
+@triton.jit
+def signal_offset(team, kind, source):
+    """Byte offset in any rank's heap of the signal that `source` sets for this block."""
+    block = tl.program_id(0)
+    word = (block * SIGNAL_KINDS + kind) * MAX_RANKS + source
+    return team.blocks * STATE_BYTES + word * 8
+
+
+@triton.jit
+def packet_offset(team, epoch, source):
+    """Byte offset of the packet slot into which `source` writes for this block in this epoch."""
+    start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES)
+    slot = (tl.program_id(0) * 2 + (epoch % 2).to(tl.int32)) * team.size + source
+    return start + slot * PACKETS * 8
+
+
+@triton.jit
+def ring_offset(team, epoch):
+    """Byte offset of this block's ring for this epoch."""
+    packets: tl.constexpr = 2 * team.size * PACKETS * 8
+    start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets)
+    return start + (tl.program_id(0) * 2 + (epoch % 2).to(tl.int32)) * team.ring_bytes
+
+
+@triton.jit
+def begin(team):
+    """The epoch of this call in this block, an int64 in 1 .. 2**32 - 1; 2 follows the last, to keep parity."""
+    last = tl.load((team.local + tl.program_id(0) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
+    return tl.where(last == LAST_EPOCH, 2, last + 1)
+
+
+@triton.jit
+def end(team, epoch):
+    """Closes the call: the next launch of this block sees a new epoch. All waits must be over."""
+    tl.debug_barrier()
+    tl.store((team.local + tl.program_id(0) * STATE_BYTES).to(tl.pointer_type(tl.int64)), epoch)

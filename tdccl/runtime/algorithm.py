@@ -1,0 +1,223 @@
+"""What an algorithm is: a kernel, when it may run, and how a call is laid out over its grid."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from tdccl.language.team import PACKETS
+from tdccl.tuning import Tuning
+
+
+class Call(NamedTuple):
+    """Everything a plan depends on; all ranks agree on it but for `alignment` and `splits`.
+
+    count      elements: of the whole message for all_reduce and broadcast, else of one rank's chunk
+    dtype      Triton's name of the element type; pure data movement counts bytes, as "u8"
+    alignment  the largest power of two, at most 16, that divides every address of the call
+    splits     all_to_all only: (send counts, recv counts) of all ranks, or None for equal chunks
+    segments   {"send": segment or None, "recv": ...} as a pair: where symmetric memory is involved
+    in_place   send and recv overlap
+    """
+
+    collective: str
+    count: int
+    dtype: str
+    op: str | None
+    root: int
+    alignment: int
+    splits: tuple[tuple[int, ...], tuple[int, ...]] | None
+    segments: tuple[Any, Any]
+    in_place: bool
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.itemsize
+
+    @property
+    def symmetric(self) -> set[str]:
+        return {name for name, segment in zip(("send", "recv"), self.segments) if segment is not None}
+
+
+ITEMSIZE = {
+    "fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
+}  # fmt: skip
+_UNITS = {16: "i64", 8: "i64", 4: "i32", 2: "i16", 1: "i8"}
+
+
+class Context(NamedTuple):
+    """What an algorithm knows of the communicator."""
+
+    size: int
+    ring_bytes: int
+    tuning: Tuning
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A call laid out over a grid.
+
+    dtype      element type of the pointers; counts are in such elements
+    aligned    addresses are multiples of 16 bytes and so are all `counts`: 16-byte accesses are safe
+    counts     int64 arguments (or tuples of them) by name
+    scalars    further integer arguments, of which nothing is promised
+    constants  constexpr arguments by name
+    """
+
+    dtype: str
+    grid: int
+    warps: int
+    aligned: bool
+    counts: dict[str, int | tuple[int, ...]]
+    constants: dict[str, Any]
+    scalars: dict[str, int] = field(default_factory=dict)
+
+    def adding(self, counts=(), scalars=(), constants=()) -> "Geometry":
+        """The same with further arguments."""
+        return replace(
+            self,
+            counts={**self.counts, **dict(counts)},
+            scalars={**self.scalars, **dict(scalars)},
+            constants={**self.constants, **dict(constants)},
+        )
+
+    def splitting(self, send: tuple[int, ...], recv: tuple[int, ...], same: bool = False) -> "Geometry":
+        """The same with counts and offsets for each rank (in elements of dtype) in place of one count.
+
+        same: all ranks get the same chunk, so all send offsets are 0.
+        """
+
+        def offsets(counts):
+            return tuple(sum(counts[:rank]) for rank in range(len(counts)))
+
+        counts = {
+            "send_counts": send,
+            "send_offsets": (0,) * len(send) if same else offsets(send),
+            "recv_counts": recv,
+            "recv_offsets": offsets(recv),
+        }
+        return replace(self, counts=counts)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A row in the table of a collective.
+
+    name       what `explain` and the bench print and TDCCL_ALGO takes
+    kernel     its arguments are filled by name: team, send, recv, then what the geometry gives
+    geometry   (call, context) -> Geometry
+    limit      "packets" if only chunks up to the tuning's packet limit fit
+    symmetric  which of send and recv must be symmetric memory; they reach the kernel as `Symmetric`
+    splits     takes all_to_all's split lists
+    in_place   send and recv may overlap
+    """
+
+    name: str
+    kernel: Any
+    geometry: Callable[[Call, Context], Geometry]
+    limit: str | None = None
+    symmetric: tuple[str, ...] = ()
+    splits: bool = False
+    in_place: bool = True
+
+    def unfit(self, call: Call, context: Context) -> str | None:
+        """Why this algorithm cannot take the call, or None if it can."""
+        if call.splits is not None and not self.splits:
+            return "takes equal splits only"
+        if missing := set(self.symmetric) - call.symmetric:
+            return f"{' and '.join(sorted(missing))} not in symmetric memory"
+        if call.in_place and not self.in_place:
+            return "not in place"
+        if self.limit == "packets" and words_of(call) > packet_capacity(call, context):
+            return f"more than {packet_capacity(call, context)} words"
+        return None
+
+    def worthwhile(self, call: Call, context: Context) -> str | None:
+        """Why another algorithm is better at this size, or None if this one is taken wherever it fits."""
+        if self.limit == "packets" and call.nbytes > context.tuning.packet_limit[call.collective]:
+            return f"more than {context.tuning.packet_limit[call.collective]} bytes a chunk"
+        return None
+
+
+def words_of(call: Call) -> int:
+    """LL words of one chunk: 32 bits each, or one an element for 8-byte types in reductions."""
+    if call.itemsize == 8:
+        return call.count
+    return -(-call.nbytes // 4)
+
+
+def packet_capacity(call: Call, context: Context) -> int:
+    """Words of one chunk that the packet slots can take at once."""
+    return context.tuning.blocks * PACKETS.value // (2 if call.itemsize == 8 else 1)
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _unit(call: Call, widest: int = 16) -> tuple[str, int, bool]:
+    """(element type, its bytes, whether 16-byte accesses are safe) in which the call is moved.
+
+    Reductions keep their type; pure movement takes the widest unit that divides addresses and sizes.
+    """
+    counts = (call.count,) if call.splits is None else sum(call.splits, ())
+    alignment = min(call.alignment, *(_lowest_bit(count * call.itemsize) for count in counts))
+    if call.op is not None:
+        return call.dtype, call.itemsize, alignment == 16
+    dtype = _UNITS[min(alignment, widest)]
+    return dtype, ITEMSIZE[dtype], alignment == 16
+
+
+def _lowest_bit(value: int) -> int:
+    """The largest power of two, at most 16, that divides `value`."""
+    return 16 if value == 0 else min(16, value & -value)
+
+
+def packets_in(call: Call, context: Context) -> Geometry:
+    """Lays a chunk out for an LL kernel: TILE words a block, few words on many blocks."""
+    tuning = context.tuning
+    dtype, itemsize, aligned = _unit(call, widest=4)
+    tile = tuning.packet_tile
+    if call.itemsize == 8:
+        tile = min(tile, PACKETS.value // 2)
+    while -(-words_of(call) // tile) > tuning.blocks:
+        tile *= 2
+    return Geometry(
+        dtype=dtype,
+        grid=-(-words_of(call) // tile),
+        warps=tuning.packet_warps,
+        aligned=aligned,
+        counts={"count": call.nbytes // itemsize},
+        constants={"TILE": tile, "WIDE": aligned},
+    )
+
+
+def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: int | None = None) -> Geometry:
+    """Lays chunks, or parts of `part_bytes` bytes, out in tiles that pass through `rings` rings of `depth` slots."""
+    return _tiled(call, context, context.ring_bytes // (rings * depth), part_bytes)
+
+
+def copying(call: Call, context: Context, part_bytes: int | None = None) -> Geometry:
+    """Lays chunks, or parts of `part_bytes` bytes, out in tiles for a kernel that needs no scratch."""
+    return _tiled(call, context, context.tuning.tile[0], part_bytes)
+
+
+def _tiled(call: Call, context: Context, room: int, part_bytes: int | None) -> Geometry:
+    tuning = context.tuning
+    dtype, itemsize, aligned = _unit(call)
+    largest, smallest = tuning.tile
+    tile_bytes = 1 << (min(largest, room).bit_length() - 1)
+    grid = tuning.blocks
+    if call.splits is None:  # else the grid must not depend on sizes that other ranks do not know
+        walked = call.nbytes if part_bytes is None else part_bytes
+        tile_bytes = min(tile_bytes, max(smallest, _power_of_two(-(-walked // tuning.blocks))))
+        grid = max(1, min(tuning.blocks, -(-walked // tile_bytes)))
+    counts = {"count": call.nbytes // itemsize}
+    if part_bytes is not None:
+        counts["part"] = part_bytes // itemsize
+    constants = {"TILE": tile_bytes // itemsize, "ALIGN": 16 if aligned else itemsize}
+    return Geometry(dtype, grid, tuning.warps, aligned, counts, constants)

@@ -1,0 +1,75 @@
+"""Arrays and streams of any framework, seen as torch tensors and stream handles."""
+
+from typing import Any
+
+import torch
+
+from tdccl.errors import ArgumentError
+
+TRITON_NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "u8",
+}  # fmt: skip
+
+_ARITHMETIC = {"sum", "avg", "min", "max", "prod"}
+_BITWISE = {"and", "or", "xor"}
+
+
+def as_tensor(array: Any, name: str = "array") -> torch.Tensor:
+    """A torch tensor over the same memory: of a torch, CuPy or NumPy array, or by DLPack or
+    `__cuda_array_interface__`. Raises ArgumentError for anything else."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if hasattr(array, "__dlpack__"):
+        try:
+            return torch.from_dlpack(array)
+        except (RuntimeError, BufferError, TypeError) as error:
+            raise ArgumentError(f"{name}: its memory cannot be shared by DLPack: {error}") from error
+    if hasattr(array, "__cuda_array_interface__"):
+        return torch.as_tensor(array, device="cuda")
+    raise ArgumentError(
+        f"{name} is a {type(array).__name__}, expected a torch tensor, a CuPy array, or anything with "
+        "DLPack or __cuda_array_interface__"
+    )
+
+
+def like(tensor: torch.Tensor, array: Any) -> Any:
+    """`tensor` as an array of the framework that `array` came from, over the same memory."""
+    if isinstance(array, torch.Tensor):
+        return tensor
+    framework = type(array).__module__.partition(".")[0]
+    if framework == "cupy":
+        import cupy
+
+        return cupy.from_dlpack(tensor)
+    if framework == "numpy":
+        return tensor.numpy()
+    return tensor
+
+
+def stream_handle(stream: Any, device: torch.device) -> int:
+    """The raw handle of a stream: None (torch's current one), an int, a torch or a CuPy stream."""
+    if stream is None:
+        return torch._C._cuda_getCurrentRawStream(device.index)
+    if isinstance(stream, int):
+        return stream
+    for attribute in ("cuda_stream", "ptr"):
+        if hasattr(stream, attribute):
+            return getattr(stream, attribute)
+    if hasattr(stream, "__cuda_stream__"):
+        return stream.__cuda_stream__()[1]
+    raise ArgumentError(f"stream is a {type(stream).__name__}, expected None, an int, a torch or a CuPy stream")
+
+
+def check_reduction(collective: str, op: str, dtype: torch.dtype) -> None:
+    """Raises ArgumentError unless `op` is defined for `dtype`."""
+    if op not in _ARITHMETIC | _BITWISE:
+        known = ", ".join(sorted(_ARITHMETIC | _BITWISE))
+        raise ArgumentError(f"{collective}: op is {op!r}, expected one of {known}")
+    if dtype not in TRITON_NAMES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_NAMES)
+        raise ArgumentError(f"{collective}: {dtype} cannot be reduced; it works on {known}")
+    if dtype is torch.bool and op in _ARITHMETIC:
+        raise ArgumentError(f"{collective}: {op} is not defined for bool, expected and, or or xor")
+    if dtype.is_floating_point and op in _BITWISE:
+        raise ArgumentError(f"{collective}: {op} is not defined for {dtype}, expected sum, avg, min, max or prod")

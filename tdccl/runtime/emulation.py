@@ -1,0 +1,223 @@
+"""Triton's own interpreter, made right and fast enough to be tdccl's second target.
+
+What is changed, and why:
+- bf16: the stock interpreter adds bit patterns and truncates; here it computes in fp32 and rounds to even.
+- `tl` is patched once a process, not at each launch and each call of a device function.
+- Arguments are not copied: CPU tensors are the device tensors, so a peer's shared mapping can be passed.
+- Contiguous loads and stores are one memmove.
+- Kernels that were defined before tdccl was imported are interpreted too.
+"""
+
+import ctypes
+import logging
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.jit import JITFunction
+
+core = tl.core  # the interpreter patches what it finds under this name and `tl` in a function's globals
+_builder = interpreter.interpreter_builder
+
+
+def _float32_of(bf16_bits: np.ndarray) -> np.ndarray:
+    return (bf16_bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _bf16_bits_of(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+class _Builder(type(_builder)):
+    """The stock builder with its faults mended."""
+
+    def cast_impl(self, value, to):
+        source, target = value.dtype.scalar, to.scalar
+        if source == target:
+            return TensorHandle(value.data, target)
+        if source == tl.bfloat16:
+            wide = TensorHandle(_float32_of(value.data), tl.float32)
+            return wide if target == tl.float32 else super().cast_impl(wide, target)
+        if target == tl.bfloat16:
+            return TensorHandle(_bf16_bits_of(value.data.astype(np.float32)), tl.bfloat16)
+        return super().cast_impl(value, to)
+
+    def create_fp_ext(self, value, to):
+        return self.cast_impl(value, to)
+
+    def create_fp_trunc(self, value, to):
+        return self.cast_impl(value, to)
+
+    def create_si_to_fp(self, value, to):
+        return self.cast_impl(value, to)
+
+    def create_ui_to_fp(self, value, to):
+        return self.cast_impl(value, to)
+
+    def create_fp_to_si(self, value, to):
+        return self.cast_impl(value, to)
+
+    def create_fp_to_ui(self, value, to):
+        return self.cast_impl(value, to)
+
+    def binary_op(self, left, right, op):
+        if left.dtype.scalar != tl.bfloat16:
+            return super().binary_op(left, right, op)
+        left, right = (TensorHandle(_float32_of(side.data), tl.float32) for side in (left, right))
+        result = super().binary_op(left, right, op)
+        if result.data.dtype == np.bool_:
+            return result
+        return self.cast_impl(result, tl.bfloat16)
+
+    def create_load(self, pointer, *policy):
+        return self.create_masked_load(pointer, None, None, *policy)
+
+    def create_store(self, pointer, value, *policy):
+        return self.create_masked_store(pointer, value, None, *(policy or (None,)))
+
+    def create_masked_load(self, pointers, mask, other, *policy):
+        element = pointers.get_element_ty()
+        dtype = interpreter._get_np_dtype(element)
+        address, run = _contiguous(pointers.data, mask, dtype.itemsize)
+        if run is None:
+            mask = _full_mask(pointers, mask)
+            return super().create_masked_load(pointers, mask, other, *policy)
+        loaded = np.empty(pointers.data.size, dtype)
+        if run < loaded.size:
+            loaded[run:] = 0 if other is None else other.data.reshape(-1)[run:]
+        ctypes.memmove(loaded.ctypes.data, address, run * dtype.itemsize)
+        return TensorHandle(loaded.reshape(pointers.data.shape), element)
+
+    def create_masked_store(self, pointers, value, mask, *policy):
+        address, run = _contiguous(pointers.data, mask, value.data.itemsize)
+        if run is None:
+            mask = _full_mask(pointers, mask)
+            super().create_masked_store(pointers, value, mask, *policy)
+            return
+        stored = np.ascontiguousarray(value.data)
+        ctypes.memmove(address, stored.ctypes.data, run * stored.itemsize)
+
+
+def _full_mask(pointers, mask) -> TensorHandle:
+    if mask is None:
+        return TensorHandle(np.ones_like(pointers.data, dtype=bool), tl.int1)
+    return TensorHandle(mask.data.astype(bool), tl.int1)  # 3.9 lets an int8 through
+
+
+_NO_RUN = (0, None)
+_SHORT = 32  # below so many elements finding a run costs more than it saves
+
+
+def _contiguous(pointers: np.ndarray, mask, itemsize: int):
+    """(address, elements) if exactly a leading run of adjacent elements is accessed, else (0, None)."""
+    flat = pointers.reshape(-1)
+    run = flat.size
+    if run < _SHORT:
+        return _NO_RUN
+    if mask is not None:
+        wanted = mask.data.reshape(-1)
+        run = int(np.count_nonzero(wanted))
+        if run < flat.size and not wanted[:run].all():
+            return _NO_RUN
+        if run == 0:
+            return 0, 0
+    first = int(flat[0])
+    if int(flat[run - 1]) - first != (run - 1) * itemsize:
+        return _NO_RUN
+    if run > 2 and not (np.diff(flat[:run]) == itemsize).all():
+        return _NO_RUN
+    return first, run
+
+
+def _call_device_function(self, *args, **kwargs):
+    return self.rewrite()(*args, **kwargs)
+
+
+def _interpreted(function: JITFunction) -> InterpretedFunction:
+    twin = getattr(function, "_tdccl_interpreted", None)
+    if twin is None:
+        twin = function._tdccl_interpreted = InterpretedFunction(function.fn)
+    return twin
+
+
+def _run_kernel(self, *args, grid, warmup=False, **kwargs):
+    """Replaces the launch of `kernel[grid](...)`, for kernels of users."""
+    if warmup:
+        return
+    function = self.rewrite()
+    names = self.arg_names
+    constexprs = {name for name, kind in function.__annotations__.items() if "constexpr" in str(kind)}
+    bound = dict(zip(names, args))
+    bound.update((name, value) for name, value in kwargs.items() if name in names)
+    values = {n: v if n in constexprs else _convert(v) for n, v in bound.items()}
+    shape = grid(bound) if callable(grid) else grid
+    _run_blocks(function, (), values, (*shape, 1, 1)[:3])
+
+
+def _convert(value: Any):
+    """A value as a kernel argument; the constexpr fields of a Team stay what they are."""
+    if hasattr(value, "_fields"):
+        hints = type(value).__annotations__
+        fields = (v if "constexpr" in str(hints[n]) else _convert(v) for n, v in zip(value._fields, value))
+        return type(value)(*fields)
+    if isinstance(value, tuple):
+        return tuple(map(_convert, value))
+    return interpreter._implicit_cvt(value)
+
+
+def _patch() -> None:
+    """Makes this process interpret every Triton kernel."""
+    triton.knobs.runtime.interpret = True
+    try:
+        _builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    except TypeError:
+        logging.getLogger(__name__).debug("this Triton's interpreter has no overflow sanitiser")
+    _builder.__class__ = _Builder
+    # Triton's own device functions, if Triton was imported before it was told to interpret.
+    for owner in (tl, tl.core, tl.standard, tl.math, tl.tensor):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, JITFunction):
+                setattr(owner, name, InterpretedFunction(value.fn))
+    interpreter._patch_lang(_patch)  # never restored: it looks at this module's `tl` and `core`
+    tl.tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])  # range(tensor) on NumPy >= 2.4
+    # A loop variable is a plain int here, and constexpr does not know int % constexpr.
+    tl.constexpr.__rmod__ = lambda self, other: other % self.value
+    InterpretedFunction.__call__ = _call_device_function
+    InterpretedFunction.run = _run_kernel
+    JITFunction.__call__ = lambda self, *args, **kwargs: _interpreted(self)(*args, **kwargs)
+    JITFunction.run = lambda self, *args, **kwargs: _interpreted(self).run(*args, **kwargs)
+
+
+_patch()
+
+
+def as_argument(types, value):
+    """`value` as the interpreter wants an argument of these (nested) types."""
+    if isinstance(types, tuple):
+        converted = [as_argument(inner, v) for inner, v in zip(types, value)]
+        return type(types)(*converted) if hasattr(types, "_fields") else tuple(converted)
+    if types == "constexpr":
+        return value
+    numpy_type = {"i32": np.int32, "i64": np.int64}.get(types, np.uint64)
+    triton_type = tl.str_to_ty(types, None)
+    return tl.tensor(TensorHandle(np.array([value], dtype=numpy_type), triton_type), triton_type)
+
+
+def interpret(kernel, arguments: list, grid: tuple[int, int, int]) -> None:
+    """Runs the blocks of a grid one after another, on arguments made by `as_argument`."""
+    _run_blocks(kernel.rewrite(), arguments, {}, grid)
+
+
+def _run_blocks(function, args, kwargs, grid: tuple[int, int, int]) -> None:
+    _builder.set_grid_dim(*grid)
+    with np.errstate(all="ignore"):
+        for x in range(grid[0]):
+            for y in range(grid[1]):
+                for z in range(grid[2]):
+                    _builder.set_grid_idx(x, y, z)
+                    function(*args, **kwargs)

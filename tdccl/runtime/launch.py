@@ -1,0 +1,166 @@
+"""From a kernel and its arguments to something that launches in a few microseconds.
+
+A `Signature` names a kernel's arguments with their types; `compile_kernel` makes machine code of it, with or
+without a GPU; `Launcher` binds values once and then launches with two fresh addresses a call.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from tdccl.environment import emulated
+from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES, Symmetric, Team
+from tdccl.runtime.algorithm import Geometry
+
+_C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
+
+
+class Arguments:
+    """A kernel's arguments by name: their types, their values, and which addresses are 16-byte aligned.
+
+    Values of "constexpr" type are baked in; `send` and `recv` change from call to call.
+    """
+
+    def __init__(self, kernel, geometry: Geometry, symmetric: tuple[str, ...], op: str | None):
+        """Types from the geometry; `values` still lacks team, send and recv."""
+        names = kernel.arg_names
+        pointer = "*" + geometry.dtype
+        self.types: dict[str, Any] = {"team": TEAM_TYPES}
+        for name in ("send", "recv"):
+            self.types[name] = SYMMETRIC_TYPES if name in symmetric else pointer
+        self.values: dict[str, Any] = {}
+        for name, value in geometry.counts.items():
+            self.types[name] = ("i64",) * len(value) if isinstance(value, tuple) else "i64"
+            self.values[name] = value
+        for name, value in geometry.scalars.items():
+            self.types[name] = "i32"
+            self.values[name] = value
+        for name, value in {**geometry.constants, "DTYPE": _element(geometry.dtype), "OP": op}.items():
+            self.types[name] = "constexpr"
+            self.values[name] = value
+        self.types = {name: self.types[name] for name in names}
+        self.values = {name: self.values[name] for name in names if name in self.values}
+        lanes = 128 // _element(geometry.dtype).primitive_bitwidth
+        self._promises = {name: lanes for name in geometry.counts} if geometry.aligned else {}
+        if geometry.aligned:
+            self._promises |= {"send": 16, "recv": 16}
+
+    def promised(self, name: str) -> int:
+        """A power of two that divides the argument's value, as the compiler is told."""
+        return 16 if name == "team" else self._promises.get(name, 1)
+
+
+def _element(dtype: str) -> tl.dtype:
+    return tl.str_to_ty("*" + dtype, None).element_ty
+
+
+def _leaves(types, values=None, path=()):
+    """(path, type, value) of every scalar in nested tuples of types."""
+    if isinstance(types, tuple):
+        for i, inner in enumerate(types):
+            yield from _leaves(inner, None if values is None else values[i], (*path, i))
+    else:
+        yield path, types, values
+
+
+def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: int, target):
+    """Compiles for `target` (a triton GPUTarget); needs no GPU. Returns Triton's CompiledKernel."""
+    from triton.compiler import ASTSource
+
+    constants, attributes = {}, {}
+    for position, (name, types) in enumerate(arguments.types.items()):
+        values = team_constants if name == "team" else arguments.values.get(name)
+        for path, leaf, value in _leaves(types, values, (position,)):
+            if leaf == "constexpr":
+                constants[path] = value
+            elif leaf.startswith("*") or name != "team":
+                divisor = arguments.promised(name)
+                if divisor > 1 and leaf != "i32":
+                    attributes[path] = [["tt.divisibility", divisor]]
+    source = ASTSource(kernel, arguments.types, constants, attributes)
+    # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+class Launcher:
+    """A kernel with its arguments bound; called with the addresses (or offsets) of send and recv."""
+
+    def __init__(self, kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]):
+        """tables: for each symmetric argument, the address of its table of segment bases."""
+        values = dict(arguments.values, team=team)
+        for name in ("send", "recv"):
+            if name in arguments.types:
+                values[name] = Symmetric(tables[name], 0) if name in tables else 0
+        bind = _bind_emulated if emulated() else _bind_cuda
+        self._launch = bind(kernel, arguments, values, geometry)
+
+    def __call__(self, send: int, recv: int, stream: int) -> None:
+        self._launch(send, recv, stream)
+
+
+@functools.cache
+def _target():
+    return triton.runtime.driver.active.get_current_target()
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
+    from cuda.bindings import driver
+
+    constants = tuple((n, str(v)) for n, v in values.items() if arguments.types[n] == "constexpr")
+    promises = tuple((n, arguments.promised(n)) for n in arguments.types)
+    import torch
+
+    device = torch.cuda.current_device()
+    key = (kernel.fn, str(arguments.types), constants, promises, values["team"][5:], geometry.warps, device)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = compile_kernel(kernel, arguments, values["team"], geometry.warps, _target())
+        compiled._init_handles()
+        _compiled[key] = compiled
+
+    cells, fresh = [], {}
+    for name, types in arguments.types.items():
+        for _, leaf, value in _leaves(types, values[name]):
+            if leaf != "constexpr":
+                cells.append(_C_TYPES.get(leaf, ctypes.c_void_p)(value))
+        if name in ("send", "recv"):
+            fresh[name] = cells[-1]  # the address itself, or the offset that a Symmetric ends with
+    cells += [ctypes.c_void_p(0), ctypes.c_void_p(0)]  # Triton's two scratch pointers, unused here
+    pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+    parameters = ctypes.addressof(pointers)
+    send_cell = fresh.get("send", ctypes.c_int64())
+    recv_cell = fresh.get("recv", ctypes.c_int64())
+    function = driver.CUfunction(compiled.function)
+    threads, shared, grid = geometry.warps * 32, compiled.metadata.shared, geometry.grid
+    launch_kernel = driver.cuLaunchKernel
+
+    def launch(send, recv, stream, _keep=(compiled, cells, pointers)):
+        send_cell.value = send
+        recv_cell.value = recv
+        (status,) = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)
+        if status:
+            raise RuntimeError(f"cuLaunchKernel of {kernel.fn.__name__}: {status}")
+
+    return launch
+
+
+def _bind_emulated(kernel, arguments: Arguments, values, geometry: Geometry):
+    from tdccl.runtime.emulation import as_argument, interpret
+
+    def launch(send, recv, stream):
+        bound = []
+        for name, types in arguments.types.items():
+            value = values[name]
+            if name in ("send", "recv"):
+                address = send if name == "send" else recv
+                value = value._replace(offset=address) if isinstance(value, Symmetric) else address
+            bound.append(as_argument(types, value))
+        interpret(kernel, bound, (geometry.grid, 1, 1))
+
+    return launch

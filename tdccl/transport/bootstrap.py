@@ -1,0 +1,172 @@
+"""How ranks find each other before they share memory: one small interface over a Store, MPI, or a TCP address."""
+
+import os
+import pickle
+import time
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from tdccl import environment
+from tdccl.errors import InitError
+
+
+class Bootstrap(ABC):
+    """Rank, size, and a way to hand small objects to all; every method is collective over its ranks."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, in rank order. Raises InitError, naming who did not come in time."""
+
+    @abstractmethod
+    def subgroup(self, members: list[int], name: str) -> "Bootstrap":
+        """A bootstrap among `members` (ranks of this one, in their new order); called by members alone."""
+
+    def barrier(self) -> None:
+        """Returns once all ranks have called it."""
+        self.exchange(None)
+
+
+def _missing(absent: list[int], size: int, seconds: float) -> InitError:
+    ranks = ", ".join(map(str, absent))
+    return InitError(
+        f"rank{'s' if len(absent) > 1 else ''} {ranks} of {size} did not come within {seconds:g} s. "
+        "Are all of them started, with the same size and the same address?"
+    )
+
+
+class StoreBootstrap(Bootstrap):
+    """Over a torch.distributed Store."""
+
+    def __init__(self, store, rank: int, size: int, timeout: float, prefix: str = "tdccl"):
+        if not 0 <= rank < size:
+            raise InitError(f"rank is {rank}, expected 0 to {size - 1}")
+        self.rank, self.size = rank, size
+        self._store, self._timeout, self._prefix = store, timeout, prefix
+        self._round = 0
+
+    def exchange(self, value: Any) -> list[Any]:
+        self._round += 1
+        keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], pickle.dumps(value))
+        try:
+            self._store.wait(keys, timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise _missing(absent, self.size, self._timeout) from error
+        values = [pickle.loads(self._store.get(key)) for key in keys]
+        if self._round > 2:  # all have written the last round, so all have read the one before
+            self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
+        return values
+
+    def subgroup(self, members: list[int], name: str) -> "StoreBootstrap":
+        prefix = f"{self._prefix}/{name}"
+        return StoreBootstrap(self._store, members.index(self.rank), len(members), self._timeout, prefix)
+
+
+class MPIBootstrap(Bootstrap):
+    """Over an mpi4py communicator: messages between pairs, because a collective of MPI has no deadline."""
+
+    # One tag for all: messages of a pair keep their order, and all ranks exchange in the same order.
+    _TAG = 21473
+
+    def __init__(self, comm, timeout: float, members: list[int] | None = None):
+        self._comm, self._timeout = comm, timeout
+        self._members = list(range(comm.Get_size())) if members is None else members
+        self.rank, self.size = self._members.index(comm.Get_rank()), len(self._members)
+
+    def exchange(self, value: Any) -> list[Any]:
+        values = [value] * self.size
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sent = [self._comm.isend(value, self._members[rank], self._TAG) for rank in others]
+        pending = {rank: self._comm.irecv(source=self._members[rank], tag=self._TAG) for rank in others}
+        deadline = time.monotonic() + self._timeout
+        while pending:
+            for rank, request in list(pending.items()):
+                done, received = request.test()
+                if done:
+                    values[rank] = received
+                    del pending[rank]
+            if pending and time.monotonic() > deadline:
+                for request in [*pending.values(), *sent]:
+                    request.cancel()
+                raise _missing(sorted(pending), self.size, self._timeout)
+            if pending:
+                time.sleep(0.0002)
+        for request in sent:
+            request.wait()
+        return values
+
+    def subgroup(self, members: list[int], name: str) -> "MPIBootstrap":
+        world = [self._members[rank] for rank in members]
+        return MPIBootstrap(self._comm, self._timeout, world)
+
+
+@cache
+def _tcp_store(host: str, port: int, rank: int, timeout: float):
+    import torch.distributed as dist
+
+    try:
+        return dist.TCPStore(
+            host, port, is_master=rank == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        )
+    except RuntimeError as error:
+        role = "cannot listen" if rank == 0 else "found nobody listening (is rank 0 started?)"
+        raise InitError(f"rank {rank} {role} at {host}:{port}: {error}") from error
+
+
+@cache
+def _torchrun_store(timeout: float):
+    import torch.distributed as dist
+
+    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
+
+
+_inits = 0
+
+
+def _next_prefix() -> str:
+    global _inits
+    _inits += 1
+    return f"tdccl/{_inits}"
+
+
+def discover(mpi=None, store=None, rank: int | None = None, size: int | None = None, timeout: float = 60.0):
+    """The bootstrap for what the caller gave, or for the launcher's environment.
+
+    In order: `mpi` (an mpi4py communicator); `store` with rank and size; TDCCL_INIT=tcp://host:port with rank and
+    size (given, or RANK and WORLD_SIZE); torchrun's environment; mpirun's. Raises InitError if there is none.
+    """
+    variables = os.environ
+    if mpi is not None:
+        return MPIBootstrap(mpi, timeout)
+    if store is not None:
+        if rank is None or size is None:
+            raise InitError("init(store=...) also needs rank= and size=")
+        return StoreBootstrap(store, rank, size, timeout)
+    if address := environment.rendezvous_address():
+        rank = int(variables.get("RANK", -1)) if rank is None else rank
+        size = int(variables.get("WORLD_SIZE", -1)) if size is None else size
+        if rank < 0 or size < 1:
+            raise InitError(f"TDCCL_INIT={address} also needs rank= and size=, or RANK and WORLD_SIZE")
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        if not address.startswith("tcp://") or not host or not port.isdigit():
+            raise InitError(f"TDCCL_INIT is {address!r}, expected tcp://host:port")
+        return StoreBootstrap(_tcp_store(host, int(port), rank, timeout), rank, size, timeout, _next_prefix())
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys():
+        rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        return StoreBootstrap(_torchrun_store(timeout), rank, size, timeout, _next_prefix())
+    if variables.keys() & {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE"}:
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise InitError("started by mpirun, but mpi4py is missing: pip install tdccl[mpi]") from error
+        return MPIBootstrap(MPI.COMM_WORLD, timeout)
+    raise InitError(
+        "no launcher found: start with torchrun or mpirun, set TDCCL_INIT=tcp://host:port with rank= and "
+        "size=, or pass mpi= or store="
+    )
