@@ -23,8 +23,7 @@ def _one_shot(
 ):  # fmt: skip
     """All-reduces the words `index` of `count` elements by packets; see `one_shot_ll`."""
     place = tl.arange(0, index.numel)
-    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
-    mask = index * lanes < count
+    mask = index < shmem.words_in(count, DTYPE, WIDE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)

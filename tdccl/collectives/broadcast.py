@@ -34,8 +34,7 @@ def push_ll(
     shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
     place = tl.arange(0, TILE)
     index = tl.program_id(0).to(tl.int64) * TILE + place
-    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
-    mask = index * lanes < count
+    mask = index < shmem.words_in(count, DTYPE, WIDE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     if team.rank == root:
         for distance in tl.static_range(1, team.size):

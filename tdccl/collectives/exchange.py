@@ -29,8 +29,7 @@ def push_ll(
     epoch = shmem.begin(team)
     place = tl.arange(0, TILE)
     index = tl.program_id(0).to(tl.int64) * TILE + place
-    lanes: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
-    mask = index * lanes < count
+    mask = index < shmem.words_in(count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
         pe = (team.rank + distance) % team.size
         words = shmem.load_words(send + pe * send_stride, index, count, DTYPE, WIDE)

@@ -13,6 +13,7 @@ from tdccl.language.packets import (
     load_words,
     put_words,
     store_words,
+    words_in,
 )
 from tdccl.language.reduce import accumulate, fold, settle, widen
 from tdccl.language.signals import (

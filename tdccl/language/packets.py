@@ -17,8 +17,13 @@ from tdccl.language.team import PACKET_KIND, packet_offset
 
 
 @triton.jit
-def _bits(DTYPE: tl.constexpr):
-    return tl.constexpr(DTYPE.primitive_bitwidth)
+def words_in(count, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Number of words that `count` elements make; the last may be partly filled unless WIDE."""
+    LANES: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
+    if WIDE:
+        return count // LANES
+    else:
+        return (count + LANES - 1) // LANES
 
 
 @triton.jit
@@ -33,7 +38,8 @@ def load_words(pointer, index, count, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     LANES: tl.constexpr = 1 if BITS >= 32 else 32 // BITS
     WORD: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
     if WIDE or LANES == 1:
-        return tl.load(pointer.to(tl.pointer_type(WORD)) + index, mask=index < count // LANES, other=0)
+        mask = index < words_in(count, DTYPE, True)
+        return tl.load(pointer.to(tl.pointer_type(WORD)) + index, mask=mask, other=0)
     else:
         ELEMENT: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16
         elements = pointer.to(tl.pointer_type(ELEMENT))
@@ -51,7 +57,7 @@ def store_words(pointer, index, words, count, DTYPE: tl.constexpr, WIDE: tl.cons
     LANES: tl.constexpr = 1 if BITS >= 32 else 32 // BITS
     WORD: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
     if WIDE or LANES == 1:
-        tl.store(pointer.to(tl.pointer_type(WORD)) + index, words, mask=index < count // LANES)
+        tl.store(pointer.to(tl.pointer_type(WORD)) + index, words, mask=index < words_in(count, DTYPE, True))
     else:
         ELEMENT: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16
         elements = pointer.to(tl.pointer_type(ELEMENT))

@@ -11,12 +11,15 @@ from tdccl.language.target import POLLS_A_CHECK, clock, pause
 from tdccl.language.team import (
     BARRIER,
     MAX_RANKS,
-    STATE_BYTES,
     TIMED_OUT_CODE,
+    USER,
     begin,
     end,
     signal_offset,
 )
+
+# Defaults of device functions must be constexpr already.
+RELEASE, SET, GE = tl.constexpr("release"), tl.constexpr("set"), tl.constexpr("ge")
 
 
 @triton.jit
@@ -53,7 +56,7 @@ def fence():
 
 
 @triton.jit
-def signal_op(pointer, value, OP: tl.constexpr = "set", SEM: tl.constexpr = "release"):
+def signal_op(pointer, value, OP: tl.constexpr = SET, SEM: tl.constexpr = RELEASE):
     """Sets the int64 signal at `pointer` (local or a peer's) to `value`, or adds `value` to it (OP="add").
 
     Ordering: release at sys scope for the calling thread; call `fence` before it to cover the block.
@@ -119,7 +122,7 @@ def record_fault(team, peer, kind, epoch, expected, seen):
 
 
 @triton.jit
-def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = "ge", KIND: tl.constexpr = 3):
+def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = GE):
     """Waits until the int64 signal at `pointer` compares with `value`; returns the value seen.
 
     CMP is ge (wrap-safe), gt, eq or ne; `peer` is the rank to name if it never comes.
@@ -127,16 +130,18 @@ def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = "ge", KIND: tl.c
     released. Bounded: ends after the team's timeout, or on abort, with the fault recorded.
     OpenSHMEM: `shmem_signal_wait_until`.
     """
-    seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+    seen = tl.load(pointer, volatile=True)
     go = True
     polls = 0
     started = tl.full([], 0, tl.int64)
     while (not _holds(seen, value, CMP)) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+        seen = tl.load(pointer, volatile=True)
+    tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
     if not _holds(seen, value, CMP):
-        record_fault(team, peer, KIND, tl.full([], 0, tl.int64), value, seen)
+        zero = tl.full([], 0, tl.int64)
+        record_fault(team, zero + peer, USER, zero, zero + value, seen)
     tl.debug_barrier()
     return seen
 
@@ -149,7 +154,7 @@ def _peers(team):
 
 
 @triton.jit
-def signal_peers(team, epoch, KIND: tl.constexpr, step, wanted, SEM: tl.constexpr = "release"):
+def signal_peers(team, epoch, KIND: tl.constexpr, step, wanted, SEM: tl.constexpr = RELEASE):
     """Tells this block of every peer in the mask `wanted` ([MAX_RANKS]) that this rank has reached `step`.
 
     Ordering: block barrier, then release at sys scope: what the block did before is visible to
@@ -164,7 +169,7 @@ def signal_peers(team, epoch, KIND: tl.constexpr, step, wanted, SEM: tl.constexp
 
 
 @triton.jit
-def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = "release"):
+def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = RELEASE):
     """`signal_peers` to every peer."""
     signal_peers(team, epoch, KIND, step, tl.arange(0, MAX_RANKS) >= 0, SEM)
 
@@ -178,10 +183,9 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     """
     ranks, peers = _peers(team)
     wanted = wanted & peers
-    zero = tl.full([MAX_RANKS], 0, tl.int64)
     target = (epoch << 32) + step
     mine = (team.local + signal_offset(team, KIND, ranks)).to(tl.pointer_type(tl.int64))
-    seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
+    seen = tl.load(mine, mask=wanted, other=0, volatile=True)
     late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
     go = True
     polls = 0
@@ -189,8 +193,10 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     while (late >= 0) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
+        seen = tl.load(mine, mask=wanted, other=0, volatile=True)
         late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
+    # The polls only look; this one read acquires. A signal never falls back, so it reads no less.
+    tl.atomic_add(mine, tl.full([MAX_RANKS], 0, tl.int64), mask=wanted, sem="acquire", scope="sys")
     if late >= 0:
         record_fault(team, late, KIND, epoch, target, tl.sum(tl.where(ranks == late, seen, 0)))
     tl.debug_barrier()
