@@ -7,7 +7,7 @@ grow, are never reset, and are compared wrap-safe by the sign of the difference.
 import triton
 import triton.language as tl
 
-from tdccl.language.target import POLLS_A_CHECK, clock, pause
+from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock, pause
 from tdccl.language.team import (
     BARRIER,
     MAX_RANKS,
@@ -84,32 +84,49 @@ def _holds(seen, value, CMP: tl.constexpr):
 
 
 @triton.jit
+def look(pointer):
+    """The int64 at `pointer`, read by one thread for the whole block, so that the block decides as one.
+
+    Ordering: relaxed at sys scope. (Triton makes a load of an atomic addition of zero.)
+    """
+    return tl.atomic_add(pointer, 0, sem="relaxed", scope="sys")
+
+
+@triton.jit
+def _stop_word(team):
+    return (team.local + 64).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
 def may_go_on(team, polls, started):
     """Whether a wait that began at `started` ns may poll again: no abort was asked for, no deadline passed.
 
     Returns (go on, started): `started` is 0 on the first call and is filled in here, so that a wait
-    that is satisfied at once reads no clock. Ordering: none.
+    that is satisfied at once reads no clock. One failed wait sets the stop word of its rank, which ends all
+    others there. The answer is the same for all threads of the block. Ordering: none.
     """
     go = polls >= 0
     pause(polls)
     if polls % POLLS_A_CHECK == 0:
         now = clock(team)
         started = tl.where(started == 0, now, started)
-        aborted = tl.load(team.control, volatile=True) != 0
-        go = (now - started < team.timeout) & (not aborted)
+        stop = (now - started >= team.timeout).to(tl.int64)
+        if polls % POLLS_A_LOOK_AT_HOST == 0:
+            stop = tl.where(look(team.control) != 0, 1, stop)
+        # The exchange makes one thread's clock everyone's; what it finds counts from the next check on.
+        go = tl.atomic_max(_stop_word(team), stop, sem="relaxed", scope="gpu") == 0
     return go, started
 
 
 @triton.jit
 def record_fault(team, peer, kind, epoch, expected, seen):
-    """Notes in the control block who waited for whom, and makes every other wait of this rank end.
+    """Notes in the control block who waited for whom.
 
     The first failed wait of a rank wins; one that ended because of an abort notes nothing.
     Ordering: the record is released at sys scope by the abort word, which the host reads first.
     """
-    aborted = tl.load(team.control, volatile=True) != 0
-    if not aborted:
-        claim = (team.local + 64).to(tl.pointer_type(tl.int64))
+    claim = (team.local + 72).to(tl.pointer_type(tl.int64))
+    if look(team.control) == 0:
         if tl.atomic_cas(claim, tl.full([], 0, tl.int64), tl.full([], 1, tl.int64)) == 0:
             tl.store(team.control + 1, tl.program_id(0).to(tl.int64))
             tl.store(team.control + 2, peer.to(tl.int64))
@@ -130,15 +147,15 @@ def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = GE):
     released. Bounded: ends after the team's timeout, or on abort, with the fault recorded.
     OpenSHMEM: `shmem_signal_wait_until`.
     """
-    seen = tl.load(pointer, volatile=True)
+    seen = look(pointer)
     go = True
     polls = 0
     started = tl.full([], 0, tl.int64)
     while (not _holds(seen, value, CMP)) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = tl.load(pointer, volatile=True)
-    tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+        seen = look(pointer)
+    tl.atomic_add(pointer, 0, sem="acquire", scope="sys")  # the looks order nothing; this one read acquires
     if not _holds(seen, value, CMP):
         zero = tl.full([], 0, tl.int64)
         record_fault(team, zero + peer, USER, zero, zero + value, seen)
@@ -178,6 +195,8 @@ def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = RELEAS
 def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     """Waits until this block of every peer in the mask `wanted` ([MAX_RANKS]) has signalled `step` of `epoch`.
 
+    One thread a peer polls, all peers at once; the additions of zero give every thread the same values.
+
     Ordering: acquire at sys scope, then a block barrier: the block sees what those peers released.
     Bounded as `signal_wait`.
     """
@@ -185,7 +204,8 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     wanted = wanted & peers
     target = (epoch << 32) + step
     mine = (team.local + signal_offset(team, KIND, ranks)).to(tl.pointer_type(tl.int64))
-    seen = tl.load(mine, mask=wanted, other=0, volatile=True)
+    zero = tl.full([MAX_RANKS], 0, tl.int64)
+    seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
     late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
     go = True
     polls = 0
@@ -193,10 +213,8 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     while (late >= 0) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = tl.load(mine, mask=wanted, other=0, volatile=True)
+        seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
         late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
-    # The polls only look; this one read acquires. A signal never falls back, so it reads no less.
-    tl.atomic_add(mine, tl.full([MAX_RANKS], 0, tl.int64), mask=wanted, sem="acquire", scope="sys")
     if late >= 0:
         record_fault(team, late, KIND, epoch, target, tl.sum(tl.where(ranks == late, seen, 0)))
     tl.debug_barrier()

@@ -51,5 +51,7 @@ def pause(polls):
     pass
 
 
-# A GPU looks at clock and abort word once in so many polls: the abort word lies across PCIe.
-POLLS_A_CHECK = tl.constexpr(1 if emulated() else 256)
+# How often a wait looks at the clock and at this rank's stop word, and how often at the host's abort word, which
+# lies across PCIe: when all blocks read it often, the reads alone hold peers up long enough to make them read too.
+POLLS_A_CHECK = tl.constexpr(1 if emulated() else 64)
+POLLS_A_LOOK_AT_HOST = tl.constexpr(1 if emulated() else 2048)
