@@ -43,7 +43,7 @@ EMULATION = Tuning(
     packet_limit=dict.fromkeys(GPU.packet_limit, 8 << 10),
     packet_tile=1024,
     packet_warps=1,
-    blocks=4,
+    blocks=2,
     warps=1,
-    tile=(32 << 10, 32 << 10),
+    tile=(64 << 10, 64 << 10),
 )

@@ -1,0 +1,49 @@
+"""The table of cases: which collectives, dtypes, ops, sizes, algorithms and placements the tests go through."""
+
+import torch
+
+from tdccl import environment, tuning
+from tdccl.collectives import ALGORITHMS
+
+REDUCED = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+MOVED = [torch.float8_e4m3fn, torch.complex128, torch.complex64, torch.bool, torch.bfloat16, torch.float32]
+# An interpreted message larger than scratch takes a second: not every dtype goes through one.
+LARGE = [torch.float64, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.complex64]
+REDUCTIONS = ["all_reduce", "reduce_scatter"]
+MOVEMENTS = ["all_gather", "broadcast", "all_to_all"]
+
+
+def ops_of(dtype: torch.dtype) -> list[str]:
+    bitwise, arithmetic = ["and", "or", "xor"], ["sum", "avg", "min", "max", "prod"]
+    if dtype is torch.bool:
+        return bitwise
+    return arithmetic if dtype.is_floating_point else arithmetic + bitwise
+
+
+def the_tuning() -> tuning.Tuning:
+    return tuning.EMULATION if environment.emulated() else tuning.GPU
+
+
+def counts_of(dtype: torch.dtype, algorithm: str) -> list[int]:
+    """Elements a chunk: none, few, around 1 KiB, around one tile, and larger than a scratch of 2 MiB."""
+    numbers = the_tuning()
+    packets = algorithm.endswith("ll")
+    kilobyte = 1024 // dtype.itemsize
+    tile = (numbers.packet_tile * 4 if packets else numbers.tile[1]) // dtype.itemsize
+    around = [0, 1, 7, kilobyte - 1, kilobyte, kilobyte + 1, tile - 1, tile, tile + 1]
+    if packets or dtype not in LARGE:
+        return around
+    return [*around, (9 << 18) // dtype.itemsize + 3, (9 << 18) // dtype.itemsize]
+
+
+def few_counts(dtype: torch.dtype) -> list[int]:
+    """Enough to try an op whose addressing another op has already proven."""
+    return [7, 1024 // dtype.itemsize + 1]
+
+
+def algorithms_of(collective: str, symmetric: bool) -> list[str]:
+    """Names of the algorithms that a plain or a symmetric placement has to be tried with."""
+    return [a.name for a in ALGORITHMS[collective] if bool(a.symmetric) == symmetric]

@@ -1,0 +1,26 @@
+import os
+
+# A small scratch, so that a message larger than it stays cheap; must be set before any rank starts.
+os.environ.setdefault("TDCCL_SCRATCH_MB", "2")
+
+import pool  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """The pool of ranks that all tests share."""
+    if torch.cuda.is_available():
+        import precompile
+
+        precompile.everything()
+    shared = pool.RankPool(pool.LARGEST_WORLD)
+    yield shared
+    shared.close()
+
+
+def pytest_generate_tests(metafunc):
+    """`world` runs over every size of the pool."""
+    if "world" in metafunc.fixturenames:
+        metafunc.parametrize("world", range(1, pool.LARGEST_WORLD + 1), ids=lambda world: f"world{world}")

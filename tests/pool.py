@@ -1,0 +1,89 @@
+"""Ranks that are started once and run many test bodies.
+
+A body is a module-level function `body(comm, **arguments)` of a test module. `RankPool.run` calls it on the first
+`world` ranks, each with a communicator over just these, and raises with what every failed rank said.
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+LARGEST_WORLD = 4 if not torch.cuda.is_available() else min(4, torch.cuda.device_count() if not os.environ.get("TDCCL_SHARE_GPU") else 4)
+
+
+class RankPool:
+    """`size` processes, one a rank, that live as long as the test session or until one of them fails to answer."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes, self._processes = [], []
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self._folder.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, body, world: int, seconds: float = 240, **arguments) -> list:
+        """Runs body(comm, **arguments) on ranks 0 .. world-1; returns what each returned."""
+        for pipe in self._pipes[:world]:
+            pipe.send((body.__module__, body.__qualname__, world, arguments))
+        answers, complaints = [], []
+        for rank, pipe in enumerate(self._pipes[:world]):
+            try:
+                ok, answer = pipe.recv() if pipe.poll(seconds) else (False, f"no answer within {seconds} s")
+            except EOFError:
+                ok, answer = False, f"died with exit code {self._processes[rank].exitcode}"
+            answers.append(answer)
+            if not ok:
+                complaints.append(f"rank {rank} of {world}: {answer}")
+                seconds = min(seconds, 15)  # the others are at most waiting for this one
+        if complaints:
+            self.close()
+            self._start()
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
+            repeat = f"\nrepeat with: python -m pytest '{test}'"
+            raise AssertionError("\n".join(complaints) + repeat)
+        return answers
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, folder: str, pipe) -> None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    import tdccl
+
+    communicators = {}
+    while True:
+        try:
+            module, name, world, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if world not in communicators:
+                store = dist.FileStore(f"{folder}/world{world}", world)
+                communicators[world] = tdccl.init(store=store, rank=rank, size=world, timeout=30)
+            body = getattr(importlib.import_module(module), name)
+            pipe.send((True, body(communicators[world], **arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

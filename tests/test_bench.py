@@ -1,0 +1,193 @@
+"""The bench as its users start it, and the parts that judge and count."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import data, options, report
+from bench.collectives import COLLECTIVES, DTYPES, OPS, Buffers, Case
+
+ROOT = Path(__file__).parents[1]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+AS_ROOT += ("PRTE_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM")
+
+
+def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TDCCL_EMULATE": "1", **dict.fromkeys(AS_ROOT, "1")}
+    command = [*launcher, sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def case(
+    name: str, rank: int = 0, ranks: int = 2, limit: int = 1024, dtype: str = "bfloat16", op="sum", in_place=False
+):
+    collective = COLLECTIVES[name]
+    return Case(collective, limit, dtype, op if collective.reduces else None, 0, rank, ranks, in_place)
+
+
+def buffers() -> Buffers:
+    return Buffers(torch.zeros(4096, dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="needs mpirun")
+def test_under_mpirun():
+    small = ("-b", "1K", "-e", "4K", "-n", "1", "-w", "0")
+    done = bench("all_reduce", *small, launcher=(MPIRUN, "--oversubscribe", "-n", "2"))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line and line.split()[0].isdigit()]
+    assert [row[0] for row in rows] == ["1024", "4096"]
+    assert "# Out of bounds values : 0 OK" in done.stdout
+    assert "# Avg bus bandwidth" in done.stdout
+
+
+def test_spawns_its_ranks_and_writes_tidy_json(tmp_path):
+    path = tmp_path / "results.json"
+    done = bench(
+        "all", "--ranks", "3", "-b", "2K", "-e", "2K", "-n", "1", "-w", "0",
+        "--placement", "plain,symmetric", "--vs", "gloo,nccl", "-J", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "# nccl needs GPUs" in done.stdout
+    found = json.loads(path.read_text())
+    assert set(found) == {"host", "gpu", "world", "versions", "date", "command", "rows"}
+    assert found["world"] == 3 and str(tmp_path) not in path.read_text()
+    assert {row["collective"] for row in found["rows"]} == set(COLLECTIVES)
+    assert {row["impl"] for row in found["rows"]} == {"tdccl", "gloo"}
+    assert {row["placement"] for row in found["rows"]} == {"plain", "symmetric"}
+    assert all(row["wrong"] == 0 and row["time_us"] > 0 and row["algorithm"] for row in found["rows"])
+    assert "all_gather, bfloat16, eager" in report.markdown([found])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("-b 1M -e 1K", "expected -b <= -e"),
+        ("-b 1X", "expected bytes as"),
+        ("--vs mpi", "expected some of"),
+        ("-G", "need a GPU"),
+        ("-J missing/results.json", "there is no folder missing"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(options.environment, "emulated", lambda: True)
+    with pytest.raises(SystemExit):
+        options.parse(["all_reduce", *arguments.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_by_factor_and_by_step():
+    assert options.sizes(options.parse(["all_reduce", "-b", "1K", "-e", "5K", "-f", "2"])) == [1024, 2048, 4096]
+    assert options.sizes(options.parse(["all_reduce", "-b", "1K", "-e", "3K", "-i", "1K"])) == [1024, 2048, 3072]
+
+
+@pytest.mark.parametrize(
+    "name, nbytes, count, busbw",
+    [
+        ("all_reduce", 1024, 512, 1.5),
+        ("all_gather", 1024, 128, 0.75),
+        ("reduce_scatter", 1024, 128, 0.75),
+        ("broadcast", 1024, 512, 1.0),
+        ("all_to_all", 1024, 128, 0.75),
+    ],
+)
+def test_bandwidth_and_sizes_as_nccl_tests_counts_them(name, nbytes, count, busbw):
+    one = case(name, ranks=4)
+    assert (one.nbytes, one.count) == (nbytes, count)
+    assert one.bandwidths(nbytes / 1e3) == pytest.approx((1.0, busbw))  # nbytes in as many nanoseconds: 1 GB/s
+
+
+def test_pieces_are_multiples_of_16_bytes():
+    assert case("all_gather", ranks=3).nbytes == 1008
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_one_planted_wrong_element_is_found(name):
+    one = case(name, rank=1)
+    send, recv = buffers().views(one)
+    data.prepare(one, send, recv, seed=7)
+    assert data.count_wrong(one, recv, seed=7) == recv.numel(), "poison must not pass for a result"
+    make_right(one, recv, seed=7)
+    assert data.count_wrong(one, recv, seed=7) == 0
+    recv[-1] += 1
+    assert data.count_wrong(one, recv, seed=7) == 1
+    assert data.count_wrong(one, recv, seed=8) > recv.numel() // 2, "an old result must not pass for a new one"
+
+
+def make_right(one: Case, recv: torch.Tensor, seed: int) -> None:
+    """What the collective should make of all ranks' inputs, in float64."""
+    sent = []
+    for rank in range(one.ranks):
+        other = Case(one.collective, one.limit, one.dtype_name, one.op, one.root, rank, one.ranks, one.in_place)
+        views = buffers().views(other)
+        data.prepare(other, *views, seed)
+        sent.append(views[0].double())
+    pieces = slice(one.rank * one.count, (one.rank + 1) * one.count)
+    result = {
+        "all_reduce": lambda: sum(sent),
+        "all_gather": lambda: torch.cat(sent),
+        "reduce_scatter": lambda: sum(sent)[pieces],
+        "broadcast": lambda: sent[one.root],
+        "all_to_all": lambda: torch.cat([each[pieces] for each in sent]),
+    }[one.collective.name]()
+    recv.copy_(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_results_are_exact_in_every_dtype(op, dtype):
+    for ranks in (2, 3, 8):
+        one = case("all_reduce", ranks=ranks, dtype=dtype, op=op)
+        inputs = [data._input(one, rank, 5, 0, 1000, torch.device("cpu")) for rank in range(ranks)]
+        result = data._reduce(one, inputs)
+        for values in [*inputs, result] if op != "prod" or DTYPES[dtype].is_floating_point else inputs:
+            assert torch.equal(values.to(DTYPES[dtype]).to(torch.int64), values)
+        if op == "avg":
+            assert torch.equal(result * ranks, sum(inputs))
+
+
+def test_a_wrong_result_fails_the_run(monkeypatch, tmp_path):
+    import tdccl
+    from bench import sweep
+
+    def wrong_all_reduce(self, send, recv, op):
+        recv.copy_(send)
+        recv[3] = 99
+
+    monkeypatch.setattr(tdccl.Communicator, "all_reduce", wrong_all_reduce)
+    asked = options.parse(["all_reduce", "-e", "1K", "-n", "1", "-w", "0"])
+    store = torch.distributed.HashStore()
+    comm = tdccl.init(store=torch.distributed.PrefixStore("comm", store), rank=0, size=1)
+    bootstrap = tdccl.transport.bootstrap.StoreBootstrap(store, 0, 1, 10)
+    assert sweep.run(asked, comm, bootstrap) == 1
+
+
+def row(impl, time, **changed):
+    shape = {"collective": "all_reduce", "bytes": 1 << 20, "dtype": "bfloat16", "op": "sum", "mode": "graph"}
+    shape |= {"placement": "plain", "in_place": True, "impl": impl, "algorithm": "", "time_us": time, "wrong": 0}
+    return shape | {"algbw": 1.0, "busbw": 2.0} | changed
+
+
+def run_of(*rows, date="2026-01-01T00:00:00"):
+    return {"host": "4 x GPU", "world": 4, "versions": {"tdccl": "0"}, "date": date, "rows": list(rows)}
+
+
+def test_report_sets_tdccl_beside_nccl_of_the_same_run():
+    one = run_of(row("tdccl", 10.0), row("tdccl", 7.0, in_place=False), row("nccl", 25.0))
+    assert "| 1 MiB | 10 |  | 25 | 2.50 |" in report.markdown([one])
+    newer = run_of(row("tdccl", 5.0), date="2026-01-02T00:00:00")
+    assert "| 1 MiB | 5 |  | 25 |  |" in report.markdown([newer, one])
+
+
+def test_report_replaces_what_is_between_the_markers():
+    document = "a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n"
+    replaced = report.replaced(document, "new")
+    assert replaced == "a\n<!-- bench:begin -->\n\nnew\n\n<!-- bench:end -->\nb\n"
+    with pytest.raises(ValueError, match="each once"):
+        report.replaced("no markers", "new")

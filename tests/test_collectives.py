@@ -1,0 +1,171 @@
+"""Every collective against a reference: dtypes, ops, sizes, worlds, algorithms, placements, in place and not."""
+
+import contextlib
+
+import cases
+import pytest
+import reference
+import torch
+
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@contextlib.contextmanager
+def only(comm, collective, algorithm):
+    """Calls of `collective` take this algorithm."""
+    comm._plans.clear()
+    comm._forced[collective] = algorithm
+    try:
+        yield
+    finally:
+        comm._plans.clear()
+        del comm._forced[collective]
+
+
+class Buffers:
+    """Poisoned buffers, plain or symmetric, with one element of another's data on either side."""
+
+    def __init__(self, comm, symmetric):
+        self.comm, self.symmetric, self._made = comm, symmetric, {}
+
+    def new(self, name, count, dtype, shift=0):
+        """A poisoned tensor that starts `shift` elements into its buffer."""
+        nbytes = (count + shift) * dtype.itemsize
+        room = self._made.get(name)
+        if room is None or room.numel() < nbytes:
+            size = max(nbytes, 1 << 16)
+            make = self.comm.empty if self.symmetric else lambda n, d: torch.empty(n, dtype=d, device=self.comm.device)
+            room = self._made[name] = make(size, torch.uint8)
+        room[:nbytes].fill_(0x5A)
+        return room[:nbytes].view(dtype)[shift:]
+
+
+def settle(comm):
+    """Waits for this rank's work, and for the others to be done with looking at their buffers."""
+    if comm.device.type == "cuda":
+        torch.cuda.synchronize()
+    comm._bootstrap.barrier()
+    comm._ready()
+
+
+def check_reduction(comm, collective, dtype, symmetric):
+    buffers = Buffers(comm, symmetric)
+    for algorithm in cases.algorithms_of(collective, symmetric):
+        for op in cases.ops_of(dtype):
+            first = op == cases.ops_of(dtype)[0]
+            for seed, count in enumerate(cases.counts_of(dtype, algorithm) if first else cases.few_counts(dtype)):
+                in_place = (seed + dtype.itemsize) % 2 == 1
+                with only(comm, collective, algorithm):
+                    reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in_place)
+
+
+def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in_place):
+    scatter = collective == "reduce_scatter"
+    everyone = reference.inputs(seed, comm.size, count * (comm.size if scatter else 1), dtype)
+    mine = slice(comm.rank * count, (comm.rank + 1) * count) if scatter else slice(None)
+    send = buffers.new("send", everyone[0].numel(), dtype, shift=seed % 2)
+    send.copy_(everyone[comm.rank])
+    recv = send[mine] if in_place else buffers.new("recv", count, dtype, shift=seed % 3)
+    settle(comm)
+    getattr(comm, collective)(send, recv, op)
+    settle(comm)
+    pieces = [values[mine] for values in everyone]
+    where = f"{collective} {algorithm} {op} {dtype} count {count} seed {seed} in_place {in_place}"
+    result = recv.cpu()
+    expected = reference.ordered(pieces, op)
+    wrong = (result != expected).sum().item()
+    assert reference.same_bits(result, expected), f"{where}: {wrong} wrong, {result[:4]} for {expected[:4]}"
+    if dtype.is_floating_point and count:
+        exact = reference.exact(pieces, op)
+        assert torch.allclose(result.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 8), where
+    settle(comm)
+
+
+@pytest.mark.parametrize("dtype", cases.REDUCED, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["plain", "symmetric"])
+@pytest.mark.parametrize("collective", cases.REDUCTIONS)
+def test_reduction_gives_the_ordered_bits(ranks, collective, symmetric, dtype, world):
+    ranks.run(check_reduction, world, collective=collective, dtype=dtype, symmetric=symmetric)
+
+
+def check_movement(comm, collective, dtype, symmetric):
+    buffers = Buffers(comm, symmetric)
+    for algorithm in cases.algorithms_of(collective, symmetric):
+        for seed, count in enumerate(cases.counts_of(dtype, algorithm)):
+            # all_to_all's `push` is not for calls in place: it writes where the peers still read
+            in_place = (seed + dtype.itemsize) % 2 == 1 and not (collective == "all_to_all" and symmetric)
+            with only(comm, collective, algorithm):
+                move_once(comm, buffers, collective, algorithm, dtype, count, seed, in_place)
+
+
+def move_once(comm, buffers, collective, algorithm, dtype, count, seed, in_place):
+    size, rank, root = comm.size, comm.rank, seed % comm.size
+    pieces = size if collective == "all_to_all" else 1
+    everyone = reference.inputs(seed, size, count * pieces, torch.uint8 if dtype.itemsize == 1 else dtype)
+    everyone = [values.view(dtype) if dtype is not torch.bool else (values % 2).bool() for values in everyone]
+    mine = slice(rank * count, (rank + 1) * count)
+    recv = buffers.new("recv", count * (1 if collective == "broadcast" else size), dtype, shift=seed % 2)
+    if collective == "broadcast":
+        send, expected = recv, everyone[root]
+    elif collective == "all_gather":
+        send = recv[mine] if in_place else buffers.new("send", count, dtype)
+        expected = torch.cat(everyone)
+    else:
+        send = recv if in_place else buffers.new("send", count * size, dtype)
+        expected = torch.cat([values[mine] for values in everyone])
+    if collective != "broadcast" or rank == root:
+        send.copy_(everyone[rank])
+    settle(comm)
+    if collective == "broadcast":
+        comm.broadcast(recv, root)
+    else:
+        getattr(comm, collective)(send, recv)
+    settle(comm)
+    where = f"{collective} {algorithm} {dtype} count {count} seed {seed} in_place {in_place} root {root}"
+    assert reference.same_bits(recv.cpu(), expected), where
+    settle(comm)
+
+
+@pytest.mark.parametrize("dtype", cases.MOVED, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["plain", "symmetric"])
+@pytest.mark.parametrize("collective", cases.MOVEMENTS)
+def test_movement_moves_every_byte(ranks, collective, symmetric, dtype, world):
+    ranks.run(check_movement, world, collective=collective, dtype=dtype, symmetric=symmetric)
+
+
+def check_splits(comm, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for dtype, scale in ((torch.float32, 40), (torch.uint8, 3000), (torch.bfloat16, 9000)):
+        matrix = torch.randint(0, scale, (comm.size, comm.size), generator=generator)
+        matrix[torch.rand(comm.size, comm.size, generator=generator) < 0.3] = 0
+        if seed == 0:
+            matrix[:, 0] = 0  # nobody sends to rank 0
+        if seed == 1:
+            matrix = torch.zeros_like(matrix)  # nobody sends at all
+        rows = matrix.tolist()
+        sends = [reference.inputs(seed + rank, 1, sum(rows[rank]) * 3, dtype)[0].view(-1, 3) for rank in range(comm.size)]
+        pieces = [values.split(rows[rank]) for rank, values in enumerate(sends)]
+        expected = torch.cat([pieces[rank][comm.rank] for rank in range(comm.size)])
+        send_splits, recv_splits = rows[comm.rank], matrix[:, comm.rank].tolist()
+        result = comm.all_to_all(sends[comm.rank].to(comm.device), None, send_splits, recv_splits)
+        settle(comm)
+        assert reference.same_bits(result.cpu(), expected), f"splits {rows} {dtype} seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_to_all_with_splits(ranks, seed, world):
+    ranks.run(check_splits, world, seed=seed)
+
+
+def check_new_results(comm):
+    x = torch.arange(6 * comm.size, dtype=torch.float32, device=comm.device).view(2 * comm.size, 3) + comm.rank
+    assert comm.all_reduce(x).shape == x.shape
+    assert comm.all_gather(x).shape == (2 * comm.size**2, 3)
+    assert comm.all_gather(x[0, 0]).shape == (comm.size,)
+    assert comm.reduce_scatter(x).shape == (2, 3)
+    assert comm.all_to_all(x).shape == x.shape
+    assert comm.broadcast(x) is x
+
+
+def test_recv_is_made_when_not_given(ranks, world):
+    ranks.run(check_new_results, world)

@@ -1,0 +1,93 @@
+"""The torch backend: `torch_face.py` under both launchers, and the entry point by which torch finds it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+BODY = str(CHECKOUT / "tests" / "torch_face.py")
+MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def run(*command, path=(CHECKOUT,), **variables) -> str:
+    """Output of a command, started as from a fresh shell; fails with it unless the command exits with 0."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONWARNINGS": "ignore::FutureWarning", **variables}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+    )
+    assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def torchrun(ranks: int, **variables) -> str:
+    return run(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", BODY, **variables
+    )
+
+
+def mpirun(ranks: int, *command) -> str:
+    as_root = [f"{runtime}_ALLOW_RUN_AS_ROOT{again}" for runtime in ("OMPI", "PRTE") for again in ("", "_CONFIRM")]
+    return run(MPIRUN, "--oversubscribe", "-n", str(ranks), *command, **dict.fromkeys(as_root, "1"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_under_torchrun(ranks):
+    assert torchrun(ranks).count(": ok") == ranks
+
+
+def test_cpu_tensors_go_to_gloo():
+    assert torchrun(2, TDCCL_EMULATE="0", CUDA_VISIBLE_DEVICES="").count(": ok") == 2
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install tdccl[mpi]")
+def test_under_mpirun():
+    pytest.importorskip("mpi4py")
+    assert mpirun(2, sys.executable, BODY).count(": ok") == 2
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A path on which tdccl is as if installed: torch finds entry points by this folder alone."""
+    (tmp_path / "tdccl-0.dist-info").mkdir()
+    (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
+    (tmp_path / "tdccl-0.dist-info" / "entry_points.txt").write_text(
+        "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
+    )
+    return tmp_path
+
+
+def test_entry_point_registers_and_stays_light(installed):
+    program = """
+import sys
+sys.modules["numpy"] = None                 # torch itself imports NumPy where it can
+import torch, torch.distributed as dist
+assert dist.Backend.TDCCL == "tdccl" and dist.Backend.backend_capability["tdccl"] == ["cpu", "cuda"]
+heavy = {"triton", "mpi4py", "tdccl.process_group", "tdccl.communicator"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    run(sys.executable, "-W", "error::UserWarning:tdccl", "-c", program, path=(installed, CHECKOUT))
+
+
+def test_init_process_group_without_import_of_tdccl(installed):
+    program = """
+import torch, torch.distributed as dist
+dist.init_process_group("tdccl", init_method="tcp://localhost:0", rank=0, world_size=1)
+tensor = torch.ones(3, device="cuda" if torch.cuda.is_available() else "cpu")
+dist.all_reduce(tensor)
+assert tensor.tolist() == [1, 1, 1]
+dist.destroy_process_group()
+"""
+    run(sys.executable, "-c", program, path=(installed, CHECKOUT))
+
+
+def test_a_broken_installation_does_not_break_torch(installed):
+    program = "import torch.distributed as dist; dist.Backend.register_backend = None; " \
+              "import tdccl.torch_entry; del dist.Backend.TDCCL; tdccl.torch_entry.register()"  # fmt: skip
+    assert "not available" in run(sys.executable, "-c", program, path=(installed, CHECKOUT))

@@ -1,0 +1,342 @@
+"""Every rank's body of `test_process_group.py`: the torch backend, as a user's program sees it.
+
+torchrun --nproc-per-node 3 tests/torch_face.py
+mpirun -n 3 python tests/torch_face.py
+"""
+
+import faulthandler
+import os
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+
+if not hasattr(dist.Backend, "TDCCL"):  # run from a checkout: no entry point is installed
+    import tdccl.torch_entry
+
+    tdccl.torch_entry.register()
+
+GPU = torch.cuda.is_available() and os.environ.get("TDCCL_EMULATE", "0") == "0"
+GLOO = not GPU and os.environ.get("TDCCL_EMULATE") == "0"  # as on a host with GPUs, whose CPU tensors are Gloo's
+Op = dist.ReduceOp
+
+
+def full(shape, value, dtype=torch.float32):
+    return torch.full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype, device=DEVICE)
+
+
+def same(result, expected):
+    expected = torch.as_tensor(expected, dtype=result.dtype, device=result.device)
+    assert torch.equal(result, expected.expand_as(result)), (
+        f"got {result.flatten()[:9]}, expected {expected.flatten()[:9]}"
+    )
+
+
+def refused(call, *words):
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        assert all(word in str(error) for word in words), f"expected {words} in: {error}"
+    else:
+        raise AssertionError(f"expected a refusal with {words}")
+
+
+def all_reduce():
+    total = SIZE * (SIZE + 1) // 2
+    for dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
+        tensor = full(1000, RANK + 1, dtype)
+        assert dist.all_reduce(tensor) is None
+        same(tensor, total)
+    everyone = torch.arange(1, SIZE + 1)
+    for op, expected in ((Op.MIN, 1), (Op.MAX, SIZE), (Op.PRODUCT, everyone.prod().item())):
+        tensor = full(77, RANK + 1)
+        dist.all_reduce(tensor, op)
+        same(tensor, expected)
+    bits = [3 << rank for rank in range(SIZE)]
+    anded, ored, xored = bits[0], 0, 0
+    for value in bits:
+        anded, ored, xored = anded & value, ored | value, xored ^ value
+    for op, expected in ((Op.BAND, anded), (Op.BOR, ored), (Op.BXOR, xored)):
+        tensor = full(13, bits[RANK], torch.int32)
+        dist.all_reduce(tensor, op)
+        same(tensor, expected)
+    if GLOO:
+        return
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        tensor = full(33, RANK + 1, dtype)
+        dist.all_reduce(tensor, Op.AVG)
+        same(tensor, (SIZE + 1) / 2)
+    complexes = torch.complex(full(5, 1.0), full(5, RANK))
+    dist.all_reduce(complexes)
+    same(complexes.imag, SIZE * (SIZE - 1) / 2)
+
+
+def bools_are_truth_values():
+    alone, odd = SIZE == 1, SIZE % 2 == 1
+    table = {Op.SUM: (True, True), Op.MAX: (True, True), Op.MIN: (alone, True), Op.PRODUCT: (alone, True),
+             Op.BAND: (alone, True), Op.BOR: (True, True), Op.BXOR: (True, odd)}  # fmt: skip
+    for op, expected in table.items():
+        tensor = torch.tensor([RANK == 0, True, False], device=DEVICE)
+        dist.all_reduce(tensor, op)
+        same(tensor, [*expected, False])
+
+
+def all_gather():
+    expected = torch.arange(SIZE).repeat_interleave(6)
+    shard = full((3, 2), RANK)
+    for shape in ((3 * SIZE, 2), (SIZE, 3, 2)):
+        gathered = full(shape, -1)
+        dist.all_gather_into_tensor(gathered, shard)
+        same(gathered.flatten(), expected)
+    pieces = [full((3, 2), -1) for _ in range(SIZE)]
+    dist.all_gather(pieces, shard)
+    for rank, piece in enumerate(pieces):
+        same(piece, rank)
+    columns = full((2, SIZE), -1)  # views that torch's own callers hand in: strided, and unlike the input in shape
+    dist.all_gather([columns[:, rank] for rank in range(SIZE)], full((4, 2), RANK)[:2, 0])
+    same(columns, torch.arange(SIZE))
+    parameters = [torch.nn.Parameter(full(3, -1)) for _ in range(SIZE)]
+    dist.all_gather(parameters, torch.nn.Parameter(full(3, RANK)))
+    same(torch.stack(parameters).detach()[:, 0], torch.arange(SIZE))
+
+
+def reduce_scatter():
+    total = SIZE * (SIZE - 1) // 2
+    source = torch.arange(4 * SIZE, dtype=torch.float32, device=DEVICE) + RANK
+    mine = torch.arange(4 * RANK, 4 * RANK + 4) * SIZE + total
+    result = full(4, -1)
+    dist.reduce_scatter_tensor(result, source)
+    same(result, mine)
+    if GLOO:
+        return
+    dist.reduce_scatter(result, [piece.clone() for piece in source.chunk(SIZE)], Op.MAX)
+    same(result, torch.arange(4 * RANK, 4 * RANK + 4) + SIZE - 1)
+    result = full((4, 2), -1)[:, 0]
+    dist.reduce_scatter(result, list(source.chunk(SIZE)))
+    same(result, mine)
+
+
+def broadcast():
+    for root in range(SIZE):
+        for dtype in (torch.float32, torch.uint8, torch.bool, torch.complex64, torch.int16):
+            tensor = full((5, 3), int(root == RANK), dtype)
+            dist.broadcast(tensor, root)
+            same(tensor, 1)
+    parameter = torch.nn.Parameter(full(9, RANK))
+    dist.broadcast(parameter, SIZE - 1)
+    same(parameter.detach(), SIZE - 1)
+
+
+def all_to_all():
+    source = torch.arange(2 * SIZE, device=DEVICE) + 100 * RANK
+    result = torch.empty_like(source)
+    dist.all_to_all_single(result, source)
+    same(result, torch.cat([torch.arange(2 * RANK, 2 * RANK + 2) + 100 * rank for rank in range(SIZE)]))
+
+    rows = [[(i + 2 * j) % 4 for j in range(SIZE)] for i in range(SIZE)]  # rank i sends rank j so many rows
+    sends, receives = rows[RANK], [rows[i][RANK] for i in range(SIZE)]
+    source = full((sum(sends), 3), RANK)
+    result = full((sum(receives), 3), -1)
+    dist.all_to_all_single(result, source, receives, sends)
+    same(result[:, 0], torch.arange(SIZE).repeat_interleave(torch.tensor(receives)))
+
+    if GLOO:
+        return
+    for uneven in (False, True):
+        counts = (lambda i, j: 2 + (i + j) % 3) if uneven else (lambda i, j: 2)
+        inputs = [full((counts(RANK, j), 2), 10 * RANK + j) for j in range(SIZE)]
+        outputs = [full((counts(i, RANK), 2), -1) for i in range(SIZE)]
+        dist.all_to_all(outputs, inputs)
+        for rank, output in enumerate(outputs):
+            same(output, 10 * rank + RANK)
+
+
+def asynchronous():
+    tensors = [full(50_000, i + RANK) for i in range(3)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    for i, (work, tensor) in enumerate(zip(works, tensors)):
+        assert work.wait()
+        same(tensor, SIZE * i + SIZE * (SIZE - 1) / 2)
+    work = dist.all_reduce(full(10, 1), async_op=True)
+    doubled = work.get_future().then(lambda future: future.value()[0] * 2)
+    same(doubled.wait(), 2 * SIZE)
+    gathered = full(2 * SIZE, -1)
+    dist.all_gather_into_tensor(gathered, full(2, RANK), async_op=True).wait()
+    same(gathered, torch.arange(SIZE).repeat_interleave(2))
+    pieces = [full(2, -1) for _ in range(SIZE)]
+    dist.all_gather(pieces, full(2, RANK), async_op=True).wait()
+    same(torch.stack(pieces)[:, 0], torch.arange(SIZE))
+    dist.barrier(async_op=True).wait()
+    if GPU:
+        torch.cuda.synchronize()
+    assert work.is_completed()
+
+
+def streams():
+    """A call is ordered after the work that its stream has yet to do, and inputs may be dropped at once."""
+    for asynchronous in (False, True):
+        for count in (1000, 1 << 20):
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000 * (RANK + 1))
+                tensor = full(count, RANK + 1)
+                result = full(count * SIZE, -1)
+                work = dist.all_gather_into_tensor(result, tensor, async_op=asynchronous)
+                del tensor
+                garbage = full(count, 99)
+                if work:
+                    work.wait()
+                same(result.view(SIZE, count)[:, -1], torch.arange(1, SIZE + 1))
+                del garbage
+
+
+def coalesced():
+    tensors = [full(10 + i, RANK) for i in range(3)]
+    with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    manager.wait()
+    with dist._coalescing_manager():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    for tensor in tensors:
+        same(tensor, SIZE * SIZE * (SIZE - 1) // 2)
+    gathered, scattered = [full(4 * SIZE, -1) for _ in range(2)], [full(4, -1) for _ in range(2)]
+    with dist._coalescing_manager():
+        for output in gathered:
+            dist.all_gather_into_tensor(output, full(4, RANK))
+    with dist._coalescing_manager():
+        for output, source in zip(scattered, gathered):
+            dist.reduce_scatter_tensor(output, source)
+    for output in scattered:
+        same(output, SIZE * RANK)
+
+
+def functionals():
+    world = dist.group.WORLD
+    same(functional.all_reduce(full(8, RANK + 1), "sum", world), SIZE * (SIZE + 1) / 2)
+    same(functional.all_gather_tensor(full(2, RANK), 0, world), torch.arange(SIZE).repeat_interleave(2))
+    same(functional.reduce_scatter_tensor(full(2 * SIZE, 1), "sum", 0, world), SIZE)
+    same(functional.broadcast(full(4, RANK), SIZE - 1, world), SIZE - 1)
+    exchanged = functional.all_to_all_single(full(SIZE, RANK), [1] * SIZE, [1] * SIZE, world)
+    same(exchanged, torch.arange(SIZE))
+
+
+def objects():
+    everyone = [None] * SIZE
+    dist.all_gather_object(everyone, {"rank": RANK, "text": "x" * RANK})
+    assert [thing["rank"] for thing in everyone] == list(range(SIZE)), everyone
+    things = [("from", SIZE - 1), 7] if RANK == SIZE - 1 else [None, None]
+    dist.broadcast_object_list(things, SIZE - 1)
+    assert things == [("from", SIZE - 1), 7], things
+
+
+def groups():
+    for members in ([0], list(range(1, SIZE)), list(range(SIZE))[::-1], [0, SIZE - 1]):
+        members = sorted(set(members))
+        group = dist.new_group(members)
+        if RANK in members:
+            tensor = full(20, RANK + 1)
+            dist.all_reduce(tensor, group=group)
+            same(tensor, sum(members) + len(members))
+            dist.broadcast(tensor, members[-1], group=group)
+            dist.barrier(group=group)
+            dist.destroy_process_group(group)
+    group = dist.new_group(list(range(SIZE)), timeout=timedelta(seconds=77))  # left for the end to destroy
+    dist.barrier(group=group)
+
+
+def threads():
+    """DDP calls from autograd's threads: one group for each of two threads, at the same time."""
+    failures = []
+
+    def body(group, value):
+        try:
+            for _ in range(3):
+                tensor = full(100, value)
+                dist.all_reduce(tensor, group=group)
+                same(tensor, SIZE * value)
+        except Exception as error:
+            failures.append(error)
+
+    groups = [dist.new_group(list(range(SIZE))) for _ in range(2)]
+    workers = [threading.Thread(target=body, args=(group, i + 1)) for i, group in enumerate(groups)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures, failures
+
+
+def data_parallel():
+    torch.manual_seed(RANK)
+    model = torch.nn.Linear(4, 3).to(DEVICE)
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[DEVICE.index] if GPU else None)
+    torch.manual_seed(7)
+    inputs = torch.randn(SIZE, 5, 4).to(DEVICE)
+    model(inputs[RANK]).square().mean().backward()
+    alone = torch.nn.Linear(4, 3).to(DEVICE)
+    alone.load_state_dict(model.module.state_dict())
+    alone(inputs).square().mean().backward()
+    torch.testing.assert_close(model.module.weight.grad, alone.weight.grad)
+
+
+def refusals():
+    """What is not offered, or does not fit, is refused in words on every rank, and the group goes on."""
+    tensor = full(12, 1)
+    refused(lambda: dist.reduce(tensor, 0), "reduce", "tdccl")
+    if SIZE > 1:
+        refused(lambda: dist.send(tensor, (RANK + 1) % SIZE), "send", "tdccl")
+    refused(lambda: dist.all_reduce(full((4, 4), 1).t()[1:]), "contiguous")
+    refused(lambda: dist.all_reduce(full(4, 1.0), Op.BAND), "and", "float32")
+    refused(lambda: dist.all_reduce(full(4, 1.0), dist._make_nccl_premul_sum(0.5)), "PREMUL_SUM")
+    refused(lambda: dist.all_gather([full(2, 1)] * (SIZE + 1), full(2, 1)), str(SIZE))
+    refused(lambda: dist.all_gather([full(3, 1)] * SIZE, full(2, 1)), "3", "2")
+    refused(lambda: dist.all_to_all_single(full(SIZE, 1), full(SIZE, 1), [1] * (SIZE + 1), [1] * SIZE), "splits")
+    dist.all_reduce(tensor)
+    same(tensor, SIZE)
+
+
+def groups_made_again():
+    """A group of the same ranks starts afresh, though the store has seen them before."""
+    for value in (3, 4):
+        group = dist.new_group(list(range(SIZE)))
+        tensor = full(8, value)
+        dist.all_reduce(tensor, group=group)
+        same(tensor, value * SIZE)
+        dist.destroy_process_group(group)
+
+
+ON_GLOO = [all_reduce, all_gather, reduce_scatter, broadcast, all_to_all]
+EVERYWHERE = [
+    all_reduce, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous, coalesced,
+    functionals, objects, groups, threads, data_parallel, refusals, groups_made_again,
+]  # fmt: skip
+
+
+def main():
+    global RANK, SIZE, DEVICE
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
+    DEVICE = torch.device("cuda", local % torch.cuda.device_count()) if GPU else torch.device("cpu")
+    if GPU:
+        torch.cuda.set_device(DEVICE)
+    for _ in range(2):  # the second time on the store of the first, under torchrun
+        dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
+        RANK, SIZE = dist.get_rank(), dist.get_world_size()
+        assert dist.get_backend() == "tdccl"
+        for check in ON_GLOO if GLOO else [*EVERYWHERE, streams] if GPU else EVERYWHERE:
+            try:
+                check()
+            except Exception as error:
+                raise AssertionError(f"rank {RANK} of {SIZE}, {check.__name__}: {error}") from error
+        if not GLOO:
+            dist.barrier()
+        dist.destroy_process_group()
+    print(f"rank {RANK} of {SIZE}: ok", flush=True)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(int(os.environ.get("PATIENCE", 240)), exit=True)  # a hang says where
+    main()
