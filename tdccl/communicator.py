@@ -20,6 +20,9 @@ from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
 
+if environment.emulated():
+    import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
+
 _announced = False
 
 

@@ -4,6 +4,7 @@ On a GPU these are Triton functions; in emulation a Python function of the same 
 place. Everything else in `tdccl.language` is one source for all targets.
 """
 
+import os
 import time
 
 import triton
@@ -13,9 +14,9 @@ from triton.language.extra.hip import memrealtime
 
 from tdccl.environment import emulated
 
-if emulated():
-    # Must be set before the first @triton.jit of the library is read.
-    triton.knobs.runtime.interpret = True
+# Decides what @triton.jit makes, so it must be set before the first kernel is read.
+triton.knobs.runtime.interpret = emulated()
+os.environ.pop("TRITON_INTERPRET", None)  # the knob leaves it there, for child processes that decide for themselves
 
 
 def _device(twin):

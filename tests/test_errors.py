@@ -1,0 +1,222 @@
+"""Bad input is refused before anything is launched, says what is wrong, and leaves the communicator usable."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pool
+import pytest
+import torch
+
+import tdccl
+
+
+def bad_calls(comm):
+    """(call, words that its message must contain)."""
+    size = comm.size
+
+    def make(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, device=comm.device)
+
+    x = make(size * 2, 3)
+    elsewhere = torch.ones(4, device="meta")
+    return [
+        (lambda: comm.all_reduce(x, make(5)), ["recv has 5 elements", f"expected {x.numel()}"]),
+        (lambda: comm.all_gather(x, make(7)), ["recv has 7 elements", f"{size} ranks x {x.numel()}"]),
+        (lambda: comm.reduce_scatter(x, make(x.numel() + 1)), ["send has", "expected"]),
+        (lambda: comm.reduce_scatter(make(size + 1) if size > 1 else make()), ["multiple of the"]),
+        (lambda: comm.all_reduce(x, x.double()), ["float32", "float64", "equal dtypes"]),
+        (lambda: comm.all_reduce(x.t()), ["not contiguous", "contiguous()"]),
+        (lambda: comm.all_reduce(elsewhere), ["meta", str(comm.device)]),
+        (lambda: comm.all_reduce(x, op="median"), ["'median'", "sum"]),
+        (lambda: comm.all_reduce(x, op="xor"), ["xor is not defined for torch.float32"]),
+        (lambda: comm.all_reduce(make(4, dtype=torch.bool)), ["sum is not defined for bool"]),
+        (lambda: comm.all_reduce(make(4, dtype=torch.complex64)), ["complex64 cannot be reduced"]),
+        (lambda: comm.broadcast(x, size), [f"root is {size}", f"0 to {size - 1}"]),
+        (lambda: comm.broadcast(x, -1), ["root is -1"]),
+        (lambda: comm.all_to_all(make(size * 2 + 1) if size > 1 else make()), ["multiple of the"]),
+        (lambda: comm.all_to_all(x, None, [1] * size), ["both"]),
+        (lambda: comm.all_to_all(x, None, [1] * size, [1] * size), ["rows", "sum(send_splits)"]),
+        (lambda: comm.all_to_all(x, None, [2] * (size + 1), [2] * size), ["counts >= 0"]),
+        (lambda: comm.all_to_all(x, make(1), [2] * size, [2] * size), ["recv has 1 elements", "recv_splits"]),
+        (lambda: comm.all_to_all(x, x, [2] * size, [2] * size), ["overlaps"]),
+        (lambda: comm.all_reduce([1, 2]), ["list", "expected a torch tensor"]),
+        (lambda: comm.explain("gossip", x), ["gossip", "all_reduce"]),
+        (lambda: comm.symmetric(x), ["empty()"]),
+    ]
+
+
+def check_bad_input(comm):
+    for number, (call, words) in enumerate(bad_calls(comm)):
+        with pytest.raises(tdccl.ArgumentError) as raised:
+            call()
+        missing = [word for word in words if word not in str(raised.value)]
+        assert not missing, f"case {number}: {missing} not in: {raised.value}"
+    x = torch.full((3,), 1.0, device=comm.device)
+    assert comm.all_reduce(x).tolist() == [comm.size] * 3
+
+
+def test_bad_input_is_refused(ranks, world):
+    ranks.run(check_bad_input, world)
+
+
+def check_sizes_of_empty(comm):
+    if comm.size > 1:
+        with pytest.raises(tdccl.ArgumentError, match="different sizes"):
+            comm.empty(10 + comm.rank)
+    assert comm.empty(10).shape == (10,)
+
+
+def test_symmetric_memory_must_have_one_size(ranks, world):
+    ranks.run(check_sizes_of_empty, world)
+
+
+def check_destroyed(comm):
+    other = comm.split(0)
+    x = torch.ones(3, device=comm.device)
+    assert other.all_reduce(x).tolist() == [comm.size] * 3
+    other.destroy()
+    other.destroy()
+    with pytest.raises(tdccl.DestroyedError, match="destroyed"):
+        other.all_reduce(x)
+    assert comm.all_reduce(x).tolist() == [comm.size] * 3
+
+
+def test_use_after_destroy(ranks, world):
+    ranks.run(check_destroyed, world)
+
+
+def check_subgroups(comm):
+    """Overlapping groups, made in an order of their own and used in turns."""
+    halves = comm.split(comm.rank % 2)
+    reverse = comm.split(0, key=-comm.rank)
+    some = comm.split(0 if comm.rank < 2 else None)
+    for _ in range(3):
+        x = torch.full((1000,), float(comm.rank), device=comm.device)
+        members = range(comm.rank % 2, comm.size, 2)
+        assert halves.all_reduce(x)[0].item() == sum(members)
+        assert reverse.all_gather(x[:1]).tolist() == [float(rank) for rank in reversed(range(comm.size))]
+        if some is not None:
+            assert some.all_reduce(x)[0].item() == sum(range(min(2, comm.size)))
+    assert (some is None) == (comm.rank >= 2)
+    for group in (halves, reverse, some):
+        if group is not None:
+            group.destroy()
+
+
+def test_subgroups(ranks, world):
+    ranks.run(check_subgroups, world)
+
+
+def check_arrays(comm):
+    """NumPy in emulation, CuPy on GPUs, and anything with DLPack or __cuda_array_interface__."""
+    if comm.device.type == "cpu":
+        library = np
+    else:
+        library = pytest.importorskip("cupy")
+        library.cuda.Device(comm.device.index).use()
+    x = library.full((4, 5), comm.rank + 1, dtype="float32")
+    total = sum(range(1, comm.size + 1))
+    assert type(comm.all_reduce(x)) is type(x)
+    assert (comm.all_reduce(x) == total).all()
+    assert comm.all_reduce(x, x) is x and (x == total).all()
+
+    class Exporter:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **kwargs):
+            return self.array.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    assert (comm.all_reduce(Exporter(torch.ones(3, device=comm.device))) == comm.size).all()
+
+
+def test_arrays_of_other_frameworks(ranks, world):
+    ranks.run(check_arrays, world)
+
+
+def check_explain(comm):
+    small = comm.explain("all_reduce", torch.ones(10, device=comm.device))
+    assert (small.algorithm, small.path) == ("one_shot_ll", "packets")
+    big = torch.ones(1 << 20, device=comm.device)
+    assert comm.explain("all_reduce", big, big).path == "staged"
+    assert "grid" in str(small) and "not two_shot_pull" in str(comm.explain("all_reduce", big))
+    buffer = comm.empty(1 << 20)
+    assert comm.explain("all_reduce", buffer, buffer).path == "symmetric"
+    assert comm.explain("reduce_scatter", buffer, big[: (1 << 20) // comm.size]).path == "symmetric"
+
+
+def test_explain_names_the_path(ranks, world):
+    if world != 3:
+        ranks.run(check_explain, world)
+
+
+def straggle(rank, folder, queue):
+    import torch.distributed as dist
+
+    comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 2), rank=rank, size=2, timeout=3)
+    x = torch.ones(10, device=comm.device)
+    comm.all_reduce(x)
+    started = time.monotonic()
+    try:
+        if rank == 0:
+            comm.all_reduce(x)
+            if comm.device.type == "cuda":
+                torch.cuda.synchronize()
+            comm.all_reduce(x)
+    except tdccl.Timeout as error:
+        queue.put((time.monotonic() - started, str(error)))
+        with pytest.raises(tdccl.Timeout):
+            comm.barrier()
+    queue.put(None)
+    queue.get()
+
+
+def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=straggle, args=(rank, str(tmp_path), queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    answers = [queue.get(timeout=120) for _ in range(3)]
+    for process in processes:
+        queue.put(None)
+        process.join(60)
+    ((seconds, message),) = [answer for answer in answers if answer]
+    assert 2.5 < seconds < 30 and "for rank 1" in message and "3 s" in message, (seconds, message)
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, {root!r})
+import tdccl
+try:
+    tdccl.init({arguments})
+except tdccl.InitError as error:
+    print(error)
+"""
+
+
+def init_error(arguments, **environment):
+    import os
+
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI", "PMI", "RANK", "WORLD"))}
+    program = PROGRAM.format(root=str(pool.ROOT), arguments=arguments)
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=100).stdout
+
+
+def test_init_names_the_ranks_that_do_not_come():
+    message = init_error("rank=0, size=3, timeout=2", TDCCL_INIT="tcp://127.0.0.1:29641")
+    assert "ranks 1, 2 of 3 did not come within 2 s" in message
+
+
+def test_init_without_a_launcher_says_what_to_do():
+    assert "torchrun or mpirun" in init_error("")
+
+
+def test_init_checks_its_address():
+    assert "expected tcp://host:port" in init_error("rank=0, size=1", TDCCL_INIT="somewhere")

@@ -1,0 +1,112 @@
+"""Kernels of users: the device functions of `tdccl.language`, alone and together."""
+
+import torch
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+
+
+@triton.jit
+def shift_right(team, buffer, signals, source, count, arrivals, BLOCK: tl.constexpr):
+    """Puts `source` into the right neighbour's buffer and tells it by a signal of the user's own."""
+    epoch = shmem.begin(team)
+    right = (team.rank + 1) % team.size
+    left = (team.rank + team.size - 1) % team.size
+    index = tl.arange(0, BLOCK)
+    shmem.barrier_block(team, epoch, 1)
+    values = tl.load(source + index, mask=index < count)
+    tl.store(shmem.symm_at(buffer, right, tl.float32) + index, values, mask=index < count)
+    shmem.fence()
+    shmem.signal_op(shmem.symm_at(signals, right, tl.int64), 1, "add")
+    shmem.signal_wait(team, shmem.symm_at(signals, team.rank, tl.int64), arrivals, left)
+    shmem.end(team, epoch)
+
+
+def check_shift(comm):
+    buffer, signals = comm.empty(100), comm.empty(2, torch.int64)
+    for round in range(3):
+        source = torch.arange(100, dtype=torch.float32, device=comm.device) + 1000 * comm.rank + round
+        arguments = (comm.team, comm.symmetric(buffer), comm.symmetric(signals), source, 100, round + 1)
+        shift_right[(1,)](*arguments, BLOCK=128)
+        comm.barrier()
+        left = (comm.rank - 1) % comm.size
+        assert buffer.tolist() == [index + 1000 * left + round for index in range(100)]
+        comm.barrier()
+    assert signals[0].item() == 3
+
+
+def test_put_and_signal(ranks, world):
+    ranks.run(check_shift, world)
+
+
+@triton.jit
+def all_max(team, x, result, count, TILE: tl.constexpr):
+    """The largest of all ranks' x, element by element, by LL packets."""
+    epoch = shmem.begin(team)
+    place = tl.arange(0, TILE)
+    index = tl.program_id(0) * TILE + place
+    own = shmem.load_words(x, index, count, tl.float32, True)
+    for step in tl.static_range(1, team.size):
+        shmem.put_words(team, epoch, own, place, index < count, (team.rank + step) % team.size)
+    words = shmem.get_words(team, epoch, own, place, index < count)
+    shmem.store_words(result, index, shmem.fold_words(words, "max", tl.float32), count, tl.float32, True)
+    shmem.end(team, epoch)
+
+
+def check_all_max(comm):
+    for round in range(5):
+        x = torch.arange(500, dtype=torch.float32, device=comm.device) * (-1) ** (comm.rank + round)
+        result = torch.empty_like(x)
+        all_max[(2,)](comm.team, x, result, 500, TILE=256)
+        comm.barrier()
+        best = range(500) if comm.size > 1 or round % 2 == 0 else [-i for i in range(500)]
+        assert result.tolist() == list(best)
+        assert comm.all_reduce(torch.ones(9, device=comm.device)).tolist() == [comm.size] * 9
+
+
+def test_packets_beside_the_communicators_own_calls(ranks, world):
+    ranks.run(check_all_max, world)
+
+
+@triton.jit
+def count_arrivals(team, counter, seen):
+    """Every rank adds to rank 0's counter, which waits for all of them."""
+    epoch = shmem.begin(team)
+    shmem.fence()
+    shmem.signal_op(shmem.symm_at(counter, 0, tl.int64), 1, "add", "relaxed")
+    if team.rank == 0:
+        total = shmem.signal_wait(team, shmem.symm_at(counter, 0, tl.int64), team.size, 0, "eq")
+        tl.store(seen, total)
+    shmem.barrier_block(team, epoch, 1)
+    shmem.end(team, epoch)
+
+
+def check_count(comm):
+    counter = comm.empty(2, torch.int64)
+    seen = torch.zeros(1, dtype=torch.int64, device=comm.device)
+    count_arrivals[(1,)](comm.team, comm.symmetric(counter), seen)
+    comm.barrier()
+    assert seen.item() == (comm.size if comm.rank == 0 else 0)
+
+
+def test_signals_add_up(ranks, world):
+    ranks.run(check_count, world)
+
+
+def check_epoch_wraps(comm):
+    """Epochs are 32 bits: calls go on being right past 2**32 of them."""
+    group = comm.split(0)
+    epochs = group._heap.local[: 128 * group.team.blocks.value].view(torch.int64)
+    epochs[::16] = 2**32 - 4
+    x = torch.full((20_000,), 1.0, device=comm.device)
+    for step in range(8):
+        assert (group.all_reduce(x + step) == comm.size * (1 + step)).all(), step
+        assert (group.all_reduce(x[:9] + step) == comm.size * (1 + step)).all(), step
+        assert (group.broadcast(x + comm.rank, 0) == 1).all(), step
+    assert 2 <= epochs[0].item() < 100
+    group.destroy()
+
+
+def test_epochs_wrap_around(ranks, world):
+    ranks.run(check_epoch_wraps, world)
