@@ -1,7 +1,6 @@
 """Ranks: those of mpirun or torchrun, or spawned here."""
 
 import argparse
-import os
 
 import torch
 import torch.distributed as dist
@@ -10,23 +9,19 @@ import torch.multiprocessing as multiprocessing
 import tdccl
 from bench.sweep import run
 from tdccl import environment
-from tdccl.transport.bootstrap import StoreBootstrap, discover
+from tdccl.transport.bootstrap import StoreBootstrap, discover, launched
 
 _HOST = "127.0.0.1"
 
 
 def main(options: argparse.Namespace) -> int:
     """Runs the bench on the ranks of the launcher, or on ranks of its own; returns the exit status."""
-    if not _launched():
+    if not launched():
         return _spawn(options)
     if options.ranks is not None:
         raise SystemExit(f"--ranks {options.ranks} is for a run without a launcher; this one gives the ranks itself")
     comm = tdccl.init()
     return run(options, comm, discover(timeout=comm.timeout))
-
-
-def _launched() -> bool:
-    return bool(os.environ.keys() & {"TDCCL_INIT", "RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE"})
 
 
 def _spawn(options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
 
 _announced = False
+_MOST_PLANS = 4096
 
 
 def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: float = 600.0) -> "Communicator":
@@ -212,7 +213,7 @@ class Communicator:
 
     def barrier(self, *, stream: Any = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
-        self._ready()
+        self.check()
         nothing = self._heap.local[:0]
         self._run("barrier", nothing, nothing, 0, stream=stream)
 
@@ -223,7 +224,7 @@ class Communicator:
 
         Collectives on it (or on views of it) take the zero-copy algorithms. It lives until `destroy`.
         """
-        self._ready()
+        self.check()
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = math.prod(shape) * dtype.itemsize
         sizes = self._bootstrap.exchange(nbytes)
@@ -242,7 +243,7 @@ class Communicator:
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""
-        self._ready()
+        self.check()
         self._splits += 1
         everyone = self._bootstrap.exchange((color, key))
         if color is None:
@@ -256,7 +257,7 @@ class Communicator:
 
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
-        self._ready()
+        self.check()
         if collective not in ALGORITHMS:
             raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(ALGORITHMS)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
@@ -266,6 +267,14 @@ class Communicator:
         reduces = "reduce" in collective
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
         return Explanation(call, self._choose(call), self._heap.nbytes)
+
+    def check(self) -> None:
+        """Raises DestroyedError after `destroy`, and Timeout or Aborted once a wait has failed; every call does this
+        first. On a GPU a failure shows when the kernel has ended: call it after a synchronisation."""
+        if self._destroyed:
+            raise DestroyedError("this communicator is destroyed; make a new one with tdccl.init")
+        if self._abort_word.value:
+            self._raise_fault()
 
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective."""
@@ -279,6 +288,7 @@ class Communicator:
         for memory in [*self._segments, self._heap]:
             memory.release(self._bootstrap)
         self._segments.clear()
+        self._bootstrap.close()
 
     def __enter__(self) -> "Communicator":
         return self
@@ -292,13 +302,6 @@ class Communicator:
 
     # ---- how a call is checked and launched ---------------------------------------------------------
 
-    def _ready(self) -> None:
-        """Raises if the communicator is destroyed or one of its waits has failed."""
-        if self._destroyed:
-            raise DestroyedError("this communicator is destroyed; make a new one with tdccl.init")
-        if self._abort_word.value:
-            self._raise_fault()
-
     def _raise_fault(self) -> None:
         fault = dict(zip(layout.FAULT_FIELDS, self._control.tolist()))
         if fault["abort"] == layout.ABORTED:
@@ -311,7 +314,7 @@ class Communicator:
         )
 
     def _checked(self, collective: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        self._ready()
+        self.check()
         if tensor.device != self.device:
             raise ArgumentError(f"{collective}: {name} is on {tensor.device}, expected {self.device}")
         if not tensor.is_contiguous():
@@ -391,11 +394,13 @@ class Communicator:
         with self._lock:
             plan = self._plans.get(call)
             if plan is None:
+                if len(self._plans) >= _MOST_PLANS:
+                    self._plans.clear()  # split lists may differ in every call
                 plan = self._plans[call] = Plan(self._choose(call), call, self._team)
             self._last = collective
             if environment.emulated():
                 plan(source.data_ptr(), target.data_ptr(), 0)
-                self._ready()
+                self.check()
                 return
             if torch.cuda.current_device() != self.device.index:
                 with torch.cuda.device(self.device):

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import threading
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -84,7 +83,7 @@ class BarrierWork(Work):
     def wait(self, timeout=None) -> bool:
         if self._event is not None:
             self._event.synchronize()
-            self._communicator._ready()  # a barrier that gave up must not look passed
+            self._communicator.check()  # a barrier that gave up must not look passed
         return True
 
 
@@ -145,16 +144,10 @@ class ProcessGroup(dist.ProcessGroup):
         if communicator is None:
             return
         try:
-            communicator._ready()
+            communicator.check()
         except TdcclError:
             return
         communicator.destroy()
-        # Rank 0's process may hold the store: it goes last.
-        if self._rank:
-            self._store.set(f"left/{self._rank}", "")
-        else:
-            with contextlib.suppress(RuntimeError):
-                self._store.wait([f"left/{rank}" for rank in range(1, self._ranks)], timedelta(seconds=10))
 
     def abort(self) -> None:
         """Ends the group on this rank, at once."""
@@ -326,7 +319,6 @@ class ProcessGroup(dist.ProcessGroup):
                 raise DestroyedError(f"process group {self._name!r} is destroyed")
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()
-                self._store = self._store.clone()  # waiting on a shared one would block groups of other threads
                 bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds)
                 if not self._gpu:
                     self._communicator = Communicator(bootstrap, None, seconds)

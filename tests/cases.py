@@ -16,6 +16,9 @@ REDUCTIONS = ["all_reduce", "reduce_scatter"]
 MOVEMENTS = ["all_gather", "broadcast", "all_to_all"]
 
 
+SCRATCH_MB = 2 if environment.emulated() else 24
+
+
 def ops_of(dtype: torch.dtype) -> list[str]:
     bitwise, arithmetic = ["and", "or", "xor"], ["sum", "avg", "min", "max", "prod"]
     if dtype is torch.bool:
@@ -28,7 +31,7 @@ def the_tuning() -> tuning.Tuning:
 
 
 def counts_of(dtype: torch.dtype, algorithm: str) -> list[int]:
-    """Elements a chunk: none, few, around 1 KiB, around one tile, and larger than a scratch of 2 MiB."""
+    """Elements a chunk: none, few, around 1 KiB, around one tile, and larger than the scratch."""
     numbers = the_tuning()
     packets = algorithm.endswith("ll")
     kilobyte = 1024 // dtype.itemsize
@@ -36,7 +39,8 @@ def counts_of(dtype: torch.dtype, algorithm: str) -> list[int]:
     around = [0, 1, 7, kilobyte - 1, kilobyte, kilobyte + 1, tile - 1, tile, tile + 1]
     if packets or dtype not in LARGE:
         return around
-    return [*around, (9 << 18) // dtype.itemsize + 3, (9 << 18) // dtype.itemsize]
+    large = (SCRATCH_MB << 20) * 9 // 8 // dtype.itemsize
+    return [*around, large + 3, large]
 
 
 def few_counts(dtype: torch.dtype) -> list[int]:

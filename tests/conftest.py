@@ -1,11 +1,12 @@
 import os
 
-# A small scratch, so that a message larger than it stays cheap; must be set before any rank starts.
-os.environ.setdefault("TDCCL_SCRATCH_MB", "2")
+import cases
+import pool
+import pytest
+import torch
 
-import pool  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+# A small scratch, so that a message larger than it stays cheap; must be set before any rank starts.
+os.environ["TDCCL_SCRATCH_MB"] = str(cases.SCRATCH_MB)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-LARGEST_WORLD = 4 if not torch.cuda.is_available() else min(4, torch.cuda.device_count() if not os.environ.get("TDCCL_SHARE_GPU") else 4)
+LARGEST_WORLD = min(4, torch.cuda.device_count()) if torch.cuda.is_available() else 4
 
 
 class RankPool:

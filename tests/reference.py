@@ -3,27 +3,32 @@
 import torch
 
 
-def inputs(seed: int, world: int, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def inputs(seed: int, world: int, count: int, dtype: torch.dtype, device="cpu") -> list[torch.Tensor]:
     """Every rank's input of `count` elements: any values, small enough that a product stays finite."""
-    return [_input(seed * 1009 + rank, count, dtype) for rank in range(world)]
+    return [_input(seed * 1009 + rank, count, dtype, device) for rank in range(world)]
 
 
-def _input(seed: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+def _input(seed: int, count: int, dtype: torch.dtype, device) -> torch.Tensor:
+    given = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     if dtype is torch.bool:
-        return torch.randint(0, 2, (count,), generator=generator).bool()
+        return torch.randint(0, 2, (count,), **given).bool()
     if dtype.is_complex:
-        return torch.randn(count, dtype=dtype, generator=generator)
+        return torch.randn(count, dtype=dtype, **given)
     if dtype.is_floating_point:
-        return (torch.randn(count, generator=generator) * 2).to(dtype)
+        return (torch.randn(count, **given) * 2).to(dtype)
     low = 0 if dtype is torch.uint8 else -100
-    return torch.randint(low, 100, (count,), generator=generator).to(dtype)
+    return torch.randint(low, 100, (count,), **given).to(dtype)
 
 
 def ordered(values: list[torch.Tensor], op: str) -> torch.Tensor:
     """The reduction in rank order, 16-bit floats in fp32: the bits that every algorithm must give."""
     dtype = values[0].dtype
-    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.int8: torch.int32, torch.uint8: torch.int32}
+    wide = {
+        torch.float16: torch.float32,
+        torch.bfloat16: torch.float32,
+        torch.int8: torch.int32,
+        torch.uint8: torch.int32,
+    }
     total = values[0].to(wide.get(dtype, dtype))
     for value in values[1:]:
         total = _step(total, value.to(total.dtype), op)
@@ -53,4 +58,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Equal bit by bit (NaN equals NaN, 0.0 does not equal -0.0)."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)) if left.numel() else True
+    return (
+        torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)) if left.numel() else True
+    )

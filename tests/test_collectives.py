@@ -23,7 +23,7 @@ def only(comm, collective, algorithm):
 
 
 class Buffers:
-    """Poisoned buffers, plain or symmetric, with one element of another's data on either side."""
+    """Poisoned buffers, plain or symmetric, that are made once for each name and grow."""
 
     def __init__(self, comm, symmetric):
         self.comm, self.symmetric, self._made = comm, symmetric, {}
@@ -45,7 +45,7 @@ def settle(comm):
     if comm.device.type == "cuda":
         torch.cuda.synchronize()
     comm._bootstrap.barrier()
-    comm._ready()
+    comm.check()
 
 
 def check_reduction(comm, collective, dtype, symmetric):
@@ -61,7 +61,7 @@ def check_reduction(comm, collective, dtype, symmetric):
 
 def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in_place):
     scatter = collective == "reduce_scatter"
-    everyone = reference.inputs(seed, comm.size, count * (comm.size if scatter else 1), dtype)
+    everyone = reference.inputs(seed, comm.size, count * (comm.size if scatter else 1), dtype, comm.device)
     mine = slice(comm.rank * count, (comm.rank + 1) * count) if scatter else slice(None)
     send = buffers.new("send", everyone[0].numel(), dtype, shift=seed % 2)
     send.copy_(everyone[comm.rank])
@@ -71,7 +71,7 @@ def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in
     settle(comm)
     pieces = [values[mine] for values in everyone]
     where = f"{collective} {algorithm} {op} {dtype} count {count} seed {seed} in_place {in_place}"
-    result = recv.cpu()
+    result = recv
     expected = reference.ordered(pieces, op)
     wrong = (result != expected).sum().item()
     assert reference.same_bits(result, expected), f"{where}: {wrong} wrong, {result[:4]} for {expected[:4]}"
@@ -101,7 +101,7 @@ def check_movement(comm, collective, dtype, symmetric):
 def move_once(comm, buffers, collective, algorithm, dtype, count, seed, in_place):
     size, rank, root = comm.size, comm.rank, seed % comm.size
     pieces = size if collective == "all_to_all" else 1
-    everyone = reference.inputs(seed, size, count * pieces, torch.uint8 if dtype.itemsize == 1 else dtype)
+    everyone = reference.inputs(seed, size, count * pieces, torch.uint8 if dtype.itemsize == 1 else dtype, comm.device)
     everyone = [values.view(dtype) if dtype is not torch.bool else (values % 2).bool() for values in everyone]
     mine = slice(rank * count, (rank + 1) * count)
     recv = buffers.new("recv", count * (1 if collective == "broadcast" else size), dtype, shift=seed % 2)
@@ -122,7 +122,7 @@ def move_once(comm, buffers, collective, algorithm, dtype, count, seed, in_place
         getattr(comm, collective)(send, recv)
     settle(comm)
     where = f"{collective} {algorithm} {dtype} count {count} seed {seed} in_place {in_place} root {root}"
-    assert reference.same_bits(recv.cpu(), expected), where
+    assert reference.same_bits(recv, expected), where
     settle(comm)
 
 
@@ -134,6 +134,7 @@ def test_movement_moves_every_byte(ranks, collective, symmetric, dtype, world):
 
 
 def check_splits(comm, seed):
+    everyone = range(comm.size)
     generator = torch.Generator().manual_seed(seed)
     for dtype, scale in ((torch.float32, 40), (torch.uint8, 3000), (torch.bfloat16, 9000)):
         matrix = torch.randint(0, scale, (comm.size, comm.size), generator=generator)
@@ -143,9 +144,11 @@ def check_splits(comm, seed):
         if seed == 1:
             matrix = torch.zeros_like(matrix)  # nobody sends at all
         rows = matrix.tolist()
-        sends = [reference.inputs(seed + rank, 1, sum(rows[rank]) * 3, dtype)[0].view(-1, 3) for rank in range(comm.size)]
+        sends = [
+            reference.inputs(seed + rank, 1, sum(rows[rank]) * 3, dtype)[0].view(-1, 3) for rank in range(comm.size)
+        ]
         pieces = [values.split(rows[rank]) for rank, values in enumerate(sends)]
-        expected = torch.cat([pieces[rank][comm.rank] for rank in range(comm.size)])
+        expected = torch.cat([pieces[rank][comm.rank] for rank in everyone])
         send_splits, recv_splits = rows[comm.rank], matrix[:, comm.rank].tolist()
         result = comm.all_to_all(sends[comm.rank].to(comm.device), None, send_splits, recv_splits)
         settle(comm)

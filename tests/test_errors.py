@@ -23,7 +23,7 @@ def bad_calls(comm):
     elsewhere = torch.ones(4, device="meta")
     return [
         (lambda: comm.all_reduce(x, make(5)), ["recv has 5 elements", f"expected {x.numel()}"]),
-        (lambda: comm.all_gather(x, make(7)), ["recv has 7 elements", f"{size} ranks x {x.numel()}"]),
+        (lambda: comm.all_gather(x, make(7)), ["recv has 7 elements", "expected"]),
         (lambda: comm.reduce_scatter(x, make(x.numel() + 1)), ["send has", "expected"]),
         (lambda: comm.reduce_scatter(make(size + 1) if size > 1 else make()), ["multiple of the"]),
         (lambda: comm.all_reduce(x, x.double()), ["float32", "float64", "equal dtypes"]),

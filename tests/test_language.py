@@ -97,8 +97,12 @@ def test_signals_add_up(ranks, world):
 def check_epoch_wraps(comm):
     """Epochs are 32 bits: calls go on being right past 2**32 of them."""
     group = comm.split(0)
-    epochs = group._heap.local[: 128 * group.team.blocks.value].view(torch.int64)
-    epochs[::16] = 2**32 - 4
+    blocks = group.team.blocks.value
+    words = group._heap.local[: blocks * (128 + 256)].view(torch.int64)
+    epochs, signals = words[: blocks * 16 : 16], words[blocks * 16 :]
+    epochs.fill_(2**32 - 4)
+    signals.fill_(-4 << 32)
+    group._bootstrap.barrier()
     x = torch.full((20_000,), 1.0, device=comm.device)
     for step in range(8):
         assert (group.all_reduce(x + step) == comm.size * (1 + step)).all(), step

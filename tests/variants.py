@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["TDCCL_EMULATE"] = "0"
+if __name__ == "__main__":
+    os.environ["TDCCL_EMULATE"] = "0"
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.compiler import GPUTarget
 
-from tdccl import tuning  # noqa: E402
-from tdccl.collectives import ALGORITHMS  # noqa: E402
-from tdccl.language import team as layout  # noqa: E402
-from tdccl.runtime.algorithm import Call, Context  # noqa: E402
-from tdccl.runtime.launch import Arguments, compile_kernel  # noqa: E402
+from tdccl import tuning
+from tdccl.collectives import ALGORITHMS
+from tdccl.language import team as layout
+from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
@@ -27,10 +28,15 @@ def team_of(context: Context, backend: str) -> layout.Team:
     return layout.Team(0, 0, 0, 0, 0, context.size, context.tuning.blocks, context.ring_bytes, backend)
 
 
+def arguments_of(algorithm, call: Call, context: Context):
+    """(geometry, arguments) with which `algorithm` would take the call."""
+    geometry = algorithm.geometry(call, context)
+    return geometry, Arguments(algorithm.kernel, geometry, algorithm.symmetric, call.op)
+
+
 def compile_call(algorithm, call: Call, context: Context, target: GPUTarget):
     """The compiled kernel, and its geometry, of `call` by `algorithm`."""
-    geometry = algorithm.geometry(call, context)
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, call.op)
+    geometry, arguments = arguments_of(algorithm, call, context)
     team = team_of(context, target.backend)
     return compile_kernel(algorithm.kernel, arguments, team, geometry.warps, target), geometry
 
@@ -58,11 +64,12 @@ def sass_facts(sass: str) -> dict:
 
 def main(backend: str, arch: str, warp: str) -> None:
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
-    for size in (2, 3, 4, 8):
+    for size in (4, 2, 3, 8) if arch == "90" else (4,):
         context = context_of(size)
         for collective, algorithms in ALGORITHMS.items():
             for algorithm in algorithms:
-                for call in list(calls_of(collective, algorithm))[: None if size == 4 else 1]:
+                calls = list(calls_of(collective, algorithm))
+                for call in calls if (size, arch) == (4, "90") else calls[:1]:
                     compiled, geometry = compile_call(algorithm, call, context, target)
                     facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
                     facts["aligned"] = geometry.aligned

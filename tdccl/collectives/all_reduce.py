@@ -32,9 +32,7 @@ def _one_shot(
 
 
 @triton.jit
-def one_shot_ll(
-    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
-):
+def one_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Block b sends the b-th TILE words of its message to all as packets, and reduces what all sent it.
 
     Waits:    block b for block b of every peer, once.
@@ -51,9 +49,7 @@ def one_shot_ll(
 def _reduce_tail(team, epoch, send, recv, count, tail, OP: tl.constexpr, DTYPE: tl.constexpr):
     """Block 0 all-reduces the last `tail` elements, fewer than fill 16 bytes, by packets."""
     if tl.program_id(0) == 0:
-        _one_shot(
-            team, epoch, send + count, recv + count, tl.arange(0, 16).to(tl.int64), tail, OP, DTYPE, False
-        )
+        _one_shot(team, epoch, send + count, recv + count, tl.arange(0, 16).to(tl.int64), tail, OP, DTYPE, False)
 
 
 @triton.jit

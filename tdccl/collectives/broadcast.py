@@ -20,9 +20,7 @@ DEPTH = tl.constexpr(4)
 
 
 @triton.jit
-def push_ll(
-    team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
-):
+def push_ll(team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Block b of the root sends the b-th TILE words of the message to all as packets.
 
     Waits:    block b of every rank for block b of the root, then for that of every peer.
@@ -83,9 +81,7 @@ def scatter_gather_direct(
 
 
 @triton.jit
-def scatter_gather_staged(
-    team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr
-):
+def scatter_gather_staged(team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr):
     """At step s the root pushes tile s of every part to the part's rank; that rank takes in tile s - 1 and
     passes it on to the others; every rank takes in tile s - 2 of the others' parts.
 

@@ -17,9 +17,7 @@ DEPTH = tl.constexpr(4)
 
 
 @triton.jit
-def push_ll(
-    team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
-):
+def push_ll(team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Block b sends the b-th TILE words of each chunk as packets, then collects what the peers sent it.
 
     Waits:    block b for block b of every peer, once.

@@ -16,9 +16,7 @@ DEPTH = tl.constexpr(4)
 
 
 @triton.jit
-def push_ll(
-    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
-):
+def push_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Block b sends the b-th TILE words of each chunk to the chunk's rank, and reduces what all sent it.
 
     Waits:    block b for block b of every peer, once.
@@ -40,9 +38,7 @@ def push_ll(
 
 
 @triton.jit
-def pull(
-    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
-):
+def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
     """Rank r loads chunk r from all ranks and reduces it.
 
     Waits:    block b for block b of every peer, on entry and at the end.
@@ -64,9 +60,7 @@ def pull(
 
 
 @triton.jit
-def staged(
-    team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
-):
+def staged(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
     """At step s a block pushes tile s of every chunk to the chunk's rank and reduces tile s - 1 of its own.
 
     Waits:    block b for block b of every peer, once a step.

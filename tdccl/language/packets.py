@@ -159,9 +159,7 @@ def get_words_from(team, epoch, own, slot_index, mask, source):
 @triton.jit
 def _lane(word, LANE: tl.constexpr, DTYPE: tl.constexpr):
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
-    if BITS == 64:
-        return word.to(DTYPE, bitcast=True)
-    elif BITS == 32:
+    if BITS == 64 or BITS == 32:
         return word.to(DTYPE, bitcast=True)
     elif BITS == 16:
         return (word >> (LANE * 16)).to(tl.int16).to(DTYPE, bitcast=True)

@@ -7,9 +7,9 @@ import triton.language as tl
 @triton.jit
 def widen(value, DTYPE: tl.constexpr):
     """`value` in the type in which DTYPE is accumulated: fp32 for 16-bit floats, int32 for small integers."""
-    if DTYPE == tl.float16 or DTYPE == tl.bfloat16:
+    if tl.float16 == DTYPE or tl.bfloat16 == DTYPE:
         return value.to(tl.float32)
-    elif DTYPE == tl.int8 or DTYPE == tl.uint8:
+    elif tl.int8 == DTYPE or tl.uint8 == DTYPE:
         return value.to(tl.int32)
     else:
         return value

@@ -10,6 +10,7 @@ What is changed, and why:
 
 import ctypes
 import logging
+import threading
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,27 @@ def _bf16_bits_of(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+_thread = threading.local()
+
+
 class _Builder(type(_builder)):
     """The stock builder with its faults mended."""
+
+    @property
+    def grid_idx(self):  # of this thread: autograd's threads launch kernels too
+        return _thread.grid_idx
+
+    @grid_idx.setter
+    def grid_idx(self, index):
+        _thread.grid_idx = index
+
+    @property
+    def grid_dim(self):
+        return _thread.grid_dim
+
+    @grid_dim.setter
+    def grid_dim(self, shape):
+        _thread.grid_dim = shape
 
     def cast_impl(self, value, to):
         source, target = value.dtype.scalar, to.scalar

@@ -8,6 +8,7 @@ import ctypes
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -47,6 +48,11 @@ class Arguments:
         self._promises = {name: lanes for name in geometry.counts} if geometry.aligned else {}
         if geometry.aligned:
             self._promises |= {"send": 16, "recv": 16}
+
+    def key(self) -> tuple:
+        """What of it goes into the machine code."""
+        constants = tuple((name, str(value)) for name, value in self.values.items() if self.types[name] == "constexpr")
+        return str(self.types), constants, tuple(self._promises.items())
 
     def promised(self, name: str) -> int:
         """A power of two that divides the argument's value, as the compiler is told."""
@@ -112,12 +118,7 @@ _compiled: dict[tuple, Any] = {}
 def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
     from cuda.bindings import driver
 
-    constants = tuple((n, str(v)) for n, v in values.items() if arguments.types[n] == "constexpr")
-    promises = tuple((n, arguments.promised(n)) for n in arguments.types)
-    import torch
-
-    device = torch.cuda.current_device()
-    key = (kernel.fn, str(arguments.types), constants, promises, values["team"][5:], geometry.warps, device)
+    key = (kernel.fn, arguments.key(), values["team"][5:], geometry.warps, torch.cuda.current_device())
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = compile_kernel(kernel, arguments, values["team"], geometry.warps, _target())

@@ -1,11 +1,12 @@
 """How ranks find each other before they share memory: one small interface over a Store, MPI, or a TCP address."""
 
+import contextlib
+import itertools
 import os
 import pickle
 import time
 from abc import ABC, abstractmethod
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 from tdccl import environment
@@ -30,6 +31,10 @@ class Bootstrap(ABC):
         """Returns once all ranks have called it."""
         self.exchange(None)
 
+    @abstractmethod
+    def close(self) -> None:
+        """Takes leave of the other ranks; after it this rank's process may end without harm to them."""
+
 
 def _missing(absent: list[int], size: int, seconds: float) -> InitError:
     ranks = ", ".join(map(str, absent))
@@ -46,7 +51,9 @@ class StoreBootstrap(Bootstrap):
         if not 0 <= rank < size:
             raise InitError(f"rank is {rank}, expected 0 to {size - 1}")
         self.rank, self.size = rank, size
-        self._store, self._timeout, self._prefix = store, timeout, prefix
+        # Waiting on a client locks it: one's own lets other threads go on with theirs.
+        self._store = store.clone()
+        self._timeout, self._prefix = timeout, prefix
         self._round = 0
 
     def exchange(self, value: Any) -> list[Any]:
@@ -62,6 +69,15 @@ class StoreBootstrap(Bootstrap):
         if self._round > 2:  # all have written the last round, so all have read the one before
             self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
         return values
+
+    def close(self) -> None:
+        # Rank 0's process may hold the store: it leaves last, but does not wait long for one that has crashed.
+        if self.rank:
+            self._store.set(f"{self._prefix}/left/{self.rank}", b"")
+        else:
+            with contextlib.suppress(RuntimeError):
+                others = [f"{self._prefix}/left/{rank}" for rank in range(1, self.size)]
+                self._store.wait(others, timedelta(seconds=10))
 
     def subgroup(self, members: list[int], name: str) -> "StoreBootstrap":
         prefix = f"{self._prefix}/{name}"
@@ -101,12 +117,18 @@ class MPIBootstrap(Bootstrap):
             request.wait()
         return values
 
+    def close(self) -> None:
+        """Nothing to do: mpirun's processes take leave in MPI_Finalize."""
+
     def subgroup(self, members: list[int], name: str) -> "MPIBootstrap":
         world = [self._members[rank] for rank in members]
         return MPIBootstrap(self._comm, self._timeout, world)
 
 
-@cache
+_stores: dict[str, Any] = {}  # by address: rank 0 can listen at one only once
+_inits = itertools.count(1)
+
+
 def _tcp_store(host: str, port: int, rank: int, timeout: float):
     import torch.distributed as dist
 
@@ -119,20 +141,26 @@ def _tcp_store(host: str, port: int, rank: int, timeout: float):
         raise InitError(f"rank {rank} {role} at {host}:{port}: {error}") from error
 
 
-@cache
 def _torchrun_store(timeout: float):
     import torch.distributed as dist
 
     return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))[0]
 
 
-_inits = 0
+def _over_store(address: str, connect, rank: int, size: int, timeout: float) -> StoreBootstrap:
+    """A bootstrap with keys of its own over the store at `address`: all ranks make theirs in the same order."""
+    if address not in _stores:
+        _stores[address] = connect()
+    return StoreBootstrap(_stores[address], rank, size, timeout, f"tdccl/{next(_inits)}")
 
 
-def _next_prefix() -> str:
-    global _inits
-    _inits += 1
-    return f"tdccl/{_inits}"
+_TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_MPIRUN = {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE"}
+
+
+def launched() -> bool:
+    """Whether a launcher, or TDCCL_INIT, tells this process who the ranks are."""
+    return bool(environment.rendezvous_address() or os.environ.keys() >= _TORCHRUN or _MPIRUN & os.environ.keys())
 
 
 def discover(mpi=None, store=None, rank: int | None = None, size: int | None = None, timeout: float = 60.0):
@@ -156,11 +184,11 @@ def discover(mpi=None, store=None, rank: int | None = None, size: int | None = N
         host, _, port = address.removeprefix("tcp://").rpartition(":")
         if not address.startswith("tcp://") or not host or not port.isdigit():
             raise InitError(f"TDCCL_INIT is {address!r}, expected tcp://host:port")
-        return StoreBootstrap(_tcp_store(host, int(port), rank, timeout), rank, size, timeout, _next_prefix())
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= variables.keys():
+        return _over_store(address, lambda: _tcp_store(host, int(port), rank, timeout), rank, size, timeout)
+    if variables.keys() >= _TORCHRUN:
         rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        return StoreBootstrap(_torchrun_store(timeout), rank, size, timeout, _next_prefix())
-    if variables.keys() & {"OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE"}:
+        return _over_store("torchrun", lambda: _torchrun_store(timeout), rank, size, timeout)
+    if variables.keys() & _MPIRUN:
         try:
             from mpi4py import MPI
         except ImportError as error:

@@ -3,10 +3,10 @@
 import contextlib
 import mmap
 import os
-import secrets
 
 import torch
 
+from tdccl.errors import InitError
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory
 
@@ -16,22 +16,19 @@ _FOLDER = "/dev/shm"
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
     """Allocates `nbytes` zeroed bytes on every rank; collective over the bootstrap's ranks.
 
-    The files are unlinked as soon as all ranks have mapped them, so that no crash leaves one behind.
-    Raises OSError where shared memory is too small.
+    The segments never have a name, so that no crash at any moment leaves a file behind; the peers open them through
+    this process's descriptor, which is closed as soon as all have mapped it. Raises InitError where shared memory
+    is too small.
     """
     nbytes = max(mmap.PAGESIZE, nbytes)
-    path = f"{_FOLDER}/tdccl-{os.getpid()}-{secrets.token_hex(8)}"
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    descriptor = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)  # else a full /dev/shm would kill us by SIGBUS later
-        finally:
-            os.close(descriptor)
-        paths = bootstrap.exchange(path)
+        _reserve(descriptor, nbytes)
+        paths = bootstrap.exchange(f"/proc/{os.getpid()}/fd/{descriptor}")
         maps = [_map(path, nbytes) for path in paths]
         bootstrap.barrier()
     finally:
-        os.unlink(path)
+        os.close(descriptor)
     tensors = [torch.frombuffer(mapped, dtype=torch.uint8) for mapped in maps]
     addresses = [tensor.data_ptr() for tensor in tensors]
     local = tensors[bootstrap.rank]
@@ -44,6 +41,16 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         maps.clear()
 
     return SymmetricMemory(local, addresses, release)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)  # else a full /dev/shm would kill this process by SIGBUS later
+    except OSError as error:
+        raise InitError(
+            f"{_FOLDER} has no room for {nbytes} bytes a rank ({error.strerror}); make it larger (docker: --shm-size) "
+            "or set TDCCL_SCRATCH_MB lower"
+        ) from error
 
 
 def _map(path: str, nbytes: int) -> mmap.mmap:

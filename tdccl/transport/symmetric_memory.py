@@ -34,7 +34,7 @@ class SymmetricMemory:
     def contains(self, address: int, nbytes: int) -> bool:
         """Whether the bytes at `address` lie within this rank's segment."""
         start = address - self.address
-        return 0 <= start and start + nbytes <= self.nbytes
+        return start >= 0 and start + nbytes <= self.nbytes
 
     def release(self, bootstrap: Bootstrap) -> None:
         """Unmaps the peers' segments and frees this rank's; no kernel may use them any more. Collective."""
