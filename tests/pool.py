@@ -8,11 +8,11 @@ import importlib
 import multiprocessing
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 # Ranks may share a GPU (TDCCL_TEST_RANKS larger than the number of GPUs): right, but slow by time slicing.
@@ -29,11 +29,11 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self._folder.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -65,16 +65,14 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._folder.cleanup()
 
 
-def _serve(rank: int, folder: str, pipe) -> None:
+def _serve(rank: int, port: int, pipe) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     torch.set_num_threads(1)
-    import torch.distributed as dist
-
     import tdccl
 
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     communicators = {}
     while True:
         try:
@@ -83,8 +81,8 @@ def _serve(rank: int, folder: str, pipe) -> None:
             return
         try:
             if world not in communicators:
-                store = dist.FileStore(f"{folder}/world{world}", world)
-                communicators[world] = tdccl.init(store=store, rank=rank, size=world, timeout=30)
+                own = dist.PrefixStore(f"world{world}", store)
+                communicators[world] = tdccl.init(store=own, rank=rank, size=world, timeout=30)
             body = getattr(importlib.import_module(module), name)
             pipe.send((True, body(communicators[world], **arguments)))
         except BaseException:

@@ -13,7 +13,7 @@ def _push(call, context):
 
 
 def _staged(call, context):
-    geometry = tiles_in(call, context, rings=context.size, depth=exchange.DEPTH.value)
+    geometry = tiles_in(call, context, rings=context.size - 1, depth=exchange.DEPTH.value)
     counts = (geometry.counts["count"],) * context.size
     return geometry.splitting(counts, counts, same=True)
 

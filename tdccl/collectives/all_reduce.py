@@ -66,7 +66,7 @@ def two_shot_pull(
     epoch = shmem.begin(team)
     shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(part, TILE)):
-        within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        within = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         index = team.rank * part + within
         mask = (within < part) & (index < count)
         values = ()
@@ -88,60 +88,75 @@ def two_shot_pull(
 def two_shot_staged(
     team, send, recv, count, part, tail,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """At step s a block pushes tile s of every part to the part's rank, reduces tile s - 1 of its own part
-    and pushes the result to all, and writes out tile s - 2 of the others' results.
+    """At step s a block pushes span s of every part to the part's rank, reduces span s - 1 of its own part
+    and pushes the result to all, and writes out span s - 2 of the others' results.
 
     Waits:    block b for block b of every peer, twice a step: for their inputs, for their results.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    a slot returns after DEPTH = 3 steps. Inputs: when a block starts step s it has seen its peer's
               result s - 3, so the peer has read input s - 3. Results: when it sends result s - 1 it has
               seen the peer's input s - 1, so the peer is past its step s - 2 and has written out s - 4.
-              Between calls the ring alternates by the parity of the epoch.
+              Between calls the ring alternates by the parity of the epoch, or is WHOLE between barriers.
     """
     epoch = shmem.begin(team)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 1)
+    span: tl.constexpr = TILE * TILES
+    results: tl.constexpr = team.size - 1  # the first of the rings for results
     place = tl.arange(0, TILE)
-    steps = shmem.steps_of(part, TILE)
+    steps = shmem.steps_of(part, span)
     for step in range(steps + 2):
         if step < steps:
-            within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
-            for distance in tl.static_range(1, team.size):
-                pe = (team.rank + distance) % team.size
-                index = pe * part + within
-                mask = (within < part) & (index < count)
-                slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
-                tl.store(slot + place, tl.load(send + index, mask=mask), mask=mask)
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step, span) + inside
+                for distance in tl.static_range(1, team.size):
+                    pe = (team.rank + distance) % team.size
+                    index = pe * part + within
+                    mask = (within < part) & (index < count)
+                    slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (step >= 1) & (step <= steps):
-            start = shmem.tile_start(step - 1, TILE)
-            index = team.rank * part + start + place
-            mask = (start + place < part) & (index < count)
-            own = (send + team.rank * part + start).to(tl.int64)
             shmem.wait_all(team, epoch, shmem.DATA, step)
-            values = ()
-            for source in tl.static_range(team.size):
-                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
-                address = tl.where(source == team.rank, own, slot.to(tl.int64))
-                pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
-                values = values + (tl.load(pointer + place, mask=mask, other=0),)
-            result = shmem.fold(values, OP, DTYPE)
-            for distance in tl.static_range(1, team.size):
-                pe = (team.rank + distance) % team.size
-                slot = shmem.remote_slot(team, epoch, team.size + team.rank, step - 1, pe, DTYPE, TILE, DEPTH)
-                tl.store(slot + place, result, mask=mask)
+            for tile in range(TILES):
+                start = shmem.span_start(step - 1, span) + tile * TILE
+                index = team.rank * part + start + place
+                mask = (start + place < part) & (index < count)
+                own = send + team.rank * part + start
+                values = ()
+                for source in tl.static_range(team.size):
+                    ring = (team.rank + team.size - source) % team.size - 1
+                    slot = shmem.local_slot(team, epoch, ring, step - 1, DTYPE, span, DEPTH, WHOLE) + tile * TILE
+                    address = tl.where(source == team.rank, own.to(tl.int64), slot.to(tl.int64))
+                    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+                    values = values + (tl.load(pointer + place, mask=mask, other=0),)
+                result = shmem.fold(values, OP, DTYPE)
+                for distance in tl.static_range(1, team.size):
+                    pe = (team.rank + distance) % team.size
+                    ring = results + distance - 1
+                    slot = shmem.remote_slot(team, epoch, ring, step - 1, pe, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(slot + tile * TILE + place, result, mask=mask)
+                tl.store(recv + index, result, mask=mask)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
-            tl.store(recv + index, result, mask=mask)
         if step >= 2:
-            within = shmem.tile_start(step - 2, TILE) + tl.arange(0, TILE)
             shmem.wait_all(team, epoch, shmem.RESULT, step - 1)
-            for distance in tl.static_range(1, team.size):
-                source = (team.rank + team.size - distance) % team.size
-                index = source * part + within
-                mask = (within < part) & (index < count)
-                slot = shmem.local_slot(team, epoch, team.size + source, step - 2, DTYPE, TILE, DEPTH)
-                tl.store(recv + index, tl.load(slot + place, mask=mask), mask=mask)
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step - 2, span) + inside
+                for distance in tl.static_range(1, team.size):
+                    source = (team.rank + team.size - distance) % team.size
+                    index = source * part + within
+                    mask = (within < part) & (index < count)
+                    ring = results + distance - 1
+                    slot = shmem.local_slot(team, epoch, ring, step - 2, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
     if TAIL:
         _reduce_tail(team, epoch, send, recv, count, tail, OP, DTYPE)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
@@ -164,7 +179,7 @@ def _two_shot_pull(call, context):
 
 def _two_shot_staged(call, context):
     bulk, tail = _bulk_and_tail(call)
-    rings = 2 * context.size
+    rings = 2 * (context.size - 1)
     geometry = tiles_in(bulk, context, rings, DEPTH.value, part_bytes=_part_bytes(bulk, context))
     return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
 

@@ -15,7 +15,7 @@ def _push(call, context):
 
 
 def _staged(call, context):
-    geometry = tiles_in(call, context, rings=context.size, depth=exchange.DEPTH.value)
+    geometry = tiles_in(call, context, rings=context.size - 1, depth=exchange.DEPTH.value)
     splits = call.splits or ((call.count,) * context.size,) * 2
     unit = ITEMSIZE[geometry.dtype]
     send, recv = (tuple(count * call.itemsize // unit for count in counts) for counts in splits)

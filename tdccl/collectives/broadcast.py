@@ -58,7 +58,7 @@ def scatter_gather_direct(
     from_root = tl.arange(0, shmem.MAX_RANKS) == root
     mine = (team.rank + team.size - root - 1) % team.size
     for step in range(shmem.steps_of(part, TILE)):
-        within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        within = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         if team.rank == root:
             for other in tl.static_range(team.size - 1):
                 index = other * part + within
@@ -81,58 +81,75 @@ def scatter_gather_direct(
 
 
 @triton.jit
-def scatter_gather_staged(team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr):
-    """At step s the root pushes tile s of every part to the part's rank; that rank takes in tile s - 1 and
-    passes it on to the others; every rank takes in tile s - 2 of the others' parts.
+def scatter_gather_staged(
+    team, send, recv, count, part, root,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """At step s the root pushes span s of every part to the part's rank; that rank takes in span s - 1 and
+    passes it on to the others; every rank takes in span s - 2 of the others' parts.
 
-    Waits:    block b for block b: of the root for its tile, of every other rank for what it passed on.
+    Waits:    block b for block b: of the root for its span, of every other rank for what it passed on.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    a slot returns after DEPTH = 4 steps. All ranks signal all, the root included, so when a block
-              starts step s it has seen each peer pass on tile s - 3: the peer is past its step s - 3 and
-              has taken in tile s - 5 of the others' parts, and the root's tile s - 3.
+              starts step s it has seen each peer pass on span s - 3: the peer is past its step s - 3 and
+              has taken in span s - 5 of the others' parts, and the root's span s - 3.
               Between calls the ring alternates by the parity of the epoch; the BARRIER signal lets each
-              rank hear from all in each call.
+              rank hear from all in each call. WHOLE: barriers instead, and twice the ring.
     """
     epoch = shmem.begin(team)
-    shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 1)
+    else:
+        shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    span: tl.constexpr = TILE * TILES
+    scattered: tl.constexpr = team.size - 1  # the ring for what the root sends, behind one for each distance
     place = tl.arange(0, TILE)
     ranks = tl.arange(0, shmem.MAX_RANKS)
     is_root = team.rank == root
     mine = (team.rank + team.size - root - 1) % team.size
-    steps = shmem.steps_of(part, TILE)
+    steps = shmem.steps_of(part, span)
     for step in range(steps + 2):
         if is_root & (step < steps):
-            within = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
-            for other in tl.static_range(team.size - 1):
-                index = other * part + within
-                mask = (within < part) & (index < count)
-                pe = (root + 1 + other) % team.size
-                slot = shmem.remote_slot(team, epoch, team.size, step, pe, DTYPE, TILE, DEPTH)
-                tl.store(slot + place, tl.load(send + index, mask=mask), mask=mask)
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step, span) + inside
+                for other in tl.static_range(team.size - 1):
+                    index = other * part + within
+                    mask = (within < part) & (index < count)
+                    pe = (root + 1 + other) % team.size
+                    slot = shmem.remote_slot(team, epoch, scattered, step, pe, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (team.rank != root) & (step >= 1) & (step <= steps):
-            within = shmem.tile_start(step - 1, TILE) + tl.arange(0, TILE)
-            index = mine * part + within
-            mask = (within < part) & (index < count)
             shmem.wait_peers(team, epoch, shmem.DATA, step, ranks == root)
-            slot = shmem.local_slot(team, epoch, team.size, step - 1, DTYPE, TILE, DEPTH)
-            chunk = tl.load(slot + place, mask=mask)
-            for distance in tl.static_range(1, team.size):
-                pe = (team.rank + distance) % team.size
-                slot = shmem.remote_slot(team, epoch, team.rank, step - 1, pe, DTYPE, TILE, DEPTH)
-                tl.store(slot + place, chunk, mask=mask & (pe != root))
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step - 1, span) + inside
+                index = mine * part + within
+                mask = (within < part) & (index < count)
+                slot = shmem.local_slot(team, epoch, scattered, step - 1, DTYPE, span, DEPTH, WHOLE)
+                chunk = tl.load(slot + inside, mask=mask)
+                for distance in tl.static_range(1, team.size):
+                    pe = (team.rank + distance) % team.size
+                    slot = shmem.remote_slot(team, epoch, distance - 1, step - 1, pe, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(slot + inside, chunk, mask=mask & (pe != root))
+                tl.store(recv + index, chunk, mask=mask)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
-            tl.store(recv + index, chunk, mask=mask)
         if step >= 2:
-            within = shmem.tile_start(step - 2, TILE) + tl.arange(0, TILE)
             shmem.wait_peers(team, epoch, shmem.RESULT, step - 1, ranks != root)
-            for distance in tl.static_range(1, team.size):
-                source = (team.rank + team.size - distance) % team.size
-                index = ((source + team.size - root - 1) % team.size) * part + within
-                mask = (within < part) & (index < count) & (source != root) & (team.rank != root)
-                slot = shmem.local_slot(team, epoch, source, step - 2, DTYPE, TILE, DEPTH)
-                tl.store(recv + index, tl.load(slot + place, mask=mask), mask=mask)
-    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step - 2, span) + inside
+                for distance in tl.static_range(1, team.size):
+                    source = (team.rank + team.size - distance) % team.size
+                    index = ((source + team.size - root - 1) % team.size) * part + within
+                    mask = (within < part) & (index < count) & (source != root) & (team.rank != root)
+                    slot = shmem.local_slot(team, epoch, distance - 1, step - 2, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 2)
+    else:
+        shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)
 
 
@@ -151,7 +168,7 @@ def _direct(call, context):
 
 
 def _staged(call, context):
-    rings = context.size + 1
+    rings = context.size
     geometry = tiles_in(call, context, rings, DEPTH.value, part_bytes=_part_bytes(call, context))
     return geometry.adding(scalars={"root": call.root})
 

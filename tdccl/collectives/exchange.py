@@ -53,7 +53,7 @@ def push(
     epoch = shmem.begin(team)
     shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(count, TILE)):
-        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
         if SAME:
             chunk = tl.load(send + index, mask=mask)
@@ -68,57 +68,71 @@ def push(
 
 
 @triton.jit
-def _steps_with_peers(send_counts, recv_counts, TILE: tl.constexpr):
+def _steps_with_peers(send_counts, recv_counts, SPAN: tl.constexpr):
     """For each rank, as one small tensor: the steps of this block with it, the longer of the two directions."""
     ranks = tl.arange(0, shmem.MAX_RANKS)
     steps = tl.zeros([shmem.MAX_RANKS], tl.int64)
     for rank in tl.static_range(len(send_counts)):
         longer = tl.maximum(send_counts[rank], recv_counts[rank])
-        steps = tl.where(ranks == rank, shmem.steps_of(longer, TILE), steps)
+        steps = tl.where(ranks == rank, shmem.steps_of(longer, SPAN), steps)
     return steps
 
 
 @triton.jit
 def staged(
     team, send, recv, send_counts, send_offsets, recv_counts, recv_offsets,
-    DTYPE: tl.constexpr, TILE: tl.constexpr,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """At step s a block pushes tile s of every chunk into a ring slot of its receiver, then takes in tile s - 1.
+    """At step s a block pushes span s of every chunk into a ring slot of its receiver, then takes in span s - 1.
 
     Waits:    block b for block b of each peer, once a step; both directions of a pair take equally many
               steps, so two ranks agree on them from their own two counts alone.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peer's
-              signal for tile s - 2, so the peer is past its step s - 3 and has taken in tile s - 4.
+              signal for span s - 2, so the peer is past its step s - 3 and has taken in span s - 4.
               Between calls the ring alternates by the parity of the epoch; pairs that exchange nothing
-              still hear of each other by the BARRIER signal.
+              still hear of each other by the BARRIER signal. WHOLE: barriers instead, and twice the ring.
     """
     epoch = shmem.begin(team)
-    shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
-    with_peers = _steps_with_peers(send_counts, recv_counts, TILE)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 1)
+    else:
+        shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
+    span: tl.constexpr = TILE * TILES
+    place = tl.arange(0, TILE)
+    with_peers = _steps_with_peers(send_counts, recv_counts, span)
     steps = tl.max(with_peers)
     own_count = shmem.pick(send_counts, team.rank)
     own_source = send + shmem.pick(send_offsets, team.rank)
     own_target = recv + shmem.pick(recv_offsets, team.rank)
     for step in range(steps + 1):
-        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
-        for distance in tl.static_range(1, team.size):
-            pe = (team.rank + distance) % team.size
-            mask = index < shmem.pick(send_counts, pe)
-            chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
-            slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
-            tl.store(slot + tl.arange(0, TILE), chunk, mask=mask)
+        for tile in range(TILES):
+            within = tile * TILE + place
+            index = shmem.span_start(step, span) + within
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                mask = index < shmem.pick(send_counts, pe)
+                chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
+                slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
+                tl.store(slot + within, chunk, mask=mask)
         shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
-        own = tl.load(own_source + index, mask=index < own_count)
-        tl.store(own_target + index, own, mask=index < own_count)
+        for tile in range(TILES):
+            index = shmem.span_start(step, span) + tile * TILE + place
+            own = tl.load(own_source + index, mask=index < own_count)
+            tl.store(own_target + index, own, mask=index < own_count)
         if step >= 1:
             shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
-            index = shmem.tile_start(step - 1, TILE) + tl.arange(0, TILE)
-            for distance in tl.static_range(1, team.size):
-                source = (team.rank + team.size - distance) % team.size
-                mask = index < shmem.pick(recv_counts, source)
-                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
-                chunk = tl.load(slot + tl.arange(0, TILE), mask=mask)
-                tl.store(recv + shmem.pick(recv_offsets, source) + index, chunk, mask=mask)
-    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+            for tile in range(TILES):
+                within = tile * TILE + place
+                index = shmem.span_start(step - 1, span) + within
+                for distance in tl.static_range(1, team.size):
+                    source = (team.rank + team.size - distance) % team.size
+                    mask = index < shmem.pick(recv_counts, source)
+                    slot = shmem.local_slot(team, epoch, distance - 1, step - 1, DTYPE, span, DEPTH, WHOLE)
+                    chunk = tl.load(slot + within, mask=mask)
+                    tl.store(recv + shmem.pick(recv_offsets, source) + index, chunk, mask=mask)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 2)
+    else:
+        shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)

@@ -48,7 +48,7 @@ def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: t
     epoch = shmem.begin(team)
     shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(count, TILE)):
-        index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
+        index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
         values = ()
         for source in tl.static_range(team.size):
@@ -60,43 +60,56 @@ def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: t
 
 
 @triton.jit
-def staged(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
-    """At step s a block pushes tile s of every chunk to the chunk's rank and reduces tile s - 1 of its own.
+def staged(
+    team, send, recv, count,
+    DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """At step s a block pushes span s of every chunk to the chunk's rank and reduces span s - 1 of its own.
 
     Waits:    block b for block b of every peer, once a step.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
-    Reuse:    as `exchange.staged`: a slot returns after DEPTH = 4 steps, the ring alternates by parity.
+    Reuse:    as `exchange.staged`: a slot returns after DEPTH = 4 steps, the ring alternates by parity, or
+              is WHOLE between barriers.
     """
     epoch = shmem.begin(team)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 1)
+    span: tl.constexpr = TILE * TILES
     place = tl.arange(0, TILE)
-    steps = shmem.steps_of(count, TILE)
+    steps = shmem.steps_of(count, span)
     for step in range(steps + 1):
         if step < steps:
-            index = shmem.tile_start(step, TILE) + tl.arange(0, TILE)
-            mask = index < count
-            for distance in tl.static_range(1, team.size):
-                pe = (team.rank + distance) % team.size
-                slot = shmem.remote_slot(team, epoch, team.rank, step, pe, DTYPE, TILE, DEPTH)
-                tl.store(slot + place, tl.load(send + pe * count + index, mask=mask), mask=mask)
+            for tile in range(TILES):
+                within = tile * TILE + place
+                index = shmem.span_start(step, span) + within
+                mask = index < count
+                for distance in tl.static_range(1, team.size):
+                    pe = (team.rank + distance) % team.size
+                    slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
+                    tl.store(slot + within, tl.load(send + pe * count + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
-            start = shmem.tile_start(step - 1, TILE)
-            index = start + place
-            mask = index < count
-            own = (send + team.rank * count + start).to(tl.int64)
             shmem.wait_all(team, epoch, shmem.DATA, step)
-            values = ()
-            for source in tl.static_range(team.size):
-                slot = shmem.local_slot(team, epoch, source, step - 1, DTYPE, TILE, DEPTH)
-                address = tl.where(source == team.rank, own, slot.to(tl.int64))
-                pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
-                values = values + (tl.load(pointer + place, mask=mask, other=0),)
-            tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
+            for tile in range(TILES):
+                start = shmem.span_start(step - 1, span) + tile * TILE
+                index = start + place
+                own = send + team.rank * count + start
+                values = ()
+                for source in tl.static_range(team.size):
+                    ring = (team.rank + team.size - source) % team.size - 1
+                    slot = shmem.local_slot(team, epoch, ring, step - 1, DTYPE, span, DEPTH, WHOLE) + tile * TILE
+                    address = tl.where(source == team.rank, own.to(tl.int64), slot.to(tl.int64))
+                    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+                    values = values + (tl.load(pointer + place, mask=index < count, other=0),)
+                tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=index < count)
+    if WHOLE:
+        shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
 def _staged(call, context):
-    return tiles_in(call, context, rings=context.size, depth=DEPTH.value)
+    return tiles_in(call, context, rings=context.size - 1, depth=DEPTH.value)
 
 
 ALGORITHMS = [

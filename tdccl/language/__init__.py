@@ -45,6 +45,6 @@ from tdccl.language.team import (
     begin,
     end,
 )
-from tdccl.language.tiles import local_slot, pick, remote_slot, steps_of, tile_start
+from tdccl.language.tiles import local_slot, pick, remote_slot, span_start, steps_of
 
 __all__ = [name for name in dir() if not name.startswith("_")]

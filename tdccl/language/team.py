@@ -12,7 +12,8 @@ An *epoch* counts the calls of one block. It lives in the heap and the kernel it
 captured graph replays correctly. Packets and ring are doubled by the parity of the epoch. Why that is
 safe without a barrier at the end: in every call each block hears from the same block of every peer, and
 a peer speaks in epoch e only after its launch of epoch e - 1 has ended; so whoever has finished epoch
-e - 1 knows that all peers are done with epoch e - 2, whose parity epoch e uses again.
+e - 1 knows that all peers are done with epoch e - 2, whose parity epoch e uses again. A kernel that takes the
+ring of both parities as one must open and close with a barrier.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 MAX_RANKS = tl.constexpr(8)
-PACKETS = tl.constexpr(1024)
+PACKETS = tl.constexpr(512)
 STATE_BYTES = tl.constexpr(128)
 SIGNAL_KINDS = tl.constexpr(4)
 SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
@@ -108,11 +109,15 @@ def packet_offset(team, epoch, source):
 
 
 @triton.jit
-def ring_offset(team, epoch):
-    """Byte offset of this block's ring for this epoch."""
+def ring_offset(team, epoch, WHOLE: tl.constexpr):
+    """Byte offset of this block's ring for this epoch; WHOLE: of the rings of both parities, one after the other."""
     packets: tl.constexpr = 2 * team.size * PACKETS * 8
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets)
-    return start + (tl.program_id(0) * 2 + (epoch % 2).to(tl.int32)) * team.ring_bytes
+    own = start + tl.program_id(0) * 2 * team.ring_bytes
+    if WHOLE:
+        return own
+    else:
+        return own + (epoch % 2).to(tl.int32) * team.ring_bytes
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Tiles: how a block walks a message, and the ring of scratch through which tiles of ordinary tensors pass.
+"""Spans and tiles: how a block walks a message, and the rings of scratch through which ordinary tensors pass.
 
-Block b of a grid of B takes tiles b, b + B, b + 2B, ... A tile is TILE elements; indices are int64.
+Block b of a grid of B takes spans b, b + B, b + 2B, ... one a step. A span is SPAN elements: one tile or a few, a
+tile being what the block holds in registers at once. Indices are int64.
 """
 
 import triton
@@ -11,18 +12,18 @@ from tdccl.language.team import ring_offset
 
 
 @triton.jit
-def steps_of(count, TILE: tl.constexpr):
-    """How many tiles of `count` elements this block has to walk."""
+def steps_of(count, SPAN: tl.constexpr):
+    """How many spans of `count` elements this block has to walk."""
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    tiles = (count + TILE - 1) // TILE
-    return (tl.maximum(tiles - block, 0) + blocks - 1) // blocks
+    spans = (count + SPAN - 1) // SPAN
+    return (tl.maximum(spans - block, 0) + blocks - 1) // blocks
 
 
 @triton.jit
-def tile_start(step, TILE: tl.constexpr):
-    """Index (int64) of the first element of the tile that this block walks at `step`."""
-    return (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * TILE
+def span_start(step, SPAN: tl.constexpr):
+    """Index (int64) of the first element of the span that this block walks at `step`."""
+    return (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * SPAN
 
 
 @triton.jit
@@ -35,22 +36,27 @@ def pick(values, index):
 
 
 @triton.jit
-def _slot_offset(team, epoch, lane, step, DTYPE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    slot_bytes: tl.constexpr = TILE * DTYPE.primitive_bitwidth // 8
-    return ring_offset(team, epoch) + (lane * DEPTH + step % DEPTH) * slot_bytes
+def _slot_offset(team, epoch, ring, step, SLOT_BYTES: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr):
+    return ring_offset(team, epoch, WHOLE) + (ring * DEPTH + step % DEPTH) * SLOT_BYTES
 
 
 @triton.jit
-def remote_slot(team, epoch, lane, step, pe, DTYPE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """Pointer to the slot for `step` in ring number `lane` of this block on rank `pe`.
+def remote_slot(
+    team, epoch, ring, step, pe, DTYPE: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Pointer to the slot for `step` in ring number `ring` of this block on rank `pe`.
 
-    A ring has DEPTH slots of one tile; a kernel numbers its rings (by source rank, by stage) itself,
-    and its geometry sees to it that they fit into `team.ring_bytes`. Ordering: none.
+    A ring has DEPTH slots of SPAN elements; a kernel numbers its rings (by distance, by stage) itself, and
+    its geometry sees to it that they fit into `team.ring_bytes`, or into twice as much if WHOLE. Ordering: none.
     """
-    return heap_at(team, _slot_offset(team, epoch, lane, step, DTYPE, TILE, DEPTH), pe, DTYPE)
+    slot_bytes: tl.constexpr = SPAN * DTYPE.primitive_bitwidth // 8
+    return heap_at(team, _slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), pe, DTYPE)
 
 
 @triton.jit
-def local_slot(team, epoch, lane, step, DTYPE: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+def local_slot(
+    team, epoch, ring, step, DTYPE: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr
+):
     """The same slot on this rank. Ordering: none."""
-    return local_at(team, _slot_offset(team, epoch, lane, step, DTYPE, TILE, DEPTH), DTYPE)
+    slot_bytes: tl.constexpr = SPAN * DTYPE.primitive_bitwidth // 8
+    return local_at(team, _slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), DTYPE)

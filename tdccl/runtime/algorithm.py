@@ -197,8 +197,22 @@ def packets_in(call: Call, context: Context) -> Geometry:
 
 
 def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: int | None = None) -> Geometry:
-    """Lays chunks, or parts of `part_bytes` bytes, out in tiles that pass through `rings` rings of `depth` slots."""
-    return _tiled(call, context, context.ring_bytes // (rings * depth), part_bytes)
+    """Lays chunks, or parts of `part_bytes` bytes, out in spans that pass through `rings` rings of `depth` slots.
+
+    Large ones take the ring WHOLE, at the price of two barriers, in spans of several tiles: the longer a span, the
+    less its signals cost, but the longer the pipeline takes to fill.
+    """
+    tuning, slots = context.tuning, max(1, rings) * depth
+    walked = call.nbytes if part_bytes is None else part_bytes
+    whole = call.splits is None and walked >= tuning.whole_from
+    room = context.ring_bytes * (2 if whole else 1) // slots
+    geometry = _tiled(call, context, room, part_bytes)
+    tiles = 1
+    if whole:
+        tile_bytes = geometry.constants["TILE"] * ITEMSIZE[geometry.dtype]
+        steps = walked // (geometry.grid * tile_bytes)
+        tiles = max(1, min(room // tile_bytes, steps // tuning.steps))
+    return geometry.adding(constants={"TILES": tiles, "WHOLE": whole})
 
 
 def copying(call: Call, context: Context, part_bytes: int | None = None) -> Geometry:

@@ -14,7 +14,6 @@ import threading
 from typing import Any
 
 import numpy as np
-import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
@@ -192,7 +191,6 @@ def _convert(value: Any):
 
 def _patch() -> None:
     """Makes this process interpret every Triton kernel."""
-    triton.knobs.runtime.interpret = True
     try:
         _builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     except TypeError:

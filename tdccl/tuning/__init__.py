@@ -13,6 +13,8 @@ class Tuning:
     blocks         largest grid
     warps          warps of a block of the other kernels
     tile           largest and smallest tile, in bytes: small messages take smaller tiles on more blocks
+    whole_from     chunk (or part) from which staged algorithms take the ring of both parities, between barriers
+    steps          how many steps a block should have, at least, before its spans grow longer than a tile
     """
 
     packet_limit: dict[str, int]
@@ -21,6 +23,8 @@ class Tuning:
     blocks: int
     warps: int
     tile: tuple[int, int]
+    whole_from: int
+    steps: int
 
 
 GPU = Tuning(
@@ -33,17 +37,21 @@ GPU = Tuning(
     },
     packet_tile=256,
     packet_warps=4,
-    blocks=64,
+    blocks=128,
     warps=16,
     tile=(16 << 10, 2 << 10),
+    whole_from=4 << 20,
+    steps=12,
 )
 
 # The interpreter pays by the block, not by the byte: few blocks, large tiles.
 EMULATION = Tuning(
     packet_limit=dict.fromkeys(GPU.packet_limit, 8 << 10),
-    packet_tile=1024,
+    packet_tile=512,
     packet_warps=1,
     blocks=2,
     warps=1,
-    tile=(64 << 10, 64 << 10),
+    tile=(32 << 10, 32 << 10),
+    whole_from=256 << 10,
+    steps=2,
 )

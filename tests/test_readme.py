@@ -1,0 +1,42 @@
+"""README's programs run as README says."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PROGRAMS = {re.match(r"# (\S+\.py)", text).group(1): text for kind, text in BLOCKS if kind == "python"}
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if not line.startswith("./run")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_readme(command, tmp_path):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "tdccl-0.dist-info").mkdir()  # what `pip install` would leave: torch finds the backend by it
+    (tmp_path / "tdccl-0.dist-info" / "entry_points.txt").write_text(
+        "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
+    )
+    (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", OMP_NUM_THREADS="1")
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for layer in ("OMPI", "PRTE"):
+        environment[f"{layer}_ALLOW_RUN_AS_ROOT"] = environment[f"{layer}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    environment["PRTE_MCA_rmaps_default_mapping_policy"] = environment["OMPI_MCA_rmaps_base_mapping_policy"] = ""
+    if words[0] == "mpirun":
+        words.insert(1, "--oversubscribe")
+    run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def test_every_program_of_readme_is_started_by_it():
+    assert all(any(name in command for command in COMMANDS) for name in PROGRAMS)
