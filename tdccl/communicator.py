@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tdccl import __version__, environment, transport, tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Timeout
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.language import team as layout
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, Context
@@ -62,14 +62,14 @@ class Communicator:
         self._bootstrap = bootstrap
         self._tuning = tuning.EMULATION if environment.emulated() else tuning.GPU
         scratch = environment.scratch_bytes()
-        ring_bytes = layout.ring_bytes_within(scratch, self.size, self._tuning.blocks)
+        blocks, rings = self._tuning.heap_blocks, self._tuning.blocks
+        ring_bytes = layout.ring_bytes_within(scratch, self.size, blocks, rings)
         if ring_bytes < 16 << 10:
             raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {self.size} ranks")
         self.device = self._agree(device, ring_bytes)
         self._context = Context(self.size, ring_bytes, self._tuning)
-        self._heap = transport.allocate(
-            bootstrap, layout.heap_bytes(self.size, self._tuning.blocks, ring_bytes), self.device
-        )
+        nbytes = layout.heap_bytes(self.size, blocks, rings, ring_bytes)
+        self._heap = transport.allocate(bootstrap, nbytes, self.device)
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
@@ -118,7 +118,7 @@ class Communicator:
             control=self._control,
             timeout=int(self.timeout * 1e9),
             size=tl.constexpr(self.size),
-            blocks=tl.constexpr(self._tuning.blocks),
+            blocks=tl.constexpr(self._tuning.heap_blocks),
             ring_bytes=tl.constexpr(self._context.ring_bytes),
             backend=tl.constexpr(backend),
         )
@@ -306,6 +306,11 @@ class Communicator:
         fault = dict(zip(layout.FAULT_FIELDS, self._control.tolist()))
         if fault["abort"] == layout.ABORTED:
             raise Aborted("this communicator was aborted; make a new one with tdccl.init")
+        if fault["abort"] == layout.GRID_TOO_LARGE:
+            blocks = self._tuning.heap_blocks
+            raise TdcclError(
+                f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
+            )
         kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", layout.PACKET_KIND.value: "packets"}
         raise Timeout(
             f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "

@@ -1,9 +1,11 @@
 """Kernels of users: the device functions of `tdccl.language`, alone and together."""
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 
+import tdccl
 import tdccl.language as shmem
 
 
@@ -114,3 +116,26 @@ def check_epoch_wraps(comm):
 
 def test_epochs_wrap_around(ranks, world):
     ranks.run(check_epoch_wraps, world)
+
+
+def check_large_grid(comm):
+    group = comm.split(0)
+    x = torch.zeros(500, device=comm.device)
+    blocks = group.team.blocks.value
+    with pytest.raises(tdccl.TdcclError, match=r"more than team\.blocks"):
+        for _ in range(3):
+            lonely[(blocks + 1,)](group.team, x)
+            torch.cuda.synchronize() if comm.device.type == "cuda" else None
+            group.check()
+
+
+@triton.jit
+def lonely(team, x):
+    """Talks to nobody, but counts as a call."""
+    epoch = shmem.begin(team)
+    tl.store(x + tl.program_id(0), epoch.to(tl.float32))
+    shmem.end(team, epoch)
+
+
+def test_a_grid_that_is_too_large_is_told(ranks, world):
+    ranks.run(check_large_grid, world)

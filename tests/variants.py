@@ -21,11 +21,11 @@ from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    return Context(size, layout.ring_bytes_within(scratch, size, tuning.GPU.blocks), tuning.GPU)
+    return Context(size, layout.ring_bytes_within(scratch, size, tuning.GPU.heap_blocks, tuning.GPU.blocks), tuning.GPU)
 
 
 def team_of(context: Context, backend: str) -> layout.Team:
-    return layout.Team(0, 0, 0, 0, 0, context.size, context.tuning.blocks, context.ring_bytes, backend)
+    return layout.Team(0, 0, 0, 0, 0, context.size, context.tuning.heap_blocks, context.ring_bytes, backend)
 
 
 def arguments_of(algorithm, call: Call, context: Context):

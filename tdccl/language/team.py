@@ -45,8 +45,8 @@ class Team(NamedTuple):
     control  *i64: 8 words of pinned host memory, the abort word and the fault record (`FAULT_FIELDS`)
     timeout  i64: nanoseconds that a wait may last
     size     number of ranks
-    blocks   blocks that the heap has room for: the largest grid
-    ring_bytes   bytes of ring that a block has for each parity
+    blocks   the largest grid of a communicating kernel: so many blocks have signals and packets in the heap
+    ring_bytes   bytes of ring for each parity that a block has, if it is among those that have a ring at all
     backend  "cuda", "hip" or "emulation"
     """
 
@@ -73,30 +73,36 @@ class Symmetric(NamedTuple):
 
 SYMMETRIC_TYPES = Symmetric("*i64", "i64")
 
-# Words of the control block. `abort` is 0, ABORTED or TIMED_OUT.
+# Words of the control block. `abort` is 0 or one of the codes.
 FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen")
-ABORTED, TIMED_OUT = 1, 2
+ABORTED, TIMED_OUT, GRID_TOO_LARGE = 1, 2, 3
 PACKET_KIND = tl.constexpr(4)
 TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)
+GRID_CODE = tl.constexpr(GRID_TOO_LARGE)
 
 
-def heap_bytes(size: int, blocks: int, ring_bytes: int) -> int:
-    """Bytes of heap that a team of `size` ranks needs on each rank."""
+def heap_bytes(size: int, blocks: int, rings: int, ring_bytes: int) -> int:
+    """Bytes of heap that a team of `size` ranks needs on each rank; the first `rings` blocks have a ring."""
     packets = 2 * size * PACKETS.value * 8
-    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + packets + 2 * ring_bytes)
+    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + packets) + rings * 2 * ring_bytes
 
 
-def ring_bytes_within(scratch: int, size: int, blocks: int) -> int:
+def ring_bytes_within(scratch: int, size: int, blocks: int, rings: int) -> int:
     """The largest ring (a multiple of 1 KiB) for which the heap stays within `scratch` bytes."""
-    left = scratch - heap_bytes(size, blocks, 0)
-    return left // (2 * blocks) // 1024 * 1024
+    left = scratch - heap_bytes(size, blocks, 0, 0)
+    return left // (2 * rings) // 1024 * 1024
+
+
+@triton.jit
+def block_of(team):
+    """The number of this block, and the last one's for all blocks of a grid that is too large (see `begin`)."""
+    return tl.minimum(tl.program_id(0), team.blocks - 1)
 
 
 @triton.jit
 def signal_offset(team, kind, source):
     """Byte offset in any rank's heap of the signal that `source` sets for this block."""
-    block = tl.program_id(0)
-    word = (block * SIGNAL_KINDS + kind) * MAX_RANKS + source
+    word = (block_of(team) * SIGNAL_KINDS + kind) * MAX_RANKS + source
     return team.blocks * STATE_BYTES + word * 8
 
 
@@ -104,7 +110,7 @@ def signal_offset(team, kind, source):
 def packet_offset(team, epoch, source):
     """Byte offset of the packet slot into which `source` writes for this block in this epoch."""
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES)
-    slot = (tl.program_id(0) * 2 + (epoch % 2).to(tl.int32)) * team.size + source
+    slot = (block_of(team) * 2 + (epoch % 2).to(tl.int32)) * team.size + source
     return start + slot * PACKETS * 8
 
 
@@ -122,8 +128,14 @@ def ring_offset(team, epoch, WHOLE: tl.constexpr):
 
 @triton.jit
 def begin(team):
-    """The epoch of this call in this block, an int64 in 1 .. 2**32 - 1; 2 follows the last, to keep parity."""
-    last = tl.load((team.local + tl.program_id(0) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
+    """The epoch of this call in this block, an int64 in 1 .. 2**32 - 1; 2 follows the last, to keep parity.
+
+    A grid of more than `team.blocks` blocks touches nothing out of bounds, but its results are wrong and the
+    communicator's next call raises.
+    """
+    if tl.program_id(0) >= team.blocks:
+        tl.store(team.control, tl.full([], GRID_CODE, tl.int64))
+    last = tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
     return tl.where(last == LAST_EPOCH, 2, last + 1)
 
 
@@ -131,4 +143,4 @@ def begin(team):
 def end(team, epoch):
     """Closes the call: the next launch of this block sees a new epoch. All waits must be over."""
     tl.debug_barrier()
-    tl.store((team.local + tl.program_id(0) * STATE_BYTES).to(tl.pointer_type(tl.int64)), epoch)
+    tl.store((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)), epoch)

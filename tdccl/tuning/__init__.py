@@ -10,7 +10,8 @@ class Tuning:
     packet_limit   largest chunk of each collective that goes as LL packets
     packet_tile    32-bit words of a chunk that one block of an LL kernel handles, while blocks last
     packet_warps   warps of such a block
-    blocks         largest grid
+    blocks         largest grid of tdccl's own kernels
+    heap_blocks    largest grid of any kernel, users' too
     warps          warps of a block of the other kernels
     tile           largest and smallest tile, in bytes: small messages take smaller tiles on more blocks
     whole_from     chunk (or part) from which staged algorithms take the ring of both parities, between barriers
@@ -21,6 +22,7 @@ class Tuning:
     packet_tile: int
     packet_warps: int
     blocks: int
+    heap_blocks: int
     warps: int
     tile: tuple[int, int]
     whole_from: int
@@ -38,6 +40,7 @@ GPU = Tuning(
     packet_tile=256,
     packet_warps=4,
     blocks=128,
+    heap_blocks=128,
     warps=16,
     tile=(16 << 10, 2 << 10),
     whole_from=4 << 20,
@@ -50,6 +53,7 @@ EMULATION = Tuning(
     packet_tile=512,
     packet_warps=1,
     blocks=2,
+    heap_blocks=32,
     warps=1,
     tile=(32 << 10, 32 << 10),
     whole_from=256 << 10,
