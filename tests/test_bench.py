@@ -47,6 +47,13 @@ def test_under_mpirun():
     assert "# Avg bus bandwidth" in done.stdout
 
 
+@pytest.mark.parametrize("ranks", [5, 8])
+def test_worlds_up_to_eight(ranks):
+    run = bench("all", "--ranks", str(ranks), "-b", "48", "-e", "48K", "-f", "1000", "-n", "1", "-w", "0")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Out of bounds values : 0 OK" in run.stdout
+
+
 def test_spawns_its_ranks_and_writes_tidy_json(tmp_path):
     path = tmp_path / "results.json"
     done = bench(

@@ -1,5 +1,6 @@
 """Bad input is refused before anything is launched, says what is wrong, and leaves the communicator usable."""
 
+import os
 import subprocess
 import sys
 import time
@@ -201,8 +202,6 @@ except tdccl.InitError as error:
 
 
 def init_error(arguments, **environment):
-    import os
-
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI", "PMI", "RANK", "WORLD"))}
     program = PROGRAM.format(root=str(pool.ROOT), arguments=arguments)
     command = [sys.executable, "-c", program]
@@ -220,3 +219,23 @@ def test_init_without_a_launcher_says_what_to_do():
 
 def test_init_checks_its_address():
     assert "expected tcp://host:port" in init_error("rank=0, size=1", TDCCL_INIT="somewhere")
+
+
+ALL_REDUCE = """
+import sys; sys.path.insert(0, {root!r})
+import torch, tdccl
+for _ in range(2):
+    with tdccl.init(rank={rank}, size=2, timeout=60) as comm:
+        print(comm.all_reduce(torch.ones(4, device=comm.device)).tolist())
+"""
+
+
+def test_init_by_a_tcp_address():
+    programs = [ALL_REDUCE.format(root=str(pool.ROOT), rank=rank) for rank in range(2)]
+    environment = {**os.environ, "TDCCL_INIT": "tcp://127.0.0.1:29642"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for program in programs
+    ]
+    for rank in ranks:
+        assert rank.communicate(timeout=100)[0].count("[2.0, 2.0, 2.0, 2.0]") == 2

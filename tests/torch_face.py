@@ -4,6 +4,7 @@ torchrun --nproc-per-node 3 tests/torch_face.py
 mpirun -n 3 python tests/torch_face.py
 """
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -243,19 +244,22 @@ def groups():
 
 
 def threads():
-    """DDP calls from autograd's threads: one group for each of two threads, at the same time."""
+    """DDP calls from autograd's threads: one group and stream for each of two threads, at the same time."""
     failures = []
 
     def body(group, value):
         try:
-            for _ in range(3):
-                tensor = full(100, value)
-                dist.all_reduce(tensor, group=group)
-                same(tensor, SIZE * value)
+            with torch.cuda.stream(torch.cuda.Stream(DEVICE)) if GPU else contextlib.nullcontext():
+                for _ in range(3):
+                    tensor = full(100, value)
+                    dist.all_reduce(tensor, group=group)
+                    same(tensor, SIZE * value)
         except Exception as error:
             failures.append(error)
 
     groups = [dist.new_group(list(range(SIZE))) for _ in range(2)]
+    for group in groups:
+        dist.barrier(group=group)  # connects it: threads may come in another order on another rank
     workers = [threading.Thread(target=body, args=(group, i + 1)) for i, group in enumerate(groups)]
     for worker in workers:
         worker.start()

@@ -19,9 +19,11 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     """
     with torch.cuda.device(device):
         own = _check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
-        _check(runtime.cudaMemset(own, 0, nbytes), "cudaMemset")
+        # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
+        stream = torch.cuda.Stream(device)
+        _check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
+        stream.synchronize()
         handle = _check(runtime.cudaIpcGetMemHandle(own), "cudaIpcGetMemHandle")
-        torch.cuda.synchronize(device)
         handles = bootstrap.exchange(bytes(handle.reserved))
         addresses = [own] * bootstrap.size
         for rank, reserved in enumerate(handles):
