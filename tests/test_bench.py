@@ -21,6 +21,7 @@ AS_ROOT += ("PRTE_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     environment = {**os.environ, "TDCCL_EMULATE": "1", **dict.fromkeys(AS_ROOT, "1")}
+    environment.pop("TDCCL_SCRATCH_MB", None)  # as users start it
     command = [*launcher, sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
