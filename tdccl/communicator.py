@@ -407,7 +407,7 @@ class Communicator:
                 plan(source.data_ptr(), target.data_ptr(), 0)
                 self.check()
                 return
-            if torch.cuda.current_device() != self.device.index:
+            if torch._C._cuda_getDevice() != self.device.index:
                 with torch.cuda.device(self.device):
                     self._launch(plan, source, target, stream)
             else:

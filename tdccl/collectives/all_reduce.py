@@ -126,13 +126,9 @@ def two_shot_staged(
                 index = team.rank * part + start + place
                 mask = (start + place < part) & (index < count)
                 own = send + team.rank * part + start
-                values = ()
-                for source in tl.static_range(team.size):
-                    ring = (team.rank + team.size - source) % team.size - 1
-                    slot = shmem.local_slot(team, epoch, ring, step - 1, DTYPE, span, DEPTH, WHOLE) + tile * TILE
-                    address = tl.where(source == team.rank, own.to(tl.int64), slot.to(tl.int64))
-                    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
-                    values = values + (tl.load(pointer + place, mask=mask, other=0),)
+                values = shmem.load_ranks(
+                    team, epoch, own, step - 1, tile * TILE, mask, DTYPE, TILE, span, DEPTH, WHOLE, ALIGN
+                )
                 result = shmem.fold(values, OP, DTYPE)
                 for distance in tl.static_range(1, team.size):
                     pe = (team.rank + distance) % team.size

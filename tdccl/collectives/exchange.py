@@ -25,15 +25,8 @@ def push_ll(team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.
     Reuse:    packet slots alternate by the parity of the epoch; each rank hears from all in each call.
     """
     epoch = shmem.begin(team)
-    place = tl.arange(0, TILE)
-    index = tl.program_id(0).to(tl.int64) * TILE + place
-    mask = index < shmem.words_in(count, DTYPE, WIDE)
-    for distance in tl.static_range(1, team.size):
-        pe = (team.rank + distance) % team.size
-        words = shmem.load_words(send + pe * send_stride, index, count, DTYPE, WIDE)
-        shmem.put_words(team, epoch, words, place, mask, pe)
-    own = shmem.load_words(send + team.rank * send_stride, index, count, DTYPE, WIDE)
-    received = shmem.get_words(team, epoch, own, place, mask)
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    received = shmem.exchange_words(team, epoch, send, send_stride, index, count, DTYPE, WIDE)
     for source in tl.static_range(team.size):
         shmem.store_words(recv + source * count, index, received[source], count, DTYPE, WIDE)
     shmem.end(team, epoch)

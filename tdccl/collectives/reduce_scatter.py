@@ -24,15 +24,8 @@ def push_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE
     Reuse:    packet slots alternate by the parity of the epoch; each rank hears from all in each call.
     """
     epoch = shmem.begin(team)
-    place = tl.arange(0, TILE)
-    index = tl.program_id(0).to(tl.int64) * TILE + place
-    mask = index < shmem.words_in(count, DTYPE, WIDE)
-    for distance in tl.static_range(1, team.size):
-        pe = (team.rank + distance) % team.size
-        words = shmem.load_words(send + pe * count, index, count, DTYPE, WIDE)
-        shmem.put_words(team, epoch, words, place, mask, pe)
-    own = shmem.load_words(send + team.rank * count, index, count, DTYPE, WIDE)
-    words = shmem.get_words(team, epoch, own, place, mask)
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    words = shmem.exchange_words(team, epoch, send, count, index, count, DTYPE, WIDE)
     shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
     shmem.end(team, epoch)
 
@@ -94,15 +87,12 @@ def staged(
             for tile in range(TILES):
                 start = shmem.span_start(step - 1, span) + tile * TILE
                 index = start + place
+                mask = index < count
                 own = send + team.rank * count + start
-                values = ()
-                for source in tl.static_range(team.size):
-                    ring = (team.rank + team.size - source) % team.size - 1
-                    slot = shmem.local_slot(team, epoch, ring, step - 1, DTYPE, span, DEPTH, WHOLE) + tile * TILE
-                    address = tl.where(source == team.rank, own.to(tl.int64), slot.to(tl.int64))
-                    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
-                    values = values + (tl.load(pointer + place, mask=index < count, other=0),)
-                tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=index < count)
+                values = shmem.load_ranks(
+                    team, epoch, own, step - 1, tile * TILE, mask, DTYPE, TILE, span, DEPTH, WHOLE, ALIGN
+                )
+                tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
     if WHOLE:
         shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)

@@ -7,6 +7,7 @@ ring slots, ordered reductions. Each function states its memory ordering.
 """
 
 from tdccl.language.packets import (
+    exchange_words,
     fold_words,
     get_words,
     get_words_from,
@@ -45,6 +46,6 @@ from tdccl.language.team import (
     begin,
     end,
 )
-from tdccl.language.tiles import local_slot, pick, remote_slot, span_start, steps_of
+from tdccl.language.tiles import load_ranks, local_slot, pick, remote_slot, span_start, steps_of
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -151,6 +151,20 @@ def get_words(team, epoch, own, slot_index, mask):
 
 
 @triton.jit
+def exchange_words(team, epoch, source, stride, index, count, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Sends words `index` of the chunk at `source` + p * stride elements to each rank p, a chunk being `count`
+    elements; returns what all ranks sent here, as `get_words`. Ordering and bound as `put_words` and `get_words`.
+    """
+    place = tl.arange(0, index.numel)
+    mask = index < words_in(count, DTYPE, WIDE)
+    for distance in tl.static_range(1, team.size):  # rank + 1 first: no two ranks on one target
+        pe = (team.rank + distance) % team.size
+        put_words(team, epoch, load_words(source + pe * stride, index, count, DTYPE, WIDE), place, mask, pe)
+    own = load_words(source + team.rank * stride, index, count, DTYPE, WIDE)
+    return get_words(team, epoch, own, place, mask)
+
+
+@triton.jit
 def get_words_from(team, epoch, own, slot_index, mask, source):
     """Waits for the words of one rank, which may be this one (then `own`). Ordering and bound as `get_words`."""
     return _receive(team, epoch, own, slot_index, mask, 1, source)[0]

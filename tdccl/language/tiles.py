@@ -60,3 +60,24 @@ def local_slot(
     """The same slot on this rank. Ordering: none."""
     slot_bytes: tl.constexpr = SPAN * DTYPE.primitive_bitwidth // 8
     return local_at(team, _slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), DTYPE)
+
+
+@triton.jit
+def load_ranks(
+    team, epoch, own, step, start, mask,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One tile from every rank, as a tuple in rank order: this rank's at `own`, each other's from its ring.
+
+    Rank r's ring is the one for its distance, (rank - r) % size - 1; the tile begins `start` elements into the slot for
+    `step`. Addresses are promised to be multiples of ALIGN bytes. Ordering: plain loads; wait for the peers first.
+    """
+    values = ()
+    for source in tl.static_range(team.size):
+        ring = (team.rank + team.size - source) % team.size - 1
+        slot = local_slot(team, epoch, ring, step, DTYPE, SPAN, DEPTH, WHOLE) + start
+        address = tl.where(source == team.rank, own.to(tl.int64), slot.to(tl.int64))
+        pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGN)
+        values = values + (tl.load(pointer + tl.arange(0, TILE), mask=mask, other=0),)
+    return values
