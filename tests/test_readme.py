@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pool
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ def test_command_of_readme(command, tmp_path):
     )
     (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
     words = shlex.split(command)
+    words[2] = str(pool.LARGEST_WORLD)  # on as many GPUs as there are
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", OMP_NUM_THREADS="1")
