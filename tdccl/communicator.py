@@ -384,7 +384,19 @@ class Communicator:
         else:
             dtype = arrays.TRITON_NAMES[source.dtype]
         in_place = _overlap(source, target)
+        if in_place and collective != "broadcast":
+            self._check_in_place(collective, source, target)
         return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
+
+    def _check_in_place(self, collective, source, target) -> None:
+        """Overlapping is only in place if the smaller buffer is this rank's piece of the larger, or both are one."""
+        small, large = sorted((source, target), key=torch.Tensor.numel)
+        piece = 0 if small.numel() == large.numel() else self.rank * small.numel() * small.itemsize
+        if small.data_ptr() - large.data_ptr() != piece:
+            raise ArgumentError(
+                f"{collective}: send and recv overlap, but not in place; expected "
+                + ("the same buffer" if piece == 0 else f"rank {self.rank}'s piece of the larger one")
+            )
 
     def _segment_of(self, address: int, nbytes: int):
         return next((s for s in self._segments if s.contains(address, nbytes)), None)

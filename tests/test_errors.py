@@ -22,6 +22,7 @@ def bad_calls(comm):
 
     x = make(size * 2, 3)
     elsewhere = torch.ones(4, device="meta")
+    both = make(2 * size + 3)
     return [
         (lambda: comm.all_reduce(x, make(5)), ["recv has 5 elements", f"expected {x.numel()}"]),
         (lambda: comm.all_gather(x, make(7)), ["recv has 7 elements", "expected"]),
@@ -42,6 +43,8 @@ def bad_calls(comm):
         (lambda: comm.all_to_all(x, None, [2] * (size + 1), [2] * size), ["counts >= 0"]),
         (lambda: comm.all_to_all(x, make(1), [2] * size, [2] * size), ["recv has 1 elements", "recv_splits"]),
         (lambda: comm.all_to_all(x, x, [2] * size, [2] * size), ["overlaps"]),
+        (lambda: comm.all_reduce(x.view(-1)[1:], x.view(-1)[:-1]), ["overlap", "the same buffer"]),
+        (lambda: comm.all_gather(both[1:3], both[: 2 * size]), ["overlap", "expected"]),
         (lambda: comm.all_reduce([1, 2]), ["list", "expected a torch tensor"]),
         (lambda: comm.explain("gossip", x), ["gossip", "all_reduce"]),
         (lambda: comm.symmetric(x), ["empty()"]),
