@@ -159,7 +159,7 @@ def test_explain_names_the_path(ranks, world):
         ranks.run(check_explain, world)
 
 
-def straggle(rank, folder, queue):
+def straggle(rank, folder, queue, over):
     import torch.distributed as dist
 
     comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 2), rank=rank, size=2, timeout=3)
@@ -177,18 +177,18 @@ def straggle(rank, folder, queue):
         with pytest.raises(tdccl.Timeout):
             comm.barrier()
     queue.put(None)
-    queue.get()
+    over.wait(100)
 
 
 def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=straggle, args=(rank, str(tmp_path), queue)) for rank in range(2)]
+    queue, over = context.Queue(), context.Event()
+    processes = [context.Process(target=straggle, args=(rank, str(tmp_path), queue, over)) for rank in range(2)]
     for process in processes:
         process.start()
     answers = [queue.get(timeout=120) for _ in range(3)]
+    over.set()
     for process in processes:
-        queue.put(None)
         process.join(60)
     ((seconds, message),) = [answer for answer in answers if answer]
     assert 2.5 < seconds < 30 and "for rank 1" in message and "3 s" in message, (seconds, message)

@@ -234,4 +234,5 @@ def _tiled(call: Call, context: Context, room: int, part_bytes: int | None) -> G
     if part_bytes is not None:
         counts["part"] = part_bytes // itemsize
     constants = {"TILE": tile_bytes // itemsize, "ALIGN": 16 if aligned else itemsize}
-    return Geometry(dtype, grid, tuning.warps, aligned, counts, constants)
+    warps = max(1, min(tuning.warps, tile_bytes // 512))  # at least 16 bytes a thread
+    return Geometry(dtype, grid, warps, aligned, counts, constants)
