@@ -2,8 +2,10 @@
 
 import ctypes
 import math
+import operator
 import os
 import socket
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +62,7 @@ class Communicator:
         if self.size > layout.MAX_RANKS.value:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
+        self._forced = _forced_algorithms()
         self._tuning = tuning.EMULATION if environment.emulated() else tuning.GPU
         scratch = environment.scratch_bytes()
         blocks, rings = self._tuning.heap_blocks, self._tuning.blocks
@@ -74,7 +77,6 @@ class Communicator:
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
         self._plans: dict[Call, Plan] = {}
-        self._forced = environment.forced_algorithms()
         self._lock = threading.RLock()
         self._stream: Any = None
         self._splits = 0
@@ -90,6 +92,7 @@ class Communicator:
         """Checks that all ranks fit together; returns this rank's device."""
         host = f"{socket.gethostname()}/{_boot_id()}"
         mine = {"tdccl": __version__, "scratch": ring_bytes, "emulated": environment.emulated()}
+        mine["TDCCL_ALGO"] = self._forced
         everyone = self._bootstrap.exchange((host, mine))
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
@@ -119,6 +122,7 @@ class Communicator:
             timeout=int(self.timeout * 1e9),
             size=tl.constexpr(self.size),
             blocks=tl.constexpr(self._tuning.heap_blocks),
+            rings=tl.constexpr(self._tuning.blocks),
             ring_bytes=tl.constexpr(self._context.ring_bytes),
             backend=tl.constexpr(backend),
         )
@@ -169,11 +173,11 @@ class Communicator:
 
     def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None) -> Any:
         """`buf` of rank `root` ends in `buf` of all ranks; returns buf. Any shape and dtype."""
-        tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf"))
-        if not isinstance(root, int) or not 0 <= root < self.size:
+        tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
+        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
             raise ArgumentError(f"broadcast: root is {root!r}, expected a rank from 0 to {self.size - 1}")
         if self.size > 1:
-            self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream)
+            self._run("broadcast", tensor, tensor, tensor.numel(), root=operator.index(root), stream=stream)
         return buf
 
     def all_to_all(
@@ -225,7 +229,11 @@ class Communicator:
         Collectives on it (or on views of it) take the zero-copy algorithms. It lives until `destroy`.
         """
         self.check()
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = (shape,) if hasattr(shape, "__index__") else tuple(shape)
+        if not isinstance(dtype, torch.dtype) or not all(hasattr(d, "__index__") and d >= 0 for d in shape):
+            raise ArgumentError(
+                f"empty: got shape {shape} and dtype {dtype}, expected whole numbers >= 0 and a torch.dtype"
+            )
         nbytes = math.prod(shape) * dtype.itemsize
         sizes = self._bootstrap.exchange(nbytes)
         if len(set(sizes)) > 1:
@@ -236,7 +244,9 @@ class Communicator:
 
     def symmetric(self, tensor: torch.Tensor) -> layout.Symmetric:
         """The kernel argument through which a kernel reaches all ranks' copies of a tensor made by `empty`."""
-        segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
+        segment = None
+        if isinstance(tensor, torch.Tensor):
+            segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
             raise ArgumentError("symmetric: the tensor was not made by this communicator's empty()")
         return layout.Symmetric(segment.peers, tensor.data_ptr() - segment.address)
@@ -265,6 +275,8 @@ class Communicator:
         chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
         pieces = self.size if collective == "all_to_all" or (collective == "reduce_scatter" and recv is None) else 1
         reduces = "reduce" in collective
+        if reduces:
+            arrays.check_reduction(collective, op, source.dtype)
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
         return Explanation(call, self._choose(call), self._heap.nbytes)
 
@@ -277,18 +289,24 @@ class Communicator:
             self._raise_fault()
 
     def destroy(self) -> None:
-        """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective."""
+        """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
+
+        After a failure it waits for nobody, and frees what no peer can still have mapped.
+        """
         if self._destroyed:
             return
         self._destroyed = True
         if not environment.emulated():
             torch.cuda.synchronize(self.device)
-        self._bootstrap.barrier()  # no peer's kernel writes here any more
+        bootstrap = None if self._abort_word.value else self._bootstrap
+        if bootstrap is not None:
+            bootstrap.barrier()  # no peer's kernel writes here any more
         self._plans.clear()
         for memory in [*self._segments, self._heap]:
-            memory.release(self._bootstrap)
+            memory.release(bootstrap)
         self._segments.clear()
-        self._bootstrap.close()
+        if bootstrap is not None:
+            bootstrap.close()
 
     def __enter__(self) -> "Communicator":
         return self
@@ -322,6 +340,8 @@ class Communicator:
         self.check()
         if tensor.device != self.device:
             raise ArgumentError(f"{collective}: {name} is on {tensor.device}, expected {self.device}")
+        if tensor.is_conj() or tensor.is_neg():
+            raise ArgumentError(f"{collective}: {name} is a lazy view; pass resolve_conj() and resolve_neg() of it")
         if not tensor.is_contiguous():
             raise ArgumentError(
                 f"{collective}: {name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
@@ -335,7 +355,7 @@ class Communicator:
         if recv is None:
             target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
             return source, target, arrays.like(target, send)
-        target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
+        target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv", written=True))
         if target.dtype != source.dtype:
             raise ArgumentError(f"{collective}: send is {source.dtype}, recv is {target.dtype}; expected equal dtypes")
         if expected is not None:
@@ -355,8 +375,9 @@ class Communicator:
 
     def _row_splits(self, source, send_splits, recv_splits):
         for name, splits in (("send_splits", send_splits), ("recv_splits", recv_splits)):
-            if len(splits) != self.size or any(count < 0 for count in splits):
-                raise ArgumentError(f"all_to_all: {name} is {list(splits)}, expected {self.size} counts >= 0")
+            counts = list(splits)
+            if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
+                raise ArgumentError(f"all_to_all: {name} is {counts}, expected {self.size} counts >= 0")
         rows = source.shape[0] if source.dim() else 0
         if sum(send_splits) != rows:
             raise ArgumentError(f"all_to_all: send has {rows} rows, expected sum(send_splits) = {sum(send_splits)}")
@@ -365,7 +386,8 @@ class Communicator:
                 f"all_to_all: rank {self.rank} sends itself {send_splits[self.rank]} rows but expects "
                 f"{recv_splits[self.rank]}"
             )
-        return (send_splits, recv_splits), math.prod(source.shape[1:])
+        counts = (send_splits, recv_splits)
+        return tuple(tuple(map(operator.index, splits)) for splits in counts), math.prod(source.shape[1:])
 
     def _call(self, collective, source, target, count, op, root, splits) -> Call:
         send, recv = source.data_ptr(), target.data_ptr()
@@ -474,6 +496,16 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _forced_algorithms() -> dict[str, str]:
+    forced = environment.forced_algorithms()
+    for collective, name in forced.items():
+        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
+            raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")
+    return forced
+
+
 def _scaled(shape, size: int):
     return (size, *shape[1:]) if not shape else (shape[0] * size, *shape[1:])
 
@@ -495,5 +527,6 @@ def _boot_id() -> str:
 def _announce_emulation(rank: int) -> None:
     global _announced
     if environment.emulated() and not _announced and rank == 0:
-        print("tdccl: no GPU, kernels run in Triton's interpreter: for correctness, not for speed", flush=True)
+        note = "tdccl: no GPU, kernels run in Triton's interpreter: for correctness, not for speed"
+        print(note, file=sys.stderr, flush=True)
     _announced = True

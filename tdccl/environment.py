@@ -3,6 +3,8 @@
 import functools
 import os
 
+from tdccl.errors import InitError
+
 
 @functools.cache
 def emulated() -> bool:
@@ -12,7 +14,7 @@ def emulated() -> bool:
     a GPU, but not run); otherwise it is so exactly when there is no GPU.
     """
     asked = os.environ.get("TDCCL_EMULATE")
-    if asked is not None:
+    if asked:
         return asked != "0"
     import torch
 
@@ -21,7 +23,10 @@ def emulated() -> bool:
 
 def scratch_bytes() -> int:
     """Scratch of one communicator: 64 MiB a GPU, 4 MiB a rank in emulation, or `TDCCL_SCRATCH_MB`."""
-    return int(os.environ.get("TDCCL_SCRATCH_MB", 4 if emulated() else 64)) << 20
+    given = os.environ.get("TDCCL_SCRATCH_MB", "4" if emulated() else "64")
+    if not given.isdigit() or not 0 < int(given) <= 1 << 20:
+        raise InitError(f"TDCCL_SCRATCH_MB is {given!r}, expected a whole number of MiB")
+    return int(given) << 20
 
 
 def rendezvous_address() -> str | None:
@@ -30,6 +35,9 @@ def rendezvous_address() -> str | None:
 
 
 def forced_algorithms() -> dict[str, str]:
-    """`TDCCL_ALGO=all_reduce:two_shot,broadcast:push_ll` as {collective: algorithm}."""
-    pairs = filter(None, os.environ.get("TDCCL_ALGO", "").split(","))
-    return dict(pair.split(":", 1) for pair in pairs)
+    """`TDCCL_ALGO=all_reduce:two_shot_staged,broadcast:push_ll` as {collective: algorithm}."""
+    forced = {}
+    for pair in filter(None, os.environ.get("TDCCL_ALGO", "").split(",")):
+        collective, _, name = pair.partition(":")
+        forced[collective.strip()] = name.strip()
+    return forced

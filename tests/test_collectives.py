@@ -63,7 +63,9 @@ def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in
     scatter = collective == "reduce_scatter"
     everyone = reference.inputs(seed, comm.size, count * (comm.size if scatter else 1), dtype, comm.device)
     mine = slice(comm.rank * count, (comm.rank + 1) * count) if scatter else slice(None)
-    send = buffers.new("send", everyone[0].numel(), dtype, shift=seed % 2)
+    # Ranks need not agree on alignment, but symmetric buffers lie at the same place on all.
+    shift = (seed if buffers.symmetric else seed + comm.rank) % 2
+    send = buffers.new("send", everyone[0].numel(), dtype, shift=shift)
     send.copy_(everyone[comm.rank])
     recv = send[mine] if in_place else buffers.new("recv", count, dtype, shift=seed % 3)
     settle(comm)

@@ -194,6 +194,40 @@ def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
     assert 2.5 < seconds < 30 and "for rank 1" in message and "3 s" in message, (seconds, message)
 
 
+def come_late(rank, folder, queue):
+    import torch.distributed as dist
+
+    comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=2)
+    x = torch.full((60_000,), 1.0, device=comm.device)
+    comm.all_reduce(x)
+    time.sleep(4 if rank == 1 else 0)
+    try:
+        result = comm.all_reduce(x)
+        if comm.device.type == "cuda":
+            torch.cuda.synchronize()
+        comm.check()
+        queue.put((rank, None, result.ne(3).sum().item()))
+    except tdccl.Timeout as error:
+        queue.put((rank, str(error), 0))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)  # without a farewell: the others are gone
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
+def test_a_rank_that_comes_too_late_is_told_rather_than_given_garbage(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=come_late, args=(rank, str(tmp_path), queue)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    answers = sorted(queue.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert all(message for _, message, _ in answers), answers
+    assert "for rank 1" in answers[0][1], answers
+
+
 PROGRAM = """
 import sys; sys.path.insert(0, {root!r})
 import tdccl

@@ -16,7 +16,7 @@ def shift_right(team, buffer, signals, source, count, arrivals, BLOCK: tl.conste
     right = (team.rank + 1) % team.size
     left = (team.rank + team.size - 1) % team.size
     index = tl.arange(0, BLOCK)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     values = tl.load(source + index, mask=index < count)
     tl.store(shmem.symm_at(buffer, right, tl.float32) + index, values, mask=index < count)
     shmem.fence()
@@ -80,7 +80,7 @@ def count_arrivals(team, counter, seen):
     if team.rank == 0:
         total = shmem.signal_wait(team, shmem.symm_at(counter, 0, tl.int64), team.size, 0, "eq")
         tl.store(seen, total)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     shmem.end(team, epoch)
 
 

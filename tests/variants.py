@@ -25,7 +25,9 @@ def context_of(size: int, scratch: int = 64 << 20) -> Context:
 
 
 def team_of(context: Context, backend: str) -> layout.Team:
-    return layout.Team(0, 0, 0, 0, 0, context.size, context.tuning.heap_blocks, context.ring_bytes, backend)
+    return layout.Team(
+        0, 0, 0, 0, 0, context.size, context.tuning.heap_blocks, context.tuning.blocks, context.ring_bytes, backend
+    )
 
 
 def arguments_of(algorithm, call: Call, context: Context):

@@ -64,7 +64,7 @@ def two_shot_pull(
     Reuse:    part r of any buffer is read and written by rank r alone, so send may be recv.
     """
     epoch = shmem.begin(team)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(part, TILE)):
         within = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         index = team.rank * part + within
@@ -80,7 +80,7 @@ def two_shot_pull(
         own_send = shmem.symm_at(send, team.rank, DTYPE, ALIGN)
         own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
         _reduce_tail(team, epoch, own_send, own_recv, count, tail, OP, DTYPE)
-    shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
@@ -102,7 +102,7 @@ def two_shot_staged(
     """
     epoch = shmem.begin(team)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 1)
+        epoch = shmem.barrier_block(team, epoch, 1)
     span: tl.constexpr = TILE * TILES
     results: tl.constexpr = team.size - 1  # the first of the rings for results
     place = tl.arange(0, TILE)
@@ -120,7 +120,7 @@ def two_shot_staged(
                     tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (step >= 1) & (step <= steps):
-            shmem.wait_all(team, epoch, shmem.DATA, step)
+            epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
             for tile in range(TILES):
                 start = shmem.span_start(step - 1, span) + tile * TILE
                 index = team.rank * part + start + place
@@ -138,7 +138,7 @@ def two_shot_staged(
                 tl.store(recv + index, result, mask=mask)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
         if step >= 2:
-            shmem.wait_all(team, epoch, shmem.RESULT, step - 1)
+            epoch = shmem.wait_all(team, epoch, shmem.RESULT, step - 1)
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step - 2, span) + inside
@@ -152,13 +152,13 @@ def two_shot_staged(
     if TAIL:
         _reduce_tail(team, epoch, send, recv, count, tail, OP, DTYPE)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 2)
+        epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
 def _bulk_and_tail(call):
     """The call without its ragged end, and the elements (fewer than fill 16 bytes) of that end."""
-    tail = call.count % (16 // call.itemsize) if call.alignment == 16 else 0
+    tail = call.count % (16 // call.itemsize)  # whatever this rank's alignment: all must cut alike
     return call._replace(count=call.count - tail), tail
 
 

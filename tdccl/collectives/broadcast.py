@@ -39,7 +39,7 @@ def push_ll(team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constex
             shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
     words = shmem.get_words_from(team, epoch, own, place, mask, root)
     shmem.store_words(recv, index, words, count, DTYPE, WIDE)
-    shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+    epoch = shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)
 
 
@@ -54,7 +54,7 @@ def scatter_gather_direct(
     Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
     """
     epoch = shmem.begin(team)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     from_root = tl.arange(0, shmem.MAX_RANKS) == root
     mine = (team.rank + team.size - root - 1) % team.size
     for step in range(shmem.steps_of(part, TILE)):
@@ -68,7 +68,7 @@ def scatter_gather_direct(
                 tl.store(shmem.symm_at(recv, pe, DTYPE, ALIGN) + index, chunk, mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         else:
-            shmem.wait_peers(team, epoch, shmem.DATA, step + 1, from_root)
+            epoch = shmem.wait_peers(team, epoch, shmem.DATA, step + 1, from_root)
             index = mine * part + within
             mask = (within < part) & (index < count)
             chunk = tl.load(shmem.symm_at(recv, team.rank, DTYPE, ALIGN) + index, mask=mask)
@@ -76,7 +76,7 @@ def scatter_gather_direct(
                 pe = (team.rank + distance) % team.size
                 target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + index
                 tl.store(target, chunk, mask=mask & (pe != root))
-    shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
@@ -98,7 +98,7 @@ def scatter_gather_staged(
     """
     epoch = shmem.begin(team)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 1)
+        epoch = shmem.barrier_block(team, epoch, 1)
     else:
         shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
     span: tl.constexpr = TILE * TILES
@@ -121,7 +121,7 @@ def scatter_gather_staged(
                     tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (team.rank != root) & (step >= 1) & (step <= steps):
-            shmem.wait_peers(team, epoch, shmem.DATA, step, ranks == root)
+            epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, ranks == root)
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step - 1, span) + inside
@@ -136,7 +136,7 @@ def scatter_gather_staged(
                 tl.store(recv + index, chunk, mask=mask)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
         if step >= 2:
-            shmem.wait_peers(team, epoch, shmem.RESULT, step - 1, ranks != root)
+            epoch = shmem.wait_peers(team, epoch, shmem.RESULT, step - 1, ranks != root)
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step - 2, span) + inside
@@ -147,15 +147,15 @@ def scatter_gather_staged(
                     slot = shmem.local_slot(team, epoch, distance - 1, step - 2, DTYPE, span, DEPTH, WHOLE)
                     tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 2)
+        epoch = shmem.barrier_block(team, epoch, 2)
     else:
-        shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+        epoch = shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)
 
 
 def _part_bytes(call, context):
     """Bytes of one of the n - 1 parts of the message, a multiple of 16."""
-    return -(-call.nbytes // (16 * (context.size - 1))) * 16
+    return -(-call.nbytes // (16 * max(1, context.size - 1))) * 16
 
 
 def _push_ll(call, context):

@@ -44,7 +44,7 @@ def push(
     Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
     """
     epoch = shmem.begin(team)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(count, TILE)):
         index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
@@ -56,7 +56,7 @@ def push(
                 chunk = tl.load(send + pe * send_stride + index, mask=mask)
             target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + team.rank * count
             tl.store(target + index, chunk, mask=mask)
-    shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
@@ -88,7 +88,7 @@ def staged(
     """
     epoch = shmem.begin(team)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 1)
+        epoch = shmem.barrier_block(team, epoch, 1)
     else:
         shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
     span: tl.constexpr = TILE * TILES
@@ -114,7 +114,7 @@ def staged(
             own = tl.load(own_source + index, mask=index < own_count)
             tl.store(own_target + index, own, mask=index < own_count)
         if step >= 1:
-            shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
+            epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
             for tile in range(TILES):
                 within = tile * TILE + place
                 index = shmem.span_start(step - 1, span) + within
@@ -125,7 +125,7 @@ def staged(
                     chunk = tl.load(slot + within, mask=mask)
                     tl.store(recv + shmem.pick(recv_offsets, source) + index, chunk, mask=mask)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 2)
+        epoch = shmem.barrier_block(team, epoch, 2)
     else:
-        shmem.wait_all(team, epoch, shmem.BARRIER, 1)
+        epoch = shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)

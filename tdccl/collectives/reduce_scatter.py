@@ -39,7 +39,7 @@ def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: t
     Reuse:    the closing barrier keeps every rank from changing its input while a peer still reads it.
     """
     epoch = shmem.begin(team)
-    shmem.barrier_block(team, epoch, 1)
+    epoch = shmem.barrier_block(team, epoch, 1)
     for step in range(shmem.steps_of(count, TILE)):
         index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
@@ -48,7 +48,7 @@ def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: t
             chunk = shmem.symm_at(send, source, DTYPE, ALIGN) + team.rank * count
             values = values + (tl.load(chunk + index, mask=mask, other=0),)
         tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
-    shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
@@ -67,7 +67,7 @@ def staged(
     """
     epoch = shmem.begin(team)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 1)
+        epoch = shmem.barrier_block(team, epoch, 1)
     span: tl.constexpr = TILE * TILES
     place = tl.arange(0, TILE)
     steps = shmem.steps_of(count, span)
@@ -83,7 +83,7 @@ def staged(
                     tl.store(slot + within, tl.load(send + pe * count + index, mask=mask), mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
-            shmem.wait_all(team, epoch, shmem.DATA, step)
+            epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
             for tile in range(TILES):
                 start = shmem.span_start(step - 1, span) + tile * TILE
                 index = start + place
@@ -94,7 +94,7 @@ def staged(
                 )
                 tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
     if WHOLE:
-        shmem.barrier_block(team, epoch, 2)
+        epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 

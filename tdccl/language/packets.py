@@ -136,8 +136,7 @@ def _record_missing(team, epoch, packets, SOURCES: tl.constexpr, first):
     for i in tl.static_range(len(packets)):
         absent = tl.max(((packets[i] >> 32).to(tl.int32) != epoch.to(tl.int32)).to(tl.int32))
         late = tl.where(absent != 0, first + i // planes, late)
-    if late >= 0:
-        record_fault(team, late, PACKET_KIND, epoch, epoch, tl.full([], 0, tl.int64))
+    record_fault(team, late, PACKET_KIND, epoch, epoch, tl.full([], 0, tl.int64))
 
 
 @triton.jit

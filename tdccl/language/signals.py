@@ -21,6 +21,9 @@ from tdccl.language.team import (
 # Defaults of device functions must be constexpr already.
 RELEASE, SET, GE = tl.constexpr("release"), tl.constexpr("set"), tl.constexpr("ge")
 
+# How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it.
+DEAD = tl.constexpr(4)
+
 
 @triton.jit
 def symm_at(symmetric, pe, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 16):
@@ -94,6 +97,7 @@ def look(pointer):
 
 @triton.jit
 def _stop_word(team):
+    """0, or 1 + the block whose deadline passed first, or more than any block if the host aborted."""
     return (team.local + 64).to(tl.pointer_type(tl.int64))
 
 
@@ -110,32 +114,30 @@ def may_go_on(team, polls, started):
     if polls % POLLS_A_CHECK == 0:
         now = clock(team)
         started = tl.where(started == 0, now, started)
-        stop = (now - started >= team.timeout).to(tl.int64)
+        stop = tl.where(now - started >= team.timeout, tl.program_id(0) + 1, 0).to(tl.int64)
         if polls % POLLS_A_LOOK_AT_HOST == 0:
-            stop = tl.where(look(team.control) != 0, 1, stop)
-        # The exchange makes one thread's clock everyone's; what it finds counts from the next check on.
-        go = tl.atomic_max(_stop_word(team), stop, sem="relaxed", scope="gpu") == 0
+            stop = tl.where(look(team.control) != 0, 1 << 32, stop)
+        # One thread's clock decides for the block; what it finds here counts from the next check on.
+        go = tl.atomic_cas(_stop_word(team), tl.full([], 0, tl.int64), stop, sem="relaxed", scope="gpu") == 0
     return go, started
 
 
 @triton.jit
 def record_fault(team, peer, kind, epoch, expected, seen):
-    """Notes in the control block who waited for whom.
+    """After a wait that may not go on: notes in the control block who waited for whom.
 
-    The first failed wait of a rank wins; one that ended because of an abort notes nothing.
-    Ordering: the record is released at sys scope by the abort word, which the host reads first.
+    Only the block whose own deadline passed first notes something, once; all other waits end because of that one, or
+    because of an abort. Ordering: the record is released at sys scope by the abort word, which the host reads first.
     """
-    claim = (team.local + 72).to(tl.pointer_type(tl.int64))
-    if look(team.control) == 0:
-        if tl.atomic_cas(claim, tl.full([], 0, tl.int64), tl.full([], 1, tl.int64)) == 0:
-            tl.store(team.control + 1, tl.program_id(0).to(tl.int64))
-            tl.store(team.control + 2, peer.to(tl.int64))
-            tl.store(team.control + 3, tl.full([], kind, tl.int64))
-            tl.store(team.control + 4, epoch)
-            tl.store(team.control + 5, expected)
-            tl.store(team.control + 6, seen)
-            tl.debug_barrier()
-            tl.atomic_xchg(team.control, tl.full([], TIMED_OUT_CODE, tl.int64), sem="release", scope="sys")
+    if (look(_stop_word(team)) == tl.program_id(0) + 1) & (look(team.control) == 0):
+        tl.store(team.control + 1, tl.program_id(0).to(tl.int64))
+        tl.store(team.control + 2, peer.to(tl.int64))
+        tl.store(team.control + 3, tl.full([], kind, tl.int64))
+        tl.store(team.control + 4, epoch)
+        tl.store(team.control + 5, expected)
+        tl.store(team.control + 6, seen)
+        tl.debug_barrier()
+        tl.atomic_xchg(team.control, tl.full([], TIMED_OUT_CODE, tl.int64), sem="release", scope="sys")
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = GE):
         go, started = may_go_on(team, polls, started)
         seen = look(pointer)
     tl.atomic_add(pointer, 0, sem="acquire", scope="sys")  # the looks order nothing; this one read acquires
-    if not _holds(seen, value, CMP):
+    if not go:
         zero = tl.full([], 0, tl.int64)
         record_fault(team, zero + peer, USER, zero, zero + value, seen)
     tl.debug_barrier()
@@ -197,6 +199,8 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
 
     One thread a peer polls, all peers at once; the additions of zero give every thread the same values.
 
+    Returns the epoch to go on with: the same, or after a failed wait one that is past, so that nothing this
+    block signals from then on can pass for this call's: its peers fail too instead of taking garbage.
     Ordering: acquire at sys scope, then a block barrier: the block sees what those peers released.
     Bounded as `signal_wait`.
     """
@@ -207,7 +211,7 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     zero = tl.full([MAX_RANKS], 0, tl.int64)
     seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
     late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
-    go = True
+    go = tl.full([], 1, tl.int1)
     polls = 0
     started = tl.full([], 0, tl.int64)
     while (late >= 0) & go:
@@ -215,25 +219,27 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
         go, started = may_go_on(team, polls, started)
         seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
         late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
-    if late >= 0:
+    if not go:
         record_fault(team, late, KIND, epoch, target, tl.sum(tl.where(ranks == late, seen, 0)))
     tl.debug_barrier()
+    return tl.where(go, epoch, epoch - DEAD)
 
 
 @triton.jit
 def wait_all(team, epoch, KIND: tl.constexpr, step):
-    """`wait_peers` for every peer."""
-    wait_peers(team, epoch, KIND, step, tl.arange(0, MAX_RANKS) >= 0)
+    """`wait_peers` for every peer; returns the epoch to go on with."""
+    return wait_peers(team, epoch, KIND, step, tl.arange(0, MAX_RANKS) >= 0)
 
 
 @triton.jit
 def barrier_block(team, epoch, step):
     """No block b leaves before block b of every peer has come; `step` counts the barriers of this call from 1.
 
+    Returns the epoch to go on with, as `wait_peers`.
     Ordering: what any of these blocks did before the barrier is visible to all of them after it.
     """
     signal_all(team, epoch, BARRIER, step)
-    wait_all(team, epoch, BARRIER, step)
+    return wait_all(team, epoch, BARRIER, step)
 
 
 @triton.jit
@@ -243,5 +249,5 @@ def barrier_all(team):
     Ordering: as `barrier_block`. Every rank must launch the same grid.
     """
     epoch = begin(team)
-    barrier_block(team, epoch, 1)
+    epoch = barrier_block(team, epoch, 1)
     end(team, epoch)

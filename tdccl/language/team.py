@@ -46,7 +46,8 @@ class Team(NamedTuple):
     timeout  i64: nanoseconds that a wait may last
     size     number of ranks
     blocks   the largest grid of a communicating kernel: so many blocks have signals and packets in the heap
-    ring_bytes   bytes of ring for each parity that a block has, if it is among those that have a ring at all
+    rings    how many blocks have a ring; a kernel that uses rings launches no more
+    ring_bytes   bytes of such a block's ring for each parity
     backend  "cuda", "hip" or "emulation"
     """
 
@@ -57,11 +58,12 @@ class Team(NamedTuple):
     timeout: object
     size: tl.constexpr
     blocks: tl.constexpr
+    rings: tl.constexpr
     ring_bytes: tl.constexpr
     backend: tl.constexpr
 
 
-TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 4)
+TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 5)
 
 
 class Symmetric(NamedTuple):
@@ -119,11 +121,12 @@ def ring_offset(team, epoch, WHOLE: tl.constexpr):
     """Byte offset of this block's ring for this epoch; WHOLE: of the rings of both parities, one after the other."""
     packets: tl.constexpr = 2 * team.size * PACKETS * 8
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets)
-    own = start + tl.program_id(0) * 2 * team.ring_bytes
+    block = tl.minimum(tl.program_id(0), team.rings - 1).to(tl.int64)
+    own = start + block * 2 * team.ring_bytes
     if WHOLE:
         return own
     else:
-        return own + (epoch % 2).to(tl.int32) * team.ring_bytes
+        return own + (epoch % 2) * team.ring_bytes
 
 
 @triton.jit

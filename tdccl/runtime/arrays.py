@@ -13,13 +13,18 @@ TRITON_NAMES = {
 
 _ARITHMETIC = {"sum", "avg", "min", "max", "prod"}
 _BITWISE = {"and", "or", "xor"}
+_ALL = _ARITHMETIC | _BITWISE
 
 
-def as_tensor(array: Any, name: str = "array") -> torch.Tensor:
+def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
     """A torch tensor over the same memory: of a torch, CuPy or NumPy array, or by DLPack or
-    `__cuda_array_interface__`. Raises ArgumentError for anything else."""
+    `__cuda_array_interface__`. Raises ArgumentError for anything else, and if it is to be written but is read-only."""
     if isinstance(array, torch.Tensor):
         return array
+    if min(getattr(array, "strides", None) or (0,)) < 0:
+        raise ArgumentError(f"{name} has negative strides {array.strides}; pass a contiguous copy")
+    if written and not getattr(getattr(array, "flags", None), "writeable", True):
+        raise ArgumentError(f"{name} is read-only, and would be written")
     if hasattr(array, "__dlpack__"):
         try:
             return torch.from_dlpack(array)
@@ -63,8 +68,8 @@ def stream_handle(stream: Any, device: torch.device) -> int:
 
 def check_reduction(collective: str, op: str, dtype: torch.dtype) -> None:
     """Raises ArgumentError unless `op` is defined for `dtype`."""
-    if op not in _ARITHMETIC | _BITWISE:
-        known = ", ".join(sorted(_ARITHMETIC | _BITWISE))
+    if not isinstance(op, str) or op not in _ALL:
+        known = ", ".join(sorted(_ALL))
         raise ArgumentError(f"{collective}: op is {op!r}, expected one of {known}")
     if dtype not in TRITON_NAMES:
         known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_NAMES)

@@ -59,23 +59,28 @@ class StoreBootstrap(Bootstrap):
     def exchange(self, value: Any) -> list[Any]:
         self._round += 1
         keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], pickle.dumps(value))
         try:
-            self._store.wait(keys, timedelta(seconds=self._timeout))
+            self._store.set(keys[self.rank], pickle.dumps(value))
+            try:
+                self._store.wait(keys, timedelta(seconds=self._timeout))
+            except RuntimeError as error:
+                absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise _missing(absent, self.size, self._timeout) from error
+            values = [pickle.loads(self._store.get(key)) for key in keys]
+            if self._round > 2:  # all have written the last round, so all have read the one before
+                self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
         except RuntimeError as error:
-            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise _missing(absent, self.size, self._timeout) from error
-        values = [pickle.loads(self._store.get(key)) for key in keys]
-        if self._round > 2:  # all have written the last round, so all have read the one before
-            self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
+            if isinstance(error, InitError):
+                raise
+            raise InitError(f"the store is gone; has the process that holds it died? ({error})") from error
         return values
 
     def close(self) -> None:
         # Rank 0's process may hold the store: it leaves last, but does not wait long for one that has crashed.
-        if self.rank:
-            self._store.set(f"{self._prefix}/left/{self.rank}", b"")
-        else:
-            with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):
+            if self.rank:
+                self._store.set(f"{self._prefix}/left/{self.rank}", b"")
+            else:
                 others = [f"{self._prefix}/left/{rank}" for rank in range(1, self.size)]
                 self._store.wait(others, timedelta(seconds=10))
 
@@ -175,7 +180,8 @@ def discover(mpi=None, store=None, rank: int | None = None, size: int | None = N
     if store is not None:
         if rank is None or size is None:
             raise InitError("init(store=...) also needs rank= and size=")
-        return StoreBootstrap(store, rank, size, timeout)
+        made = store.add(f"tdccl/inits/{rank}", 1)  # an earlier communicator's keys must not pass for this one's
+        return StoreBootstrap(store, rank, size, timeout, f"tdccl/{made}")
     if address := environment.rendezvous_address():
         rank = int(variables.get("RANK", -1)) if rank is None else rank
         size = int(variables.get("WORLD_SIZE", -1)) if size is None else size

@@ -21,14 +21,20 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     is too small.
     """
     nbytes = max(mmap.PAGESIZE, nbytes)
-    descriptor = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:
-        _reserve(descriptor, nbytes)
-        paths = bootstrap.exchange(f"/proc/{os.getpid()}/fd/{descriptor}")
-        maps = [_map(path, nbytes) for path in paths]
-        bootstrap.barrier()
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)  # else a full /dev/shm would kill this process by SIGBUS later
+            paths = bootstrap.exchange(f"/proc/{os.getpid()}/fd/{descriptor}")
+            maps = [_map(path, nbytes) for path in paths]
+            bootstrap.barrier()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InitError(
+            f"no shared memory of {nbytes} bytes a rank in {_FOLDER}: {error.strerror}. Make it larger (docker: "
+            "--shm-size), allow more open files (ulimit -n), or set TDCCL_SCRATCH_MB lower"
+        ) from error
     tensors = [torch.frombuffer(mapped, dtype=torch.uint8) for mapped in maps]
     addresses = [tensor.data_ptr() for tensor in tensors]
     local = tensors[bootstrap.rank]
@@ -41,16 +47,6 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         maps.clear()
 
     return SymmetricMemory(local, addresses, release)
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)  # else a full /dev/shm would kill this process by SIGBUS later
-    except OSError as error:
-        raise InitError(
-            f"{_FOLDER} has no room for {nbytes} bytes a rank ({error.strerror}); make it larger (docker: --shm-size) "
-            "or set TDCCL_SCRATCH_MB lower"
-        ) from error
 
 
 def _map(path: str, nbytes: int) -> mmap.mmap:

@@ -36,8 +36,9 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
             for rank, address in enumerate(addresses):
                 if rank != bootstrap.rank:
                     _check(runtime.cudaIpcCloseMemHandle(address), "cudaIpcCloseMemHandle")
-            bootstrap.barrier()  # memory may be freed only after every peer has closed it
-            _check(runtime.cudaFree(own), "cudaFree")
+            if bootstrap is not None:
+                bootstrap.barrier()  # memory may be freed only after every peer has closed it
+                _check(runtime.cudaFree(own), "cudaFree")
 
     return SymmetricMemory(_as_tensor(own, nbytes, device), addresses, release)
 

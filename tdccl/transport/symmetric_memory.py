@@ -16,7 +16,7 @@ class SymmetricMemory:
     multicast  address through which all segments are written at once, or 0
     """
 
-    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[[Bootstrap], None]):
+    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[[Bootstrap | None], None]):
         self.local = local
         self.addresses = addresses
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=local.device)
@@ -36,7 +36,11 @@ class SymmetricMemory:
         start = address - self.address
         return start >= 0 and start + nbytes <= self.nbytes
 
-    def release(self, bootstrap: Bootstrap) -> None:
-        """Unmaps the peers' segments and frees this rank's; no kernel may use them any more. Collective."""
+    def release(self, bootstrap: Bootstrap | None) -> None:
+        """Unmaps the peers' segments and frees this rank's; no kernel may use them any more.
+
+        Collective over `bootstrap`; None after a failure, when peers cannot be asked: then what a peer may still have
+        mapped is left to the end of the process.
+        """
         release, self._release = self._release, lambda bootstrap: None
         release(bootstrap)

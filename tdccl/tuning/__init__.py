@@ -42,9 +42,9 @@ GPU = Tuning(
     blocks=128,
     heap_blocks=128,
     warps=16,
-    tile=(16 << 10, 2 << 10),
+    tile=(32 << 10, 2 << 10),
     whole_from=4 << 20,
-    steps=12,
+    steps=6,
 )
 
 # The interpreter pays by the block, not by the byte: few blocks, large tiles.
