@@ -27,6 +27,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"-b is {options.minbytes} bytes, -e is {options.maxbytes}: expected -b <= -e")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"-J is {options.json}: there is no folder {options.json.parent}, make it first")
+    if options.json and options.json.is_dir():
+        parser.error(f"-J is {options.json}, a folder; expected a file in it")
     if options.graph and environment.emulated():
         parser.error("-G captures CUDA graphs, which need a GPU: leave it out in emulation")
     return options
