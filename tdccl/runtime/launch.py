@@ -1,11 +1,12 @@
 """From a kernel and its arguments to something that launches in a few microseconds.
 
-A `Signature` names a kernel's arguments with their types; `compile_kernel` makes machine code of it, with or
-without a GPU; `Launcher` binds values once and then launches with two fresh addresses a call.
+`Arguments` names a kernel's arguments with their types; `compile_kernel` makes machine code of it, with or without a
+GPU; `bind` fixes all values once, and what it returns launches with two fresh addresses a call.
 """
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,20 +92,17 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 
 
-class Launcher:
-    """A kernel with its arguments bound; called with the addresses (or offsets) of send and recv."""
+def bind(kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]) -> Callable:
+    """Binds all values once; returns launch(send, recv, stream) for fresh addresses (or offsets) of send and recv.
 
-    def __init__(self, kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]):
-        """tables: for each symmetric argument, the address of its table of segment bases."""
-        values = dict(arguments.values, team=team)
-        for name in ("send", "recv"):
-            if name in arguments.types:
-                values[name] = Symmetric(tables[name], 0) if name in tables else 0
-        bind = _bind_emulated if emulated() else _bind_cuda
-        self._launch = bind(kernel, arguments, values, geometry)
-
-    def __call__(self, send: int, recv: int, stream: int) -> None:
-        self._launch(send, recv, stream)
+    tables: for each symmetric argument, the address of its table of segment bases.
+    """
+    values = dict(arguments.values, team=team)
+    for name in ("send", "recv"):
+        if name in arguments.types:
+            values[name] = Symmetric(tables[name], 0) if name in tables else 0
+    binder = _bind_emulated if emulated() else _bind_cuda
+    return binder(kernel, arguments, values, geometry)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tdccl.errors import ArgumentError
 from tdccl.language.team import Team
 from tdccl.runtime.algorithm import Algorithm, Call, Context, Geometry
-from tdccl.runtime.launch import Arguments, Launcher
+from tdccl.runtime.launch import Arguments, bind
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
         self._recv_origin = segments["recv"].address if "recv" in symmetric else 0
         kernel = choice.algorithm.kernel
         arguments = Arguments(kernel, choice.geometry, symmetric, call.op)
-        self._launch = Launcher(kernel, arguments, team, choice.geometry, tables)
+        self._launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def __call__(self, send: int, recv: int, stream: int) -> None:
         self._launch(send - self._send_origin, recv - self._recv_origin, stream)
