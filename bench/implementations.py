@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from bench.collectives import Buffers, Case, Collective
-from bench.timing import GpuClock, GraphClock, HostClock
 from tdccl import Communicator, environment
+from tdccl.timing import HostClock, clock_for
 from tdccl.transport.bootstrap import Bootstrap
 
 # torch 2.13 renamed them.
@@ -131,7 +131,7 @@ class TorchSymmetric:
 
 def ours(comm: Communicator, bootstrap: Bootstrap, graph: bool) -> Tdccl:
     """tdccl with the clock for what it runs on."""
-    return Tdccl(comm, _clock(comm, bootstrap, graph))
+    return Tdccl(comm, clock_for(comm, bootstrap, graph))
 
 
 def peers(names: list[str], comm: Communicator, bootstrap: Bootstrap, graph: bool, nbytes: int):
@@ -147,7 +147,7 @@ def peers(names: list[str], comm: Communicator, bootstrap: Bootstrap, graph: boo
     dist.init_process_group(
         ",".join(sorted(backends)), store=_shared_store(bootstrap), rank=bootstrap.rank, world_size=bootstrap.size
     )
-    clock = _clock(comm, bootstrap, graph)
+    clock = clock_for(comm, bootstrap, graph)
     made = {
         "nccl": lambda: Distributed("nccl", clock),
         "symm": lambda: TorchSymmetric(clock, nbytes, comm.device),
@@ -165,12 +165,6 @@ def _missing(name: str, ranks: int) -> str | None:
     if ranks > torch.cuda.device_count():
         return f"needs a GPU a rank, and {ranks} ranks share {torch.cuda.device_count()}"
     return None
-
-
-def _clock(comm: Communicator, bootstrap: Bootstrap, graph: bool) -> HostClock:
-    if environment.emulated():
-        return HostClock(bootstrap)
-    return (GraphClock if graph else GpuClock)(bootstrap, comm)
 
 
 def _on_cpu(nbytes: int) -> Buffers:

@@ -12,8 +12,8 @@ from bench.collectives import COLLECTIVES, Buffers, Case, Collective
 from bench.implementations import Candidate, Implementation
 from bench.options import sizes
 from bench.output import Output, Result
-from bench.timing import Effort, HostClock, slowest
 from tdccl import Communicator, environment
+from tdccl.timing import Effort, HostClock, slowest
 from tdccl.transport.bootstrap import Bootstrap
 
 

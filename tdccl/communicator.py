@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ _announced = False
 _MOST_PLANS = 4096
 
 
-def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: float = 600.0) -> "Communicator":
+def init(
+    mpi=None, *, store=None, rank=None, size=None, device=None, timeout: float = 600.0, max_blocks: int | None = None
+) -> "Communicator":
     """Makes a communicator over all ranks; every rank calls it.
 
     mpi      an mpi4py communicator, or
@@ -37,10 +39,12 @@ def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: fl
     nothing  TDCCL_INIT=tcp://host:port, torchrun's environment or mpirun's, in this order
     device   this rank's GPU; default: GPUs in the order of the ranks of this host
     timeout  seconds, for ranks to come and for every wait of a kernel
+    max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
+                default: TDCCL_MAX_BLOCKS, else what is fastest
 
     Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
     """
-    return Communicator(discover(mpi, store, rank, size, timeout), device, timeout)
+    return Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
 
 
 class Communicator:
@@ -55,7 +59,13 @@ class Communicator:
     or Aborted once a wait has failed.
     """
 
-    def __init__(self, bootstrap: Bootstrap, device: torch.device | str | int | None, timeout: float):
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        device: torch.device | str | int | None,
+        timeout: float,
+        max_blocks: int | None = None,
+    ):
         _announce_emulation(bootstrap.rank)
         self.rank, self.size = bootstrap.rank, bootstrap.size
         self.timeout = timeout
@@ -63,14 +73,18 @@ class Communicator:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
         self._forced = _forced_algorithms()
-        self._tuning = tuning.EMULATION if environment.emulated() else tuning.GPU
+        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
+        rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, self.max_blocks)
         scratch = environment.scratch_bytes()
-        blocks, rings = self._tuning.heap_blocks, self._tuning.blocks
+        blocks, rings = rules.heap_blocks, rules.rings
         ring_bytes = layout.ring_bytes_within(scratch, self.size, blocks, rings)
         if ring_bytes < 16 << 10:
             raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {self.size} ranks")
-        self.device = self._agree(device, ring_bytes)
-        self._context = Context(self.size, ring_bytes, self._tuning)
+        self.device = _device(device, self.rank)
+        self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
+        self.table = _table(self.gpu, self.size)
+        self._context = Context(self.size, ring_bytes, rules)
+        self._agree()
         nbytes = layout.heap_bytes(self.size, blocks, rings, ring_bytes)
         self._heap = transport.allocate(bootstrap, nbytes, self.device)
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
@@ -88,28 +102,17 @@ class Communicator:
         constants = {n: v.value for n, v in fields.items() if isinstance(v, tl.constexpr)}
         self._team = self.team._replace(**addresses, **constants)
 
-    def _agree(self, device, ring_bytes: int) -> torch.device:
-        """Checks that all ranks fit together; returns this rank's device."""
+    def _agree(self) -> None:
+        """Checks that all ranks fit together, and will decide alike."""
         host = f"{socket.gethostname()}/{_boot_id()}"
-        mine = {"tdccl": __version__, "scratch": ring_bytes, "emulated": environment.emulated()}
-        mine["TDCCL_ALGO"] = self._forced
+        mine = {"tdccl": __version__, "emulated": environment.emulated(), "scratch": self._context.ring_bytes}
+        mine |= {"TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks, "tuning": self.table.digest()}
         everyone = self._bootstrap.exchange((host, mine))
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
                 raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
             if other_host != host:
                 raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
-        if environment.emulated():
-            return torch.device("cpu")
-        if device is None:
-            device = self.rank % torch.cuda.device_count()
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if device.type != "cuda":
-            raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)
-        return device
 
     def _make_team(self) -> layout.Team:
         """What kernels get: tensors for addresses, so that users can pass it to kernels of their own."""
@@ -121,8 +124,8 @@ class Communicator:
             control=self._control,
             timeout=int(self.timeout * 1e9),
             size=tl.constexpr(self.size),
-            blocks=tl.constexpr(self._tuning.heap_blocks),
-            rings=tl.constexpr(self._tuning.blocks),
+            blocks=tl.constexpr(self._context.rules.heap_blocks),
+            rings=tl.constexpr(self._context.rules.rings),
             ring_bytes=tl.constexpr(self._context.ring_bytes),
             backend=tl.constexpr(backend),
         )
@@ -263,7 +266,7 @@ class Communicator:
             key=lambda rank: (everyone[rank][1], rank),
         )
         subgroup = self._bootstrap.subgroup(members, f"split{self._splits}/{color}")
-        return Communicator(subgroup, self.device, self.timeout)
+        return Communicator(subgroup, self.device, self.timeout, self.max_blocks)
 
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
@@ -279,6 +282,11 @@ class Communicator:
             arrays.check_reduction(collective, op, source.dtype)
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
         return Explanation(call, self._choose(call), self._heap.nbytes)
+
+    def use_table(self, table: tuning.Table) -> None:
+        """Decides by another tuning table from the next call on; every rank has to be given the same."""
+        self.table = table
+        self._plans.clear()
 
     def check(self) -> None:
         """Raises DestroyedError after `destroy`, and Timeout or Aborted once a wait has failed; every call does this
@@ -325,7 +333,7 @@ class Communicator:
         if fault["abort"] == layout.ABORTED:
             raise Aborted("this communicator was aborted; make a new one with tdccl.init")
         if fault["abort"] == layout.GRID_TOO_LARGE:
-            blocks = self._tuning.heap_blocks
+            blocks = self._context.rules.heap_blocks
             raise TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
@@ -424,7 +432,8 @@ class Communicator:
         return next((s for s in self._segments if s.contains(address, nbytes)), None)
 
     def _choose(self, call: Call) -> Choice:
-        return choose(ALGORITHMS[call.collective], call, self._context, self._forced.get(call.collective))
+        forced = self._forced.get(call.collective)
+        return choose(ALGORITHMS[call.collective], call, self._context, self.table, forced)
 
     def _run(self, collective, source, target, count, op=None, root=0, splits=None, stream=None) -> None:
         if count == 0 and splits is None and collective != "barrier":
@@ -479,9 +488,7 @@ class Explanation:
     @property
     def path(self) -> str:
         """packets (LL), symmetric (zero-copy) or staged (through scratch)."""
-        if self.choice.algorithm.limit == "packets":
-            return "packets"
-        return "symmetric" if self.choice.algorithm.symmetric else "staged"
+        return self.choice.algorithm.path
 
     def __str__(self) -> str:
         geometry = self.choice.geometry
@@ -489,6 +496,7 @@ class Explanation:
         access = "16-byte" if geometry.aligned else f"{geometry.dtype} element"
         lines = [
             f"{self.call.collective}: {self.call.nbytes} bytes a chunk -> {self.algorithm} ({self.path})",
+            f"  because: {self.choice.source}",
             f"  grid {geometry.grid} blocks of {geometry.warps} warps, {constants}, {access} accesses",
             f"  scratch {self.scratch / 2**20:.1f} MiB, shared by all calls",
         ]
@@ -504,6 +512,43 @@ def _forced_algorithms() -> dict[str, str]:
             expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
             raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")
     return forced
+
+
+def _device(device, rank: int) -> torch.device:
+    """This rank's device, made the current one. Raises InitError if it is none that kernels run on."""
+    if environment.emulated():
+        return torch.device("cpu")
+    if device is None:
+        device = rank % torch.cuda.device_count()
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _capped(rules: tuning.Rules, max_blocks: int | None) -> tuning.Rules:
+    if max_blocks is None:
+        return rules
+    if not hasattr(max_blocks, "__index__") or max_blocks < 1:
+        raise InitError(f"max_blocks is {max_blocks!r}, expected a number of blocks from 1 to {rules.rings}")
+    return replace(rules, blocks=min(rules.blocks, max_blocks))
+
+
+def _table(gpu: str, size: int) -> tuning.Table:
+    """The tuning table for this GPU and number of ranks. Raises InitError if it names what there is not."""
+
+    def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
+        return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
+
+    table = tuning.table_for(gpu, size, sent)
+    for collective, placements in table.rows.items():
+        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        if unknown := {row.algorithm for rows in placements.values() for row in rows} - {*known}:
+            raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
+    return table
 
 
 def _scaled(shape, size: int):

@@ -41,3 +41,18 @@ def forced_algorithms() -> dict[str, str]:
         collective, _, name = pair.partition(":")
         forced[collective.strip()] = name.strip()
     return forced
+
+
+def tuning_tables() -> list[str]:
+    """`TDCCL_TUNING=path[:path]`: tuning tables that count before those of the package."""
+    return list(filter(None, os.environ.get("TDCCL_TUNING", "").split(os.pathsep)))
+
+
+def most_blocks() -> int | None:
+    """`TDCCL_MAX_BLOCKS`: the largest grid of tdccl's kernels, for communicators that are given none."""
+    given = os.environ.get("TDCCL_MAX_BLOCKS")
+    if given is None:
+        return None
+    if not given.isdigit() or int(given) < 1:
+        raise InitError(f"TDCCL_MAX_BLOCKS is {given!r}, expected a whole number of blocks")
+    return int(given)

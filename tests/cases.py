@@ -26,16 +26,16 @@ def ops_of(dtype: torch.dtype) -> list[str]:
     return arithmetic if dtype.is_floating_point else arithmetic + bitwise
 
 
-def the_tuning() -> tuning.Tuning:
+def the_rules() -> tuning.Rules:
     return tuning.EMULATION if environment.emulated() else tuning.GPU
 
 
 def counts_of(dtype: torch.dtype, algorithm: str) -> list[int]:
     """Elements a chunk: none, few, around 1 KiB, around one tile, and larger than the scratch."""
-    numbers = the_tuning()
+    numbers = the_rules()
     packets = algorithm.endswith("ll")
     kilobyte = 1024 // dtype.itemsize
-    tile = (numbers.packet_tile * 4 if packets else numbers.tile[1]) // dtype.itemsize
+    tile = (numbers.packet_tile * 4 if packets else numbers.small_tile) // dtype.itemsize
     around = [0, 1, 7, kilobyte - 1, kilobyte, kilobyte + 1, tile - 1, tile, tile + 1]
     if packets or dtype not in LARGE:
         return around

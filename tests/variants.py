@@ -21,12 +21,12 @@ from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    return Context(size, layout.ring_bytes_within(scratch, size, tuning.GPU.heap_blocks, tuning.GPU.blocks), tuning.GPU)
+    return Context(size, layout.ring_bytes_within(scratch, size, tuning.GPU.heap_blocks, tuning.GPU.rings), tuning.GPU)
 
 
 def team_of(context: Context, backend: str) -> layout.Team:
     return layout.Team(
-        0, 0, 0, 0, 0, context.size, context.tuning.heap_blocks, context.tuning.blocks, context.ring_bytes, backend
+        0, 0, 0, 0, 0, context.size, context.rules.heap_blocks, context.rules.rings, context.ring_bytes, backend
     )
 
 
@@ -45,7 +45,7 @@ def compile_call(algorithm, call: Call, context: Context, target: GPUTarget):
 
 def calls_of(collective: str, algorithm):
     """An aligned call of the size that the algorithm is for, with each dtype and op that makes another kernel."""
-    nbytes = 4096 if algorithm.limit == "packets" else 1 << 24
+    nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
     if collective in ("all_reduce", "reduce_scatter"):
         kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]

@@ -1,7 +1,7 @@
 """all_gather: every rank ends with the chunks of all ranks, in rank order. The kernels are in `exchange`."""
 
 from tdccl.collectives import exchange
-from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+from tdccl.runtime.algorithm import Algorithm, copying, one_shot, packets_in, tiles_in
 
 
 def _push_ll(call, context):
@@ -19,7 +19,7 @@ def _staged(call, context):
 
 
 ALGORITHMS = [
-    Algorithm("push_ll", exchange.push_ll, _push_ll, limit="packets"),
-    Algorithm("push", exchange.push, _push, symmetric=("recv",)),
-    Algorithm("staged", exchange.staged, _staged),
+    Algorithm("push_ll", exchange.push_ll, _push_ll, sent=lambda n: 2 * (n - 1), packets=one_shot),
+    Algorithm("push", exchange.push, _push, sent=lambda n: n - 1, symmetric=("recv",)),
+    Algorithm("staged", exchange.staged, _staged, sent=lambda n: n - 1),
 ]

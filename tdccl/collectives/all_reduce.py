@@ -2,6 +2,7 @@
 
 one_shot_ll   every rank sends its whole message to all and reduces all   small messages
 two_shot      every rank reduces its part and sends the result to all:
+  _ll         by packets both times                                       middle sizes
   _pull       straight from and to the peers' symmetric buffers           bandwidth, symmetric memory
   _staged     tiles through rings in scratch, pipelined                   bandwidth, any memory
 """
@@ -10,7 +11,14 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+from tdccl.runtime.algorithm import (
+    Algorithm,
+    copying,
+    one_shot,
+    packets_in,
+    tiles_in,
+    two_shot,
+)
 
 # See `two_shot_staged`: how many slots make it safe to reuse one without asking.
 DEPTH = tl.constexpr(3)
@@ -43,6 +51,44 @@ def one_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     _one_shot(team, epoch, send, recv, index, count, OP, DTYPE, WIDE)
     shmem.end(team, epoch)
+
+
+@triton.jit
+def two_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """Block b sends the b-th TILE words of each part to the part's rank, reduces those of its own part and sends
+    the result to all.
+
+    Waits:    block b for block b of every peer, twice: for their inputs, for their results.
+    Ordering: none needed, the flag travels in the word.
+    Reuse:    inputs and results have packet slots of their own, which alternate by the parity of the epoch. Results
+              go out in full, also where a part lies past the end, so each rank hears from all in each call.
+    """
+    epoch = shmem.begin(team)
+    PLANES: tl.constexpr = 2 if DTYPE.primitive_bitwidth == 64 else 1
+    place = tl.arange(0, TILE)
+    words = shmem.words_in(count, DTYPE, WIDE)
+    for distance in tl.static_range(1, team.size):
+        pe = (team.rank + distance) % team.size
+        index = _of_part(pe, place, TILE)
+        shmem.put_words(team, epoch, shmem.load_words(send, index, count, DTYPE, WIDE), place, index < words, pe)
+    index = _of_part(team.rank, place, TILE)
+    own = shmem.load_words(send, index, count, DTYPE, WIDE)
+    result = shmem.fold_words(shmem.get_words(team, epoch, own, place, index < words), OP, DTYPE)
+    place += PLANES * TILE
+    everywhere = place >= 0
+    for distance in tl.static_range(1, team.size):
+        shmem.put_words(team, epoch, result, place, everywhere, (team.rank + distance) % team.size)
+    results = shmem.get_words(team, epoch, result, place, everywhere)
+    for source in tl.static_range(team.size):
+        index = _of_part(source, tl.arange(0, TILE), TILE)
+        shmem.store_words(recv, index, results[source], count, DTYPE, WIDE)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def _of_part(part, place, TILE: tl.constexpr):
+    """Index of the words at `place` of this block's tile of a part; parts are as long as all blocks' tiles."""
+    return (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * TILE + place
 
 
 @triton.jit
@@ -167,6 +213,14 @@ def _part_bytes(call, context):
     return -(-call.nbytes // (16 * context.size)) * 16
 
 
+def _sent_in_two_shots(n):
+    return 2 * (n - 1) / n
+
+
+def _two_shot_ll(call, context):
+    return packets_in(call, context, shots=2)
+
+
 def _two_shot_pull(call, context):
     bulk, tail = _bulk_and_tail(call)
     geometry = copying(bulk, context, part_bytes=_part_bytes(bulk, context))
@@ -181,7 +235,8 @@ def _two_shot_staged(call, context):
 
 
 ALGORITHMS = [
-    Algorithm("one_shot_ll", one_shot_ll, packets_in, limit="packets"),
-    Algorithm("two_shot_pull", two_shot_pull, _two_shot_pull, symmetric=("send", "recv")),
-    Algorithm("two_shot_staged", two_shot_staged, _two_shot_staged),
+    Algorithm("one_shot_ll", one_shot_ll, packets_in, sent=lambda n: 2 * (n - 1), packets=one_shot),
+    Algorithm("two_shot_ll", two_shot_ll, _two_shot_ll, sent=lambda n: 4 * (n - 1) / n, packets=two_shot),
+    Algorithm("two_shot_pull", two_shot_pull, _two_shot_pull, sent=_sent_in_two_shots, symmetric=("send", "recv")),
+    Algorithm("two_shot_staged", two_shot_staged, _two_shot_staged, sent=_sent_in_two_shots),
 ]

@@ -1,7 +1,7 @@
 """all_to_all: rank i's j-th chunk ends as rank j's i-th. The kernels are in `exchange`."""
 
 from tdccl.collectives import exchange
-from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, copying, packets_in, tiles_in
+from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, copying, one_shot, packets_in, tiles_in
 
 
 def _push_ll(call, context):
@@ -23,7 +23,7 @@ def _staged(call, context):
 
 
 ALGORITHMS = [
-    Algorithm("push_ll", exchange.push_ll, _push_ll, limit="packets"),
-    Algorithm("push", exchange.push, _push, symmetric=("recv",), in_place=False),
-    Algorithm("staged", exchange.staged, _staged, splits=True),
+    Algorithm("push_ll", exchange.push_ll, _push_ll, sent=lambda n: 2 * (n - 1), packets=one_shot),
+    Algorithm("push", exchange.push, _push, sent=lambda n: n - 1, symmetric=("recv",), in_place=False),
+    Algorithm("staged", exchange.staged, _staged, sent=lambda n: n - 1, splits=True),
 ]

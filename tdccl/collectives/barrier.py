@@ -20,4 +20,4 @@ def _one_block(call, context):
     return Geometry(dtype="i8", grid=1, warps=1, aligned=False, counts={}, constants={})
 
 
-ALGORITHMS = [Algorithm("signal_all", barrier, _one_block)]
+ALGORITHMS = [Algorithm("signal_all", barrier, _one_block, sent=lambda n: 0)]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+from tdccl.runtime.algorithm import Algorithm, copying, one_shot, packets_in, tiles_in
 
 # See `scatter_gather_staged`: how many slots make it safe to reuse one without asking.
 DEPTH = tl.constexpr(4)
@@ -174,7 +174,7 @@ def _staged(call, context):
 
 
 ALGORITHMS = [
-    Algorithm("push_ll", push_ll, _push_ll, limit="packets"),
-    Algorithm("scatter_gather_direct", scatter_gather_direct, _direct, symmetric=("recv",)),
-    Algorithm("scatter_gather_staged", scatter_gather_staged, _staged),
+    Algorithm("push_ll", push_ll, _push_ll, sent=lambda n: 2 * (n - 1), packets=one_shot),
+    Algorithm("scatter_gather_direct", scatter_gather_direct, _direct, sent=lambda n: 1, symmetric=("recv",)),
+    Algorithm("scatter_gather_staged", scatter_gather_staged, _staged, sent=lambda n: 1),
 ]

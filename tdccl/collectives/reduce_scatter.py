@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.runtime.algorithm import Algorithm, copying, packets_in, tiles_in
+from tdccl.runtime.algorithm import Algorithm, copying, one_shot, packets_in, tiles_in
 
 # The pipeline is that of `exchange.staged`, and so is the reason why four slots do.
 DEPTH = tl.constexpr(4)
@@ -103,7 +103,7 @@ def _staged(call, context):
 
 
 ALGORITHMS = [
-    Algorithm("push_ll", push_ll, packets_in, limit="packets"),
-    Algorithm("pull", pull, copying, symmetric=("send",)),
-    Algorithm("staged", staged, _staged),
+    Algorithm("push_ll", push_ll, packets_in, sent=lambda n: 2 * (n - 1), packets=one_shot),
+    Algorithm("pull", pull, copying, sent=lambda n: n - 1, symmetric=("send",)),
+    Algorithm("staged", staged, _staged, sent=lambda n: n - 1),
 ]

@@ -12,8 +12,9 @@ An *epoch* counts the calls of one block. It lives in the heap and the kernel it
 captured graph replays correctly. Packets and ring are doubled by the parity of the epoch. Why that is
 safe without a barrier at the end: in every call each block hears from the same block of every peer, and
 a peer speaks in epoch e only after its launch of epoch e - 1 has ended; so whoever has finished epoch
-e - 1 knows that all peers are done with epoch e - 2, whose parity epoch e uses again. A kernel that takes the
-ring of both parities as one must open and close with a barrier.
+e - 1 knows that all peers are done with epoch e - 2, whose parity epoch e uses again. A kernel may also take the
+rings of both parities and of all blocks as its own and share them out among the blocks that it has: then it must
+open and close with a barrier. (A peer that has come to the first has ended its last launch, in all blocks.)
 """
 
 from typing import NamedTuple
@@ -21,8 +22,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from tdccl.environment import emulated
+
 MAX_RANKS = tl.constexpr(8)
-PACKETS = tl.constexpr(512)
+# The LL slot of a block, in packets; the interpreter has few blocks in little memory.
+PACKETS = tl.constexpr(512 if emulated() else 1024)
 STATE_BYTES = tl.constexpr(128)
 SIGNAL_KINDS = tl.constexpr(4)
 SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
@@ -95,6 +99,11 @@ def ring_bytes_within(scratch: int, size: int, blocks: int, rings: int) -> int:
     return left // (2 * rings) // 1024 * 1024
 
 
+def whole_ring_bytes(ring_bytes: int, rings: int, blocks: int) -> int:
+    """What a block of a grid of `blocks` gets when they share all rings of both parities, a multiple of 1 KiB."""
+    return 2 * ring_bytes * rings // blocks // 1024 * 1024
+
+
 @triton.jit
 def block_of(team):
     """The number of this block, and the last one's for all blocks of a grid that is too large (see `begin`)."""
@@ -118,15 +127,15 @@ def packet_offset(team, epoch, source):
 
 @triton.jit
 def ring_offset(team, epoch, WHOLE: tl.constexpr):
-    """Byte offset of this block's ring for this epoch; WHOLE: of the rings of both parities, one after the other."""
+    """Byte offset of this block's ring for this epoch; WHOLE: of its share of all rings (`whole_ring_bytes`)."""
     packets: tl.constexpr = 2 * team.size * PACKETS * 8
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets)
     block = tl.minimum(tl.program_id(0), team.rings - 1).to(tl.int64)
-    own = start + block * 2 * team.ring_bytes
     if WHOLE:
-        return own
+        share = 2 * team.ring_bytes * team.rings // tl.num_programs(0) // 1024 * 1024
+        return start + block * share
     else:
-        return own + (epoch % 2) * team.ring_bytes
+        return start + (block * 2 + epoch % 2) * team.ring_bytes
 
 
 @triton.jit

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tdccl.language.team import PACKETS
-from tdccl.tuning import Tuning
+from tdccl.language.team import PACKETS, whole_ring_bytes
+from tdccl.tuning import Rules
 
 
 class Call(NamedTuple):
@@ -53,7 +53,7 @@ class Context(NamedTuple):
 
     size: int
     ring_bytes: int
-    tuning: Tuning
+    rules: Rules
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Algorithm:
     name       what `explain` and the bench print and TDCCL_ALGO takes
     kernel     its arguments are filled by name: team, send, recv, then what the geometry gives
     geometry   (call, context) -> Geometry
-    limit      "packets" if only chunks up to the tuning's packet limit fit
+    sent       number of ranks -> bytes that the busiest rank sends, for each byte of a chunk (or message)
+    packets    (call, context) -> the most words of a chunk that it takes, if it goes by LL packets
     symmetric  which of send and recv must be symmetric memory; they reach the kernel as `Symmetric`
     splits     takes all_to_all's split lists
     in_place   send and recv may overlap
@@ -118,10 +119,18 @@ class Algorithm:
     name: str
     kernel: Any
     geometry: Callable[[Call, Context], Geometry]
-    limit: str | None = None
+    sent: Callable[[int], float]
+    packets: Callable[[Call, Context], int] | None = None
     symmetric: tuple[str, ...] = ()
     splits: bool = False
     in_place: bool = True
+
+    @property
+    def path(self) -> str:
+        """How it moves data: packets (LL), symmetric (zero-copy) or staged (through scratch)."""
+        if self.packets is not None:
+            return "packets"
+        return "symmetric" if self.symmetric else "staged"
 
     def unfit(self, call: Call, context: Context) -> str | None:
         """Why this algorithm cannot take the call, or None if it can."""
@@ -131,14 +140,8 @@ class Algorithm:
             return f"{' and '.join(sorted(missing))} not in symmetric memory"
         if call.in_place and not self.in_place:
             return "not in place"
-        if self.limit == "packets" and words_of(call) > packet_capacity(call, context):
-            return f"more than {packet_capacity(call, context)} words"
-        return None
-
-    def worthwhile(self, call: Call, context: Context) -> str | None:
-        """Why another algorithm is better at this size, or None if this one is taken wherever it fits."""
-        if self.limit == "packets" and call.nbytes > context.tuning.packet_limit[call.collective]:
-            return f"more than {context.tuning.packet_limit[call.collective]} bytes a chunk"
+        if self.packets is not None and words_of(call) > self.packets(call, context):
+            return f"more than {self.packets(call, context)} words"
         return None
 
 
@@ -149,9 +152,24 @@ def words_of(call: Call) -> int:
     return -(-call.nbytes // 4)
 
 
-def packet_capacity(call: Call, context: Context) -> int:
-    """Words of one chunk that the packet slots can take at once."""
-    return context.tuning.blocks * PACKETS.value // (2 if call.itemsize == 8 else 1)
+def _planes(call: Call) -> int:
+    """Packets that a word takes."""
+    return 2 if call.itemsize == 8 else 1
+
+
+def one_shot(call: Call, context: Context) -> int:
+    """Words of a chunk that LL kernels take which send the whole chunk at once."""
+    return context.rules.blocks * _largest_packet_tile(call, 1)
+
+
+def two_shot(call: Call, context: Context) -> int:
+    """Words of a message that LL kernels take which send a part to each rank, and then its result to all."""
+    return context.rules.blocks * _largest_packet_tile(call, 2) * context.size
+
+
+def _largest_packet_tile(call: Call, shots: int) -> int:
+    """Words that a block can send in each of its shots."""
+    return PACKETS.value // (shots * _planes(call))
 
 
 def _power_of_two(value: int) -> int:
@@ -177,19 +195,21 @@ def _lowest_bit(value: int) -> int:
     return 16 if value == 0 else min(16, value & -value)
 
 
-def packets_in(call: Call, context: Context) -> Geometry:
-    """Lays a chunk out for an LL kernel: TILE words a block, few words on many blocks."""
-    tuning = context.tuning
+def packets_in(call: Call, context: Context, shots: int = 1) -> Geometry:
+    """Lays a chunk out for an LL kernel: TILE words of it a block, or of each rank's part of it if there are two shots.
+
+    Few words go on many blocks.
+    """
+    rules = context.rules
     dtype, itemsize, aligned = _unit(call, widest=4)
-    tile = tuning.packet_tile
-    if call.itemsize == 8:
-        tile = min(tile, PACKETS.value // 2)
-    while -(-words_of(call) // tile) > tuning.blocks:
+    words = -(-words_of(call) // (1 if shots == 1 else context.size))
+    tile = min(rules.packet_tile, _largest_packet_tile(call, shots))
+    while -(-words // tile) > rules.blocks:
         tile *= 2
     return Geometry(
         dtype=dtype,
-        grid=-(-words_of(call) // tile),
-        warps=tuning.packet_warps,
+        grid=-(-words // tile),
+        warps=max(1, min(rules.packet_warps, tile // 64)),
         aligned=aligned,
         counts={"count": call.nbytes // itemsize},
         constants={"TILE": tile, "WIDE": aligned},
@@ -202,37 +222,39 @@ def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: i
     Large ones take the ring WHOLE, at the price of two barriers, in spans of several tiles: the longer a span, the
     less its signals cost, but the longer the pipeline takes to fill.
     """
-    tuning, slots = context.tuning, max(1, rings) * depth
+    rules, slots = context.rules, max(1, rings) * depth
     walked = call.nbytes if part_bytes is None else part_bytes
-    whole = call.splits is None and walked >= tuning.whole_from
-    room = context.ring_bytes * (2 if whole else 1) // slots
+    whole = call.splits is None and walked >= rules.whole_from
+    ring_bytes = context.ring_bytes
+    if whole:
+        ring_bytes = whole_ring_bytes(ring_bytes, rules.rings, rules.blocks)
+    room = ring_bytes // slots
     geometry = _tiled(call, context, room, part_bytes)
     tiles = 1
     if whole:
         tile_bytes = geometry.constants["TILE"] * ITEMSIZE[geometry.dtype]
         steps = walked // (geometry.grid * tile_bytes)
-        tiles = max(1, min(room // tile_bytes, steps // tuning.steps))
+        tiles = max(1, min(room // tile_bytes, steps // rules.steps))
     return geometry.adding(constants={"TILES": tiles, "WHOLE": whole})
 
 
 def copying(call: Call, context: Context, part_bytes: int | None = None) -> Geometry:
     """Lays chunks, or parts of `part_bytes` bytes, out in tiles for a kernel that needs no scratch."""
-    return _tiled(call, context, context.tuning.tile[0], part_bytes)
+    return _tiled(call, context, context.rules.tile, part_bytes)
 
 
 def _tiled(call: Call, context: Context, room: int, part_bytes: int | None) -> Geometry:
-    tuning = context.tuning
+    rules = context.rules
     dtype, itemsize, aligned = _unit(call)
-    largest, smallest = tuning.tile
-    tile_bytes = 1 << (min(largest, room).bit_length() - 1)
-    grid = tuning.blocks
+    tile_bytes = 1 << (min(rules.tile, room).bit_length() - 1)
+    grid = rules.blocks
     if call.splits is None:  # else the grid must not depend on sizes that other ranks do not know
         walked = call.nbytes if part_bytes is None else part_bytes
-        tile_bytes = min(tile_bytes, max(smallest, _power_of_two(-(-walked // tuning.blocks))))
-        grid = max(1, min(tuning.blocks, -(-walked // tile_bytes)))
+        tile_bytes = min(tile_bytes, max(rules.small_tile, _power_of_two(-(-walked // rules.blocks))))
+        grid = max(1, min(rules.blocks, -(-walked // tile_bytes)))
     counts = {"count": call.nbytes // itemsize}
     if part_bytes is not None:
         counts["part"] = part_bytes // itemsize
     constants = {"TILE": tile_bytes // itemsize, "ALIGN": 16 if aligned else itemsize}
-    warps = max(1, min(tuning.warps, tile_bytes // 512))  # at least 16 bytes a thread
+    warps = max(1, min(rules.warps, tile_bytes // 512))  # at least 16 bytes a thread
     return Geometry(dtype, grid, warps, aligned, counts, constants)

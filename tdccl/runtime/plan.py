@@ -1,42 +1,63 @@
 """A plan: one call's algorithm, chosen once, with its kernel compiled and its arguments bound."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdccl.errors import ArgumentError
 from tdccl.language.team import Team
 from tdccl.runtime.algorithm import Algorithm, Call, Context, Geometry
 from tdccl.runtime.launch import Arguments, bind
+from tdccl.tuning import Row, Table
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The algorithm that a call takes, its layout, and why the others were passed over."""
+    """The algorithm that a call takes, its layout, who says so, and why the others were passed over."""
 
     algorithm: Algorithm
     geometry: Geometry
+    source: str
     passed_over: dict[str, str]
 
 
-def choose(algorithms: list[Algorithm], call: Call, context: Context, forced: str | None = None) -> Choice:
-    """The first algorithm of the table that fits and is worthwhile, or the forced one.
+def choose(
+    algorithms: list[Algorithm], call: Call, context: Context, table: Table, forced: str | None = None
+) -> Choice:
+    """The forced algorithm, or the one that the tuning table names, or else the last that fits.
 
     Raises ArgumentError if the forced one does not exist or cannot take the call.
     """
-    passed_over = {}
     if forced is not None and forced not in {algorithm.name for algorithm in algorithms}:
         names = ", ".join(algorithm.name for algorithm in algorithms)
         raise ArgumentError(f"{call.collective}: there is no algorithm {forced!r}, expected one of {names}")
-    for algorithm in algorithms:
-        if forced is not None and algorithm.name != forced:
-            passed_over[algorithm.name] = f"{forced} was asked for"
-            continue
-        why_not = algorithm.unfit(call, context)
-        if why_not is None and forced is None:
-            why_not = algorithm.worthwhile(call, context)
-        if why_not is None:
-            return Choice(algorithm, algorithm.geometry(call, context), passed_over)
-        passed_over[algorithm.name] = why_not
-    raise ArgumentError(f"{call.collective}: {forced} cannot take this call: {passed_over[forced]}")
+    contexts = {algorithm.name: _shaped(algorithm, call, context, table) for algorithm in algorithms}
+    unfit = {a.name: reason for a in algorithms if (reason := a.unfit(call, contexts[a.name]))}
+    if forced in unfit:
+        raise ArgumentError(f"{call.collective}: {forced} cannot take this call: {unfit[forced]}")
+    fit = {algorithm.name: algorithm for algorithm in algorithms if algorithm.name not in unfit}
+    named = [row.algorithm for row in _rows(call, table) if row.algorithm in fit]
+    if forced:
+        chosen, source = fit[forced], "asked for"
+    elif named:
+        chosen, source = fit[named[0]], table.source
+    else:
+        chosen, source = [*fit.values()][-1], "not in the tuning table"
+    passed_over = {a.name: unfit.get(a.name, source) for a in algorithms if a is not chosen}
+    return Choice(chosen, chosen.geometry(call, contexts[chosen.name]), source, passed_over)
+
+
+def _rows(call: Call, table: Table) -> list[Row]:
+    """What the table says of the call, the best first: of symmetric memory only if the call has any."""
+    placements = ("symmetric", "plain") if call.symmetric else ("plain",)
+    rows = (table.row(call.collective, placement, call.nbytes) for placement in placements)
+    return [row for row in rows if row is not None]
+
+
+def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) -> Context:
+    """The context with what the table's row for the algorithm changes of the rules."""
+    changes = next((row.changes for row in _rows(call, table) if row.algorithm == algorithm.name), {})
+    rules = replace(context.rules, **changes)
+    rules = replace(rules, blocks=min(rules.blocks, context.rules.blocks))  # a cap stays one
+    return context._replace(rules=rules)
 
 
 class Plan:

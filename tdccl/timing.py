@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from tdccl import Communicator
+from tdccl import environment
+from tdccl.communicator import Communicator
 from tdccl.transport.bootstrap import Bootstrap
 
 _LEAD = 400_000  # GPU clocks, some 200 us: enough to launch a graph in
+
+
+def clock_for(comm: Communicator, bootstrap: Bootstrap, graph: bool) -> "HostClock":
+    """The clock for what the communicator runs on, for replays of a graph or for eager calls."""
+    if environment.emulated():
+        return HostClock(bootstrap)
+    return (GraphClock if graph else GpuClock)(bootstrap, comm)
 
 
 class HostClock:

@@ -1,0 +1,84 @@
+"""The cost model: what an algorithm would take on GPUs or on a number of ranks that nobody measured.
+
+    microseconds = latency + latency a peer x (ranks - 1) + bytes sent / bandwidth
+
+Its three numbers are fitted, for each algorithm and placement, to all measured tables: least squares of the relative
+error. It chooses algorithms; grid and tiles are those of the measured table with the nearest number of ranks.
+"""
+
+import itertools
+import json
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tdccl.tuning.table import PLACEMENTS, Row, Sent, Table, merged, package_files, parse
+
+_SIZES = [1 << power for power in range(6, 32)]
+
+
+class Cost(NamedTuple):
+    """Microseconds, microseconds, microseconds a byte sent."""
+
+    latency: float
+    latency_a_peer: float
+    a_byte: float
+
+    def microseconds(self, ranks: int, sent: float) -> float:
+        """Time of a call in which the busiest rank sends `sent` bytes."""
+        return self.latency + self.latency_a_peer * (ranks - 1) + self.a_byte * sent
+
+
+def fit(points: list[tuple[int, float, float]]) -> Cost:
+    """The cost that fits points of (ranks, bytes sent, microseconds) best, with no number below zero."""
+    ranks, sent, times = (np.array(column, dtype=float) for column in zip(*points))
+    columns = [np.ones(len(points)), ranks - 1, sent]
+    used = [0, 2] if len(set(ranks)) == 1 else [0, 1, 2]  # from one number of ranks nothing is learnt about others
+    found = np.zeros(3)
+    while used:
+        system = np.stack([columns[i] / times for i in used], axis=1)
+        scale = np.maximum(np.abs(system).max(axis=0), 1e-30)
+        solution = np.linalg.lstsq(system / scale, np.ones(len(points)), rcond=None)[0] / scale
+        if (solution >= 0).all():
+            found[used] = solution
+            break
+        used = [i for i, value in zip(used, solution) if value > 0]
+    return Cost(*found)
+
+
+def costs(tables: list[dict[str, Any]]) -> dict[tuple[str, str, str], Cost]:
+    """{(collective, placement, algorithm): cost} from the measurements that tables keep."""
+    points = defaultdict(list)
+    for made in tables:
+        for point in made["measured"]:
+            key = (point["collective"], point["placement"], point["algorithm"])
+            points[key].append((made["world"], point["sent"], point["time_us"]))
+    return {key: fit(found) for key, found in points.items()}
+
+
+def table(gpu: str, world: int, sent: Sent) -> Table:
+    """A modelled table from the package's measured ones; without any it is empty, and algorithms only have to fit."""
+    tables = [json.loads(path.read_text()) for path in package_files()]
+    if not tables:
+        return Table("nothing measured yet", {})
+    nearest = min(tables, key=lambda made: (abs(made["world"] - world), made["world"]))
+    shapes = parse(nearest, "nearest")
+    known = costs(tables)
+    rows: dict[str, dict[str, list[Row]]] = {}
+    for collective, placement in itertools.product(nearest["rows"], PLACEMENTS):
+        rivals = {a: cost for (c, p, a), cost in known.items() if (c, p) == (collective, placement)}
+        modelled = []
+        for nbytes in _SIZES:
+            times = {a: cost.microseconds(world, sent(collective, a, nbytes, world)) for a, cost in rivals.items()}
+            fastest = min(times, key=lambda algorithm: (times[algorithm], algorithm))
+            modelled.append(Row(nbytes, fastest, _changes(shapes, collective, placement, nbytes, fastest)))
+        rows.setdefault(collective, {})[placement] = merged(modelled)
+    sources = ", ".join(f"{made['world']} x {made['gpu']}" for made in tables)
+    return Table(f"modelled for {world} x {gpu} from {sources}", rows)
+
+
+def _changes(shapes: Table, collective: str, placement: str, nbytes: int, algorithm: str) -> dict[str, int]:
+    """The shape that the measured table gives this algorithm at this size, if it chose it there."""
+    row = shapes.row(collective, placement, nbytes)
+    return row.changes if row is not None and row.algorithm == algorithm else {}

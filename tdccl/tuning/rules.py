@@ -1,0 +1,59 @@
+"""The numbers from which a call's grid and tiles follow; a row of a table may replace some of them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One target's numbers. Sizes are in bytes, of one rank's chunk where a collective has chunks.
+
+    heap_blocks    largest grid of any kernel, users' too
+    rings          how many blocks have scratch of their own; the largest grid of tdccl's own kernels
+    blocks         largest grid, at most `rings`
+    packet_tile    32-bit words of a chunk that one block of an LL kernel handles, while blocks last
+    packet_warps   warps of such a block
+    warps          warps of a block of the other kernels
+    tile           largest tile
+    small_tile     smallest tile: small messages take smaller tiles on more blocks
+    whole_from     chunk (or part) from which staged algorithms take all scratch, between barriers
+    steps          how many steps a block should have, at least, before its spans grow longer than a tile
+    """
+
+    heap_blocks: int
+    rings: int
+    blocks: int
+    packet_tile: int
+    packet_warps: int
+    warps: int
+    tile: int
+    small_tile: int
+    whole_from: int
+    steps: int
+
+
+GPU = Rules(
+    heap_blocks=128,
+    rings=128,
+    blocks=128,
+    packet_tile=256,
+    packet_warps=4,
+    warps=16,
+    tile=32 << 10,
+    small_tile=2 << 10,
+    whole_from=4 << 20,
+    steps=6,
+)
+
+# The interpreter pays by the block, not by the byte: few blocks, large tiles.
+EMULATION = Rules(
+    heap_blocks=32,
+    rings=2,
+    blocks=2,
+    packet_tile=512,
+    packet_warps=1,
+    warps=1,
+    tile=32 << 10,
+    small_tile=32 << 10,
+    whole_from=256 << 10,
+    steps=2,
+)

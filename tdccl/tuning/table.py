@@ -1,0 +1,134 @@
+"""Tables: for each collective and placement, which algorithm and shape is the fastest up to which size.
+
+A table is measured by `python -m tdccl.tune` for one kind of GPU and one number of ranks. Where there is none, the
+cost model that is fitted to all measured tables makes one (`tdccl.tuning.model`).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tdccl import environment
+from tdccl.errors import InitError
+from tdccl.tuning.rules import Rules
+
+_FOLDER = Path(__file__).parent / "tables"
+EMULATED = "emulation"  # in place of the name of a GPU
+PLACEMENTS = ("plain", "symmetric")
+# Those that say how large the heap is cannot change from call to call.
+_CHANGEABLE = {field.name for field in fields(Rules)} - {"heap_blocks", "rings"}
+
+
+class Row(NamedTuple):
+    """Up to `upto` bytes (None: any number) take `algorithm`, with `changes` of the rules."""
+
+    upto: int | None
+    algorithm: str
+    changes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: {collective: {placement: rows by growing size}}; source says in words where they come from."""
+
+    source: str
+    rows: dict[str, dict[str, list[Row]]]
+
+    def row(self, collective: str, placement: str, nbytes: int) -> Row | None:
+        """The row for a chunk (or message) of `nbytes`, or None if the table knows nothing of such calls."""
+        rows = self.rows.get(collective, {}).get(placement, ())
+        return next((row for row in rows if row.upto is None or nbytes <= row.upto), None)
+
+    def digest(self) -> str:
+        """Equal on two ranks exactly if they decide alike."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# (collective, algorithm, bytes of a chunk, ranks) -> bytes that the busiest rank sends
+Sent = Callable[[str, str, int, int], float]
+
+
+def table_for(gpu: str, world: int, sent: Sent) -> Table:
+    """The table for this kind of GPU, or for "emulation", and number of ranks; `sent` is for the cost model.
+
+    In order: one of `TDCCL_TUNING`, one of the package, one that the cost model makes.
+    Raises InitError for a file of TDCCL_TUNING that is not a table.
+    """
+    given = [(path, read(path)) for path in environment.tuning_tables()]
+    for path, made in [*given, *((path, json.loads(path.read_text())) for path in package_files())]:
+        if made["gpu"] == gpu and made["world"] == world:
+            return parse(made, f"measured on {world} x {gpu} ({Path(path).name})")
+    if gpu == EMULATED:
+        return parse(json.loads((_FOLDER / "emulation.json").read_text()), EMULATED)
+    from tdccl.tuning import model  # needs numpy, and only here
+
+    return model.table(gpu, world, sent)
+
+
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """Rows of growing size without those that their successor also covers; the last is for any size."""
+    kept: list[Row] = []
+    for row in rows:
+        if kept and kept[-1][1:] == row[1:]:
+            kept.pop()
+        kept.append(row)
+    return [*kept[:-1], kept[-1]._replace(upto=None)]
+
+
+def package_files() -> list[Path]:
+    """The measured tables that come with the package."""
+    return sorted(_FOLDER.glob("*-[0-9].json"))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A table's JSON, checked. Raises InitError if it cannot be read or is not a table."""
+    try:
+        made = json.loads(Path(path).read_text())
+        parse(made, str(path))
+        if not isinstance(made["gpu"], str) or not isinstance(made["world"], int):
+            raise TypeError("gpu must be a name and world a number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InitError(f"{path} is no tuning table ({reason}); `python -m tdccl.tune` writes them") from error
+    return made
+
+
+def dumped(made: dict[str, Any]) -> str:
+    """A table's JSON, one row and one measurement a line."""
+
+    def lines(value: Any, depth: int) -> str:
+        inner = value.values() if isinstance(value, dict) else value
+        if depth == 0 or not any(isinstance(each, dict | list) for each in inner):
+            return json.dumps(value)
+        if isinstance(value, dict):
+            listed = [
+                f"{json.dumps(key)}: {lines(each, depth - 1) if isinstance(each, dict | list) else json.dumps(each)}"
+                for key, each in value.items()
+            ]
+        else:
+            listed = [json.dumps(each) for each in value]
+        opening, closing = "{}" if isinstance(value, dict) else "[]"
+        return opening + "\n" + ",\n".join(listed) + "\n" + closing
+
+    return lines(made, 4) + "\n"
+
+
+def parse(made: dict[str, Any], source: str) -> Table:
+    """The table in a table's JSON. Raises ValueError, KeyError or TypeError if it is not one."""
+    rows = {
+        collective: {placement: [_row(row) for row in listed] for placement, listed in placements.items()}
+        for collective, placements in made["rows"].items()
+    }
+    return Table(source, rows)
+
+
+def _row(row: dict[str, Any]) -> Row:
+    changes = dict(row.get("changes", {}))
+    if unknown := changes.keys() - _CHANGEABLE:
+        raise ValueError(f"{', '.join(sorted(unknown))}: a row may change {', '.join(sorted(_CHANGEABLE))}")
+    if not all(isinstance(value, int) and value >= 0 for value in changes.values()):
+        raise ValueError(f"{changes}: changes are whole numbers")
+    return Row(row["upto"], str(row["algorithm"]), changes)
