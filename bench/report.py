@@ -1,10 +1,14 @@
 """Markdown tables from the bench's JSON: `python -m bench.report results/*.json [--readme README.md]`."""
 
 import argparse
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
+from bench import reading
+from bench.reading import COLUMNS, PICTURES, Setup, Table
+
 _BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_COLUMNS = ("plain", "symmetric", "nccl")
 
 
 def main() -> None:
@@ -13,10 +17,11 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE`")
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {_BEGIN} and {_END} in this file")
     options = parser.parse_args()
-    text = markdown([json.loads(path.read_text()) for path in options.files])
+    reports = reading.read(options.files)
     if options.readme is None:
-        print(text)
+        print(markdown(reports))
         return
+    text = markdown(reports, options.readme.parent)
     try:
         options.readme.write_text(replaced(options.readme.read_text(), text))
     except ValueError as error:
@@ -32,64 +37,46 @@ def replaced(document: str, text: str) -> str:
     return f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}"
 
 
-def markdown(reports: list[dict]) -> str:
-    """All tables: for each kind of host and number of ranks, the collectives by size and then the bandwidths."""
-    sections = {}
-    for report in sorted(reports, key=lambda report: report["date"]):  # of equal rows the newest counts
-        found = sections.setdefault((report["host"], report["world"]), {"report": report, "rows": {}})
-        found["report"] = report
-        for row in report["rows"]:
-            found["rows"][tuple(row[name] for name in _KEY)] = {**row, "run": report["date"]}
-    return "\n\n".join(_section(found["report"], list(found["rows"].values())) for found in sections.values())
+def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
+    """All tables: for each kind of host and number of ranks, the collectives by size and then the bandwidths.
+
+    beside: the folder of a document that is to show the pictures that `python -m bench.plot` put there.
+    """
+    return "\n\n".join(_section(setup, beside) for setup in reading.setups(reports))
 
 
-_COLUMNS = ("plain", "symmetric", "nccl")
-_KEY = ("collective", "bytes", "dtype", "op", "mode", "placement", "in_place", "impl")
+def _section(setup: Setup, beside: Path | None) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in setup.report["versions"].items() if version)
+    parts = [f"{setup.title}; {versions}"]
+    points = {table: _shown(setup.points(table)) for table in setup.tables()}
+    for table, by_size in points.items():
+        parts += [f"**{table.title}**", *_picture(setup, table, beside), _by_size(by_size)]
+    return "\n\n".join([*parts, "**busbw at the largest size, GB/s**", _bandwidths(points)])
 
 
-def _section(report: dict, rows: list[dict]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-    parts = [f"{report['host']}; {report['world']} ranks; {versions}; {report['date'][:10]}"]
-    # Gloo is timed eagerly whatever tdccl is, so what a table holds goes by tdccl's rows.
-    tables = {_table_of(row): None for row in rows if row["impl"] == "tdccl"}
-    points = {table: _points(table, rows) for table in tables}
-    parts += [f"**{_title(table)}**\n\n{_by_size(points[table])}" for table in tables]
-    return "\n\n".join([*parts, f"**busbw at the largest size, GB/s**\n\n{_bandwidths(points)}"])
+def _shown(points: dict[int, dict[str, dict]]) -> dict[int, dict[str, dict]]:
+    """Less the sizes at which there is but Gloo, which has no column."""
+    return {nbytes: row for nbytes, row in points.items() if row.keys() - {"gloo"}}
 
 
-def _table_of(row: dict) -> tuple:
-    return row["collective"], row["dtype"], row["op"], row["mode"]
-
-
-def _title(table: tuple) -> str:
-    collective, dtype, op, mode = table
-    how = "in a CUDA graph" if mode == "graph" else "eager"
-    return ", ".join(filter(None, (collective, op, dtype, how)))
-
-
-def _points(table: tuple, rows: list[dict]) -> dict[int, dict[str, dict]]:
-    """{bytes: {"plain", "symmetric", "nccl": row}} of one table, all in place or none: as NCCL's are."""
-    rows = [row for row in rows if _table_of(row) == table]
-    as_nccl = {row["in_place"] for row in rows if row["impl"] == "nccl"}
-    in_place = max(as_nccl) if as_nccl else min(row["in_place"] for row in rows)
-    found: dict[int, dict[str, dict]] = {}
-    for row in rows:
-        if row["in_place"] is not in_place or row["impl"] not in ("tdccl", "nccl"):
-            continue
-        column = row["placement"] if row["impl"] == "tdccl" else "nccl"
-        if column == "nccl" and row["placement"] == "symmetric":
-            found.setdefault(row["bytes"], {}).setdefault(column, row)  # NCCL's on plain buffers count, if there are
-        else:
-            found.setdefault(row["bytes"], {})[column] = row
-    return dict(sorted(found.items()))
+def _picture(setup: Setup, table: Table, beside: Path | None) -> list[str]:
+    """The line that shows the picture, if there is one; it holds the eager calls too, so once is enough."""
+    path = PICTURES / setup.picture(table)
+    shown = table.mode == "graph" and beside is not None and (beside / path).exists()
+    return [f"![{table.collective}]({path.as_posix()})"] if shown else []
 
 
 def _by_size(points: dict[int, dict[str, dict]]) -> str:
+    columns = _columns(points.values())
     lines = []
     for nbytes, row in points.items():
-        times = [row[column]["time_us"] if column in row else None for column in _COLUMNS]
-        lines.append([_size(nbytes), *map(_figure, times), _ratio(row)])
-    return _grid(["size", "tdccl, us", "tdccl symmetric, us", "NCCL, us", "NCCL / tdccl"], lines)
+        lines.append([reading.size(nbytes), *_figures(row, columns, "time_us"), _ratio(row)])
+    return _grid(["size", *(f"{COLUMNS[column]}, us" for column in columns), "NCCL / tdccl"], lines)
+
+
+def _columns(rows: Iterable[dict[str, dict]]) -> list[str]:
+    """tdccl's and NCCL's, and that of torch's symmetric memory where it was measured: it has but the all_reduce."""
+    return [*_COLUMNS, "symm"] if any("symm" in row for row in rows) else [*_COLUMNS]
 
 
 def _ratio(row: dict[str, dict]) -> str:
@@ -100,13 +87,17 @@ def _ratio(row: dict[str, dict]) -> str:
     return f"{nccl['time_us'] / ours['time_us']:.2f}"
 
 
-def _bandwidths(points: dict[tuple, dict[int, dict[str, dict]]]) -> str:
+def _bandwidths(points: dict[Table, dict[int, dict[str, dict]]]) -> str:
+    largest = {table: max(by_size.items()) for table, by_size in points.items()}
+    columns = _columns(row for _, row in largest.values())
     lines = []
-    for table, sizes in points.items():
-        nbytes, row = max(sizes.items())
-        busbw = [row[column]["busbw"] if column in row else None for column in _COLUMNS]
-        lines.append([_title(table), _size(nbytes), *map(_figure, busbw)])
-    return _grid(["", "size", "tdccl", "tdccl symmetric", "NCCL"], lines)
+    for table, (nbytes, row) in largest.items():
+        lines.append([table.title, reading.size(nbytes), *_figures(row, columns, "busbw")])
+    return _grid(["", "size", *(COLUMNS[column] for column in columns)], lines)
+
+
+def _figures(row: dict[str, dict], columns: list[str], field: str) -> list[str]:
+    return [_figure(row[column][field]) if column in row else "" for column in columns]
 
 
 def _grid(head: list[str], lines: list[list[str]]) -> str:
@@ -114,18 +105,9 @@ def _grid(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
-def _figure(value: float | None) -> str:
+def _figure(value: float) -> str:
     """Three significant digits, more only before the point."""
-    if value is None:
-        return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _size(nbytes: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << shift:
-            return f"{nbytes / (1 << shift):.4g} {unit}"
-    return f"{nbytes} B"
 
 
 if __name__ == "__main__":

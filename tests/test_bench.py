@@ -1,5 +1,6 @@
 """The bench as its users start it, and the parts that judge and count."""
 
+import itertools
 import json
 import os
 import shutil
@@ -183,7 +184,8 @@ def row(impl, time, **changed):
 
 
 def run_of(*rows, date="2026-01-01T00:00:00"):
-    return {"host": "4 x GPU", "world": 4, "versions": {"tdccl": "0"}, "date": date, "rows": list(rows)}
+    where = {"host": "4 x NVIDIA H200", "gpu": "NVIDIA H200", "world": 4, "versions": {"tdccl": "0"}}
+    return where | {"date": date, "rows": list(rows)}
 
 
 def test_report_sets_tdccl_beside_nccl_of_the_same_run():
@@ -193,9 +195,90 @@ def test_report_sets_tdccl_beside_nccl_of_the_same_run():
     assert "| 1 MiB | 5 |  | 25 |  |" in report.markdown([newer, one])
 
 
+def test_report_has_a_column_for_torch_symmetric_memory_where_it_was_measured():
+    found = report.markdown([run_of(row("tdccl", 10.0), row("symm", 8.0, busbw=3.0), row("nccl", 25.0))])
+    assert "| size | tdccl, us | tdccl symmetric, us | NCCL, us | torch symm, us | NCCL / tdccl |" in found
+    assert "| 1 MiB | 10 |  | 25 | 8 | 2.50 |" in found
+    assert "| all_reduce, sum, bfloat16, in a CUDA graph | 1 MiB | 2 |  | 2 | 3 |" in found
+    assert "symm," not in report.markdown([run_of(row("tdccl", 10.0))])
+
+
+def test_report_leaves_out_sizes_that_only_gloo_has():
+    rows = [row("tdccl", 10.0, mode="eager"), row("gloo", 99.0, mode="eager", bytes=1 << 30)]
+    assert "GiB" not in report.markdown([run_of(*rows)])
+
+
 def test_report_replaces_what_is_between_the_markers():
     document = "a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n"
     replaced = report.replaced(document, "new")
     assert replaced == "a\n<!-- bench:begin -->\n\nnew\n\n<!-- bench:end -->\nb\n"
     with pytest.raises(ValueError, match="each once"):
         report.replaced("no markers", "new")
+
+
+@pytest.fixture
+def plot():
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    return plot
+
+
+def small_run():
+    """Each collective at two sizes by all; graphs, eager calls, and for all_reduce what must not be drawn."""
+    rows = [row("tdccl", 1.0, in_place=False, mode=mode) for mode in ("graph", "eager")]
+    rows += [row("nccl", 2.0, placement="symmetric")]
+    for name, kilobytes in itertools.product(COLLECTIVES, (1024, 1)):
+        point = {"collective": name, "bytes": kilobytes << 10}
+        for impl, time in {"tdccl": 10.0, "nccl": 25.0, "symm": 15.0}.items():
+            rows.append(row(impl, time * kilobytes, **point, busbw=time + kilobytes))
+        rows.append(row("tdccl", 8.0, **point, placement="symmetric"))
+        rows += [row(impl, time, **point, mode="eager") for impl, time in {"tdccl": 20.0, "gloo": 99.0}.items()]
+    return run_of(*rows)
+
+
+def test_plot_draws_each_collective_and_the_report_shows_it(plot, tmp_path):
+    plot.draw([small_run()], tmp_path / "bench/plots")
+    names = {f"4xH200-{name}.png" for name in COLLECTIVES}
+    assert {path.name for path in (tmp_path / "bench/plots").iterdir()} == names
+    found = report.markdown([small_run()], tmp_path)
+    for name in COLLECTIVES:
+        assert found.count(f"![{name}](bench/plots/4xH200-{name}.png)") == 1
+    assert "![" not in report.markdown([small_run()], tmp_path / "elsewhere")
+
+
+def test_plot_draws_the_rows_that_the_report_compares(plot):
+    time, busbw = plot.figures([small_run()])["4xH200-all_reduce.png"].axes
+    drawn = {line.get_label(): [list(values) for values in line.get_data()] for line in time.lines}
+    sizes = [1 << 10, 1 << 20]
+    assert drawn == {
+        "tdccl": [sizes, [10.0, 10240.0]],
+        "tdccl symmetric": [sizes, [8.0, 8.0]],
+        "NCCL": [sizes, [25.0, 25600.0]],
+        "torch symm": [sizes, [15.0, 15360.0]],
+        "tdccl, eager": [sizes, [20.0, 20.0]],
+        "Gloo, eager": [sizes, [99.0, 99.0]],
+    }
+    bandwidths = {line.get_label(): list(line.get_ydata()) for line in busbw.lines}
+    assert bandwidths.keys() == drawn.keys() and bandwidths["tdccl"] == [11.0, 1034.0]
+    dashed = {line.get_label() for line in time.lines if line.get_linestyle() == "--"}
+    assert dashed == {"tdccl, eager", "Gloo, eager"}
+    looks = {(line.get_color(), line.get_marker()) for line in time.lines}
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 5
+
+
+def test_plot_makes_the_same_bytes_again(plot, tmp_path):
+    for folder in ("one", "two"):
+        plot.draw([small_run()], tmp_path / folder)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_plot_keeps_apart_what_differs(plot):
+    rows = [row("tdccl", 1.0), row("tdccl", 2.0, op="max"), row("tdccl", 3.0, dtype="float")]
+    names = {"4xH200-all_reduce.png", "4xH200-all_reduce-max.png", "4xH200-all_reduce-float.png"}
+    assert plot.figures([run_of(*rows)]).keys() == names
+    emulated = run_of(*rows[:1]) | {"host": "emulation", "gpu": None}
+    assert plot.figures([run_of(*rows), emulated]).keys() == names | {"4xCPU-all_reduce.png"}
+    with pytest.raises(ValueError, match="two folders"):
+        plot.figures([run_of(*rows), run_of(*rows) | {"host": "8 x NVIDIA H200"}])

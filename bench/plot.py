@@ -1,0 +1,104 @@
+"""Pictures from the bench's JSON: `python -m bench.plot bench/results/*.json [--folder bench/plots]`."""
+
+import argparse
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, LogLocator
+from PIL import Image
+
+from bench import reading
+from bench.reading import COLUMNS, PICTURES, Setup, Table
+
+_PANELS = {"time_us": "time, us", "busbw": "bus bandwidth, GB/s"}
+_LOOKS = {  # colours of Okabe and Ito's palette: the colour-blind tell them apart too
+    "plain": {"color": "#0072B2", "marker": "o"},
+    "symmetric": {"color": "#009E73", "marker": "s"},
+    "nccl": {"color": "#D55E00", "marker": "^"},
+    "symm": {"color": "#CC79A7", "marker": "D"},
+    "gloo": {"color": "#000000", "marker": "v"},
+}
+_MAIN = {"linewidth": 1.6, "markersize": 4.5}
+_ASIDE = {"linewidth": 0.9, "markersize": 3, "linestyle": "--"}
+
+
+def main() -> None:
+    """Writes one picture a collective and number of ranks."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE`")
+    parser.add_argument("--folder", type=Path, default=PICTURES, help=f"where pictures go (default {PICTURES})")
+    options = parser.parse_args()
+    try:
+        draw(reading.read(options.files), options.folder)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def draw(reports: Iterable[dict], folder: Path) -> None:
+    """Writes the reports' pictures into the folder; the same reports make the same bytes."""
+    pictures = figures(reports)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+        # 64 colours are a third of the bytes, and pictures stay in the repository.
+        Image.open(drawn).convert("RGB").quantize(64).save(folder / name, optimize=True)
+
+
+def figures(reports: Iterable[dict]) -> dict[str, Figure]:
+    """{file name: picture}. Raises ValueError if two kinds of host would be drawn under one name."""
+    found: dict[str, Figure] = {}
+    for setup in reading.setups(reports):
+        tables = sorted(setup.tables(), key=lambda table: table.mode == "graph")  # the last of one name counts
+        pictures = {setup.picture(table): table for table in tables}
+        if taken := found.keys() & pictures.keys():
+            raise ValueError(f"{min(taken)} would show {setup.title}, and another host too: draw them in two folders")
+        found |= {name: figure(setup, table) for name, table in pictures.items()}
+    return found
+
+
+def figure(setup: Setup, table: Table) -> Figure:
+    """Time and bus bandwidth of the table against size; eager calls aside, if the table is not of these."""
+    picture = Figure(figsize=(9, 4), layout="constrained")
+    picture.suptitle(f"{table.title}\n{setup.title}", fontsize=10)
+    panels = dict(zip(_PANELS, picture.subplots(1, len(_PANELS))))
+    lines = [*_lines(setup, table, _MAIN)]
+    if table.mode != "eager":
+        lines += _lines(setup, table._replace(mode="eager"), _ASIDE, ", eager")
+    for field, axes in panels.items():
+        for rows, look in lines:
+            axes.plot([row["bytes"] for row in rows], [row[field] for row in rows], **look)
+        _dress(axes, _PANELS[field])
+    times = panels["time_us"]
+    times.set_yscale("log")
+    times.yaxis.set_major_formatter("{x:g}")
+    times.yaxis.set_minor_formatter(LogFormatter())
+    times.tick_params(which="both", labelsize=8)
+    times.legend(fontsize=8)
+    return picture
+
+
+def _lines(setup: Setup, table: Table, look: dict, remark: str = "") -> Iterator[tuple[list[dict], dict]]:
+    """(rows by size, look) of each implementation that the table has."""
+    points = setup.points(table).values()
+    for column, name in COLUMNS.items():
+        if rows := [row[column] for row in points if column in row]:
+            yield rows, {**_LOOKS[column], **look, "label": name + remark}
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(base=32 if high / low > 1024 else 2))  # 1 KiB, 32 KiB, 1 MiB
+    axes.xaxis.set_major_formatter(lambda nbytes, _: reading.size(nbytes))
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The bench's JSON as reports and pictures take it: runs by kind of host, tables, and rows that may be compared."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+PICTURES = Path("bench/plots")  # seen from README
+COLUMNS = {"plain": "tdccl", "symmetric": "tdccl symmetric", "nccl": "NCCL", "symm": "torch symm", "gloo": "Gloo"}
+
+_KEY = ("collective", "bytes", "dtype", "op", "mode", "placement", "in_place", "impl")
+_USUAL = ("sum", "bfloat16")  # the bench's defaults go unsaid in a picture's name
+
+
+class Table(NamedTuple):
+    """What rows that differ in size and implementation have in common."""
+
+    collective: str
+    dtype: str
+    op: str | None
+    mode: str
+
+    @property
+    def title(self) -> str:
+        """The table in words."""
+        how = "in a CUDA graph" if self.mode == "graph" else "eager"
+        return ", ".join(filter(None, (self.collective, self.op, self.dtype, how)))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one kind of host measured with one number of ranks: the newest report, and of equal rows the newest."""
+
+    report: dict
+    rows: list[dict]
+
+    @property
+    def title(self) -> str:
+        """Where and when, in words."""
+        return f"{self.report['host']}; {self.report['world']} ranks; {self.report['date'][:10]}"
+
+    def tables(self) -> list[Table]:
+        """The tables that have rows of tdccl: Gloo is timed eagerly whatever tdccl is."""
+        return list(dict.fromkeys(_table_of(row) for row in self.rows if row["impl"] == "tdccl"))
+
+    def points(self, table: Table) -> dict[int, dict[str, dict]]:
+        """{bytes: {one of COLUMNS: row}} by size, all in place or none: as the peers' are."""
+        rows = [row for row in self.rows if _table_of(row) == table]
+        as_peers = {row["in_place"] for row in rows if row["impl"] != "tdccl"}
+        in_place = max(as_peers) if as_peers else min((row["in_place"] for row in rows), default=False)
+        found: dict[int, dict[str, dict]] = {}
+        # A peer's rows on plain buffers come last, and so they count if there are any.
+        for row in sorted(rows, key=lambda row: row["placement"] == "plain"):
+            if row["in_place"] is in_place:
+                column = row["placement"] if row["impl"] == "tdccl" else row["impl"]
+                found.setdefault(row["bytes"], {})[column] = row
+        return dict(sorted(found.items()))
+
+    def picture(self, table: Table) -> str:
+        """The file name of the picture in which the table is drawn; modes share one."""
+        host = f"{self.report['world']}x{_model(self.report['gpu'])}"
+        unusual = [part for part in (table.op, table.dtype) if part and part not in _USUAL]
+        return "-".join((host, table.collective, *unusual)) + ".png"
+
+
+def setups(reports: Iterable[dict]) -> list[Setup]:
+    """The reports by kind of host and number of ranks; each row says in "run" which run it is of."""
+    newest: dict[tuple, dict] = {}
+    rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+    for report in sorted(reports, key=lambda report: report["date"]):
+        kind = report["host"], report["world"]
+        newest[kind] = report
+        rows[kind] |= {tuple(row[name] for name in _KEY): {**row, "run": report["date"]} for row in report["rows"]}
+    return [Setup(report, list(rows[kind].values())) for kind, report in newest.items()]
+
+
+def read(paths: Iterable[Path]) -> list[dict]:
+    """The reports in files that `python -m bench ... -J FILE` wrote."""
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words: 64 KiB."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << shift:
+            return f"{nbytes / (1 << shift):.4g} {unit}"
+    return f"{nbytes:g} B"
+
+
+def _model(gpu: str | None) -> str:
+    """The word that tells a GPU from others of its maker: H200, MI300X."""
+    word = re.search(r"\w*\d\w*", gpu or "")
+    return word[0] if word else "GPU" if gpu else "CPU"
+
+
+def _table_of(row: dict) -> Table:
+    return Table(row["collective"], row["dtype"], row["op"], row["mode"])
