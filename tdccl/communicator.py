@@ -43,6 +43,16 @@ def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: fl
     return Communicator(discover(mpi, store, rank, size, timeout), device, timeout)
 
 
+def context_for(size: int) -> Context:
+    """What algorithms know of a communicator of `size` ranks. Raises InitError if the scratch is too small for them."""
+    chosen = tuning.EMULATION if environment.emulated() else tuning.GPU
+    scratch = environment.scratch_bytes()
+    ring_bytes = layout.ring_bytes_within(scratch, size, chosen.heap_blocks, chosen.blocks)
+    if ring_bytes < 16 << 10:
+        raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
+    return Context(size, ring_bytes, chosen)
+
+
 class Communicator:
     """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
 
@@ -63,15 +73,11 @@ class Communicator:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
         self._forced = _forced_algorithms()
-        self._tuning = tuning.EMULATION if environment.emulated() else tuning.GPU
-        scratch = environment.scratch_bytes()
+        self._context = context_for(self.size)
+        self._tuning = self._context.tuning
+        self.device = self._agree(device, self._context.ring_bytes)
         blocks, rings = self._tuning.heap_blocks, self._tuning.blocks
-        ring_bytes = layout.ring_bytes_within(scratch, self.size, blocks, rings)
-        if ring_bytes < 16 << 10:
-            raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {self.size} ranks")
-        self.device = self._agree(device, ring_bytes)
-        self._context = Context(self.size, ring_bytes, self._tuning)
-        nbytes = layout.heap_bytes(self.size, blocks, rings, ring_bytes)
+        nbytes = layout.heap_bytes(self.size, blocks, rings, self._context.ring_bytes)
         self._heap = transport.allocate(bootstrap, nbytes, self.device)
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
