@@ -120,7 +120,7 @@ def _compile(item: tuple[str, Job]) -> tuple[str, str, tuple[pack.Kernel, bytes]
 
 def build(options: argparse.Namespace) -> None:
     """Compiles what the options ask for on all cores, and writes the pack."""
-    started = time.monotonic()
+    started, sources = time.monotonic(), pack.source_digest()
     todo = [
         item
         for arch, size in itertools.product(options.arch, options.world)
@@ -134,7 +134,7 @@ def build(options: argparse.Namespace) -> None:
             kernels[arch][key] = compiled
             if sys.stderr.isatty():
                 _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
-    pack.write(options.out, triton.__version__, kernels)
+    pack.write(options.out, sources, triton.__version__, kernels)
     mebibytes, seconds = os.path.getsize(options.out) / 2**20, time.monotonic() - started
     _say(f"{options.out}: {len(todo)} kernels, {mebibytes:.1f} MiB, in {seconds:.0f} s")
 

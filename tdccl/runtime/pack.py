@@ -96,9 +96,12 @@ class Pack:
         return index
 
 
-def write(path: str, triton_version: str, kernels: dict[str, dict[str, tuple[Kernel, bytes]]]) -> None:
-    """Writes a pack of {arch: {key: (kernel, cubin)}}, at once or not at all: a reader never sees half of one."""
-    header = {"tdccl": __version__, "sources": source_digest(), "triton": triton_version, "archs": sorted(kernels)}
+def write(path: str, sources: str, triton: str, kernels: dict[str, dict[str, tuple[Kernel, bytes]]]) -> None:
+    """Writes a pack of {arch: {key: (kernel, cubin)}}, at once or not at all: a reader never sees half of one.
+
+    sources, triton: digest of the sources that were compiled, and the version of what compiled them.
+    """
+    header = {"tdccl": __version__, "sources": sources, "triton": triton, "archs": sorted(kernels)}
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     descriptor, unfinished = tempfile.mkstemp(dir=folder)
