@@ -47,6 +47,31 @@ def init(
     return Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
 
 
+def context_for(size: int, max_blocks: int | None = None) -> Context:
+    """What algorithms know of a communicator of `size` ranks. Raises InitError if the scratch is too small for them."""
+    rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
+    scratch = environment.scratch_bytes()
+    packets = layout.packets_a_rank(rules.packets, size)
+    ring_bytes = layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings)
+    if ring_bytes < 16 << 10:
+        raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
+    return Context(size, ring_bytes, rules)
+
+
+def table_for(gpu: str, size: int) -> tuning.Table:
+    """The tuning table for this GPU and number of ranks. Raises InitError if it names what there is not."""
+
+    def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
+        return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
+
+    table = tuning.table_for(gpu, size, sent)
+    for collective, placements in table.rows.items():
+        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        if unknown := {row.algorithm for rows in placements.values() for row in rows} - {*known}:
+            raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
+    return table
+
+
 class Communicator:
     """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
 
@@ -74,18 +99,14 @@ class Communicator:
         self._bootstrap = bootstrap
         self._forced = _forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
-        rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, self.max_blocks)
-        scratch = environment.scratch_bytes()
-        blocks, rings = rules.heap_blocks, rules.rings
-        ring_bytes = layout.ring_bytes_within(scratch, self.size, blocks, rings)
-        if ring_bytes < 16 << 10:
-            raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {self.size} ranks")
+        self._context = context_for(self.size, self.max_blocks)
         self.device = _device(device, self.rank)
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
-        self.table = _table(self.gpu, self.size)
-        self._context = Context(self.size, ring_bytes, rules)
+        self.table = table_for(self.gpu, self.size)
         self._agree()
-        nbytes = layout.heap_bytes(self.size, blocks, rings, ring_bytes)
+        rules, ring_bytes = self._context.rules, self._context.ring_bytes
+        packets = layout.packets_a_rank(rules.packets, self.size)
+        nbytes = layout.heap_bytes(self.size, rules.heap_blocks, packets, rules.rings, ring_bytes)
         self._heap = transport.allocate(bootstrap, nbytes, self.device)
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
@@ -125,6 +146,7 @@ class Communicator:
             timeout=int(self.timeout * 1e9),
             size=tl.constexpr(self.size),
             blocks=tl.constexpr(self._context.rules.heap_blocks),
+            packets=tl.constexpr(layout.packets_a_rank(self._context.rules.packets, self.size)),
             rings=tl.constexpr(self._context.rules.rings),
             ring_bytes=tl.constexpr(self._context.ring_bytes),
             backend=tl.constexpr(backend),
@@ -535,20 +557,6 @@ def _capped(rules: tuning.Rules, max_blocks: int | None) -> tuning.Rules:
     if not hasattr(max_blocks, "__index__") or max_blocks < 1:
         raise InitError(f"max_blocks is {max_blocks!r}, expected a number of blocks from 1 to {rules.rings}")
     return replace(rules, blocks=min(rules.blocks, max_blocks))
-
-
-def _table(gpu: str, size: int) -> tuning.Table:
-    """The tuning table for this GPU and number of ranks. Raises InitError if it names what there is not."""
-
-    def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
-        return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
-
-    table = tuning.table_for(gpu, size, sent)
-    for collective, placements in table.rows.items():
-        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
-        if unknown := {row.algorithm for rows in placements.values() for row in rows} - {*known}:
-            raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
-    return table
 
 
 def _scaled(shape, size: int):

@@ -56,3 +56,18 @@ def most_blocks() -> int | None:
     if not given.isdigit() or int(given) < 1:
         raise InitError(f"TDCCL_MAX_BLOCKS is {given!r}, expected a whole number of blocks")
     return int(given)
+
+
+def default_pack() -> str:
+    """Where `python -m tdccl.aot build` writes its pack and every process looks for it: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "tdccl", "kernels.zip")
+
+
+def packs() -> list[str]:
+    """`TDCCL_AOT=path:path`: packs of kernels compiled ahead of time; empty for none. Otherwise the default one, if
+    there is one."""
+    given = os.environ.get("TDCCL_AOT")
+    if given is not None:
+        return [path for path in given.split(os.pathsep) if path]
+    return [default_pack()] if os.path.exists(default_pack()) else []

@@ -6,6 +6,8 @@ shape worth a try. What was the fastest makes the rows; the best time of each al
 
 import argparse
 import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +19,9 @@ import torch
 import triton
 
 import tdccl
-from tdccl import environment, tuning
+from tdccl import aot, environment, tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.runtime.algorithm import Algorithm
+from tdccl.runtime.algorithm import Algorithm, Geometry
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import discover
 from tdccl.tuning.table import PLACEMENTS, dumped, merged
@@ -29,19 +31,19 @@ COLLECTIVES = [name for name in ALGORITHMS if name != "barrier"]
 _CHUNKED = ("all_gather", "reduce_scatter", "all_to_all")
 # A new choice has to beat the one before by this much, so that rows stay few and curves smooth.
 _WORTH = 0.98
-# An algorithm this many times slower than the best is not tried at larger sizes.
+# Packets this many times slower than the best are not tried at larger sizes.
 _HOPELESS = 3.0
 
 
 def shapes(algorithm: Algorithm) -> list[dict[str, int]]:
     """What is tried of the rules: on few blocks and on many, in short tiles and in long."""
     if algorithm.path == "packets":
-        tried = [(64, 1), (128, 2), (256, 2), (256, 4), (512, 4), (512, 8), (1024, 8), (1024, 16)]
+        tried = [(32, 1), (64, 1), (128, 2), (256, 4), (512, 8), (1024, 8), (1024, 16), (2048, 16), (4096, 16)]
         return [{"packet_tile": tile, "packet_warps": warps} for tile, warps in tried]
-    tiles = [(8, 8), (16, 8), (16, 16), (32, 16), (64, 16)]
+    tiles = [(8, 8), (16, 16), (32, 16), (64, 16)]
     found = [
         {"tile": tile << 10, "warps": warps, "blocks": blocks}
-        for (tile, warps), blocks in itertools.product(tiles, (32, 64, 128))
+        for (tile, warps), blocks in itertools.product(tiles, (32, 128))
     ]
     if algorithm.path == "symmetric":
         return found
@@ -98,53 +100,82 @@ def tasks(comm: tdccl.Communicator, collectives: list[str], sizes: list[int]) ->
         yield Task(collective, placement, chunk, send, recv)
 
 
+class Candidate(NamedTuple):
+    """One way to do a task."""
+
+    algorithm: Algorithm
+    changes: dict[str, int]
+    geometry: Geometry
+
+
 class Tuner:
     """Measures tasks one after another; every method is collective."""
 
-    def __init__(self, comm: tdccl.Communicator, bootstrap, log: Callable[[str], None]):
-        self._comm, self._bootstrap, self._log = comm, bootstrap, log
+    def __init__(self, comm: tdccl.Communicator, bootstrap):
+        self._comm, self._bootstrap = comm, bootstrap
         self._clock = clock_for(comm, bootstrap, graph=True)
         self._given = comm.table
         self._hopeless: set[tuple[str, str, str]] = set()
 
-    def measure(self, task: Task) -> list[Measured]:
-        """The times of all that fits, the present choice first."""
-        found = []
-        for algorithm, changes in self._candidates(task):
+    def candidates(self, task: Task) -> list[Candidate]:
+        """The present choice, then all else that fits, each geometry once."""
+        self._comm.use_table(self._given)
+        present = self._comm.explain(task.collective, task.send, task.recv).choice
+        row = self._given.row(task.collective, task.placement, task.nbytes)
+        changes = row.changes if row is not None and row.algorithm == present.algorithm.name else {}
+        found = [Candidate(present.algorithm, changes, present.geometry)]
+        for algorithm in ALGORITHMS[task.collective]:
+            if algorithm.path == "symmetric" and task.placement == "plain":
+                continue
+            for shape in shapes(algorithm):
+                self._comm.use_table(task.table(algorithm.name, shape))
+                choice = self._comm.explain(task.collective, task.send, task.recv).choice
+                known = any((each.algorithm, each.geometry) == (algorithm, choice.geometry) for each in found)
+                if choice.algorithm is algorithm and not known:
+                    found.append(Candidate(algorithm, shape, choice.geometry))
+        return found
+
+    def compile(self, everything: list[tuple[Task, list[Candidate]]]) -> int:
+        """Compiles all kernels on all cores, each rank its share; returns how many there are."""
+        if environment.emulated():
+            return 0
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(self._comm.device))
+        distinct = {}
+        for task, candidates in everything:
+            op = "sum" if "reduce" in task.collective else None
+            for algorithm, _, geometry in candidates:
+                key = aot.key_of(algorithm, geometry, op, self._comm._context)
+                job = aot.Job(arch, self._comm.size, task.collective, algorithm.name, geometry, op)
+                distinct.setdefault(key, job)
+        share = list(distinct.values())[self._comm.rank :: self._comm.size]
+        cores = max(1, len(os.sched_getaffinity(0)) // self._comm.size)
+        with multiprocessing.get_context("spawn").Pool(cores) as workers:
+            workers.map(aot.warm, share, chunksize=1)
+        self._bootstrap.barrier()
+        return len(distinct)
+
+    def measure(self, task: Task, candidates: list[Candidate]) -> list[Measured]:
+        """The times of the candidates, the present choice first, less those that have become hopeless."""
+        found: list[Measured] = []
+        for algorithm, changes, _ in candidates:
+            if found and (task.collective, task.placement, algorithm.name) in self._hopeless:
+                continue
             self._comm.use_table(task.table(algorithm.name, changes))
             time = slowest(self._clock, self._bootstrap, task.call(self._comm), lambda: None, self._effort(found))
             sent = algorithm.sent(self._comm.size) * task.nbytes
             found.append(Measured(algorithm.name, changes, sent, round(time, 3)))
         best = min(each.time_us for each in found)
-        for name in {each.algorithm for each in found}:
-            if min(each.time_us for each in found if each.algorithm == name) > _HOPELESS * best:
-                self._hopeless.add((task.collective, task.placement, name))
+        for algorithm in {each.algorithm for each in candidates if each.algorithm.path == "packets"}:
+            times = [each.time_us for each in found if each.algorithm == algorithm.name]
+            if times and min(times) > _HOPELESS * best:
+                self._hopeless.add((task.collective, task.placement, algorithm.name))
         return found
-
-    def _candidates(self, task: Task) -> Iterator[tuple[Algorithm, dict[str, int]]]:
-        """The present choice, then all that fits, each geometry once."""
-        comm, seen = self._comm, []
-        comm.use_table(self._given)
-        present = comm.explain(task.collective, task.send, task.recv).choice.algorithm
-        row = self._given.row(task.collective, task.placement, task.nbytes)
-        changes = row.changes if row is not None and row.algorithm == present.name else {}
-        every = [(a, shape) for a in ALGORITHMS[task.collective] for shape in shapes(a)]
-        for algorithm, shape in [(present, changes), *every]:
-            if algorithm is not present and (task.collective, task.placement, algorithm.name) in self._hopeless:
-                continue
-            if algorithm.path == "symmetric" and task.placement == "plain":
-                continue
-            comm.use_table(task.table(algorithm.name, shape))
-            choice = comm.explain(task.collective, task.send, task.recv).choice
-            if choice.algorithm is algorithm and (algorithm, choice.geometry) not in seen:
-                seen.append((algorithm, choice.geometry))
-                yield algorithm, shape
 
     def _effort(self, found: list[Measured]) -> Effort:
         """Calls enough for a millisecond or so, but two at least."""
-        expected = found[-1].time_us if found else 100.0
         if environment.emulated():
             return Effort(iters=1, warmup=1, repetitions=1)
+        expected = found[-1].time_us if found else 100.0
         return Effort(iters=int(min(20, max(2, 1000 / expected))), warmup=1, repetitions=5)
 
 
@@ -184,10 +215,12 @@ def main(arguments: list[str]) -> None:
     bootstrap = discover(timeout=comm.timeout)
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, options.factor)]
     log = print if comm.rank == 0 else lambda *_, **__: None
-    tuner = Tuner(comm, bootstrap, log)
+    tuner = Tuner(comm, bootstrap)
+    everything = [(task, tuner.candidates(task)) for task in tasks(comm, options.collectives, sizes)]
+    log(f"compiled {tuner.compile(everything)} kernels", flush=True)
     points: dict[tuple[str, str], list[tuple[int, list[Measured]]]] = {}
-    for task in tasks(comm, options.collectives, sizes):
-        found = tuner.measure(task)
+    for task, candidates in everything:
+        found = tuner.measure(task, candidates)
         points.setdefault((task.collective, task.placement), []).append((task.nbytes, found))
         log(_line(task, found), flush=True)
     if comm.rank == 0:

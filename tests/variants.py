@@ -21,13 +21,15 @@ from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    return Context(size, layout.ring_bytes_within(scratch, size, tuning.GPU.heap_blocks, tuning.GPU.rings), tuning.GPU)
+    rules = tuning.GPU
+    packets = layout.packets_a_rank(rules.packets, size)
+    return Context(size, layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings), rules)
 
 
 def team_of(context: Context, backend: str) -> layout.Team:
-    return layout.Team(
-        0, 0, 0, 0, 0, context.size, context.rules.heap_blocks, context.rules.rings, context.ring_bytes, backend
-    )
+    rules, size = context.rules, context.size
+    packets = layout.packets_a_rank(rules.packets, size)
+    return layout.Team(0, 0, 0, 0, 0, size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, backend)
 
 
 def arguments_of(algorithm, call: Call, context: Context):

@@ -38,7 +38,6 @@ from tdccl.language.team import (
     BARRIER,
     DATA,
     MAX_RANKS,
-    PACKETS,
     RESULT,
     USER,
     Symmetric,

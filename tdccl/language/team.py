@@ -5,7 +5,7 @@ with block b of its peers:
 
     state     the epoch of this block, and a word that the first failed wait claims     (local use)
     signals   SIGNAL_KINDS x MAX_RANKS words of 8 bytes: where peers tell this block something
-    packets   2 parities x ranks x PACKETS words of 8 bytes: the slots of the LL protocol
+    packets   2 parities x ranks x team.packets words of 8 bytes: the slots of the LL protocol
     ring      2 parities x ring_bytes: scratch through which tiles of ordinary tensors pass
 
 An *epoch* counts the calls of one block. It lives in the heap and the kernel itself advances it, so a
@@ -22,11 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from tdccl.environment import emulated
-
 MAX_RANKS = tl.constexpr(8)
-# The LL slot of a block, in packets; the interpreter has few blocks in little memory.
-PACKETS = tl.constexpr(512 if emulated() else 1024)
 STATE_BYTES = tl.constexpr(128)
 SIGNAL_KINDS = tl.constexpr(4)
 SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
@@ -50,6 +46,7 @@ class Team(NamedTuple):
     timeout  i64: nanoseconds that a wait may last
     size     number of ranks
     blocks   the largest grid of a communicating kernel: so many blocks have signals and packets in the heap
+    packets  words of 8 bytes in the LL slot that a block has for each rank
     rings    how many blocks have a ring; a kernel that uses rings launches no more
     ring_bytes   bytes of such a block's ring for each parity
     backend  "cuda", "hip" or "emulation"
@@ -62,12 +59,13 @@ class Team(NamedTuple):
     timeout: object
     size: tl.constexpr
     blocks: tl.constexpr
+    packets: tl.constexpr
     rings: tl.constexpr
     ring_bytes: tl.constexpr
     backend: tl.constexpr
 
 
-TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 5)
+TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 6)
 
 
 class Symmetric(NamedTuple):
@@ -87,15 +85,20 @@ TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)
 GRID_CODE = tl.constexpr(GRID_TOO_LARGE)
 
 
-def heap_bytes(size: int, blocks: int, rings: int, ring_bytes: int) -> int:
+def packets_a_rank(packets: int, size: int) -> int:
+    """What of a block's LL slots each of `size` ranks gets, a power of two."""
+    return 1 << ((packets // size).bit_length() - 1)
+
+
+def heap_bytes(size: int, blocks: int, packets: int, rings: int, ring_bytes: int) -> int:
     """Bytes of heap that a team of `size` ranks needs on each rank; the first `rings` blocks have a ring."""
-    packets = 2 * size * PACKETS.value * 8
-    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + packets) + rings * 2 * ring_bytes
+    slots = 2 * size * packets * 8
+    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + slots) + rings * 2 * ring_bytes
 
 
-def ring_bytes_within(scratch: int, size: int, blocks: int, rings: int) -> int:
+def ring_bytes_within(scratch: int, size: int, blocks: int, packets: int, rings: int) -> int:
     """The largest ring (a multiple of 1 KiB) for which the heap stays within `scratch` bytes."""
-    left = scratch - heap_bytes(size, blocks, 0, 0)
+    left = scratch - heap_bytes(size, blocks, packets, 0, 0)
     return left // (2 * rings) // 1024 * 1024
 
 
@@ -122,13 +125,13 @@ def packet_offset(team, epoch, source):
     """Byte offset of the packet slot into which `source` writes for this block in this epoch."""
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES)
     slot = (block_of(team) * 2 + (epoch % 2).to(tl.int32)) * team.size + source
-    return start + slot * PACKETS * 8
+    return start + slot * team.packets * 8
 
 
 @triton.jit
 def ring_offset(team, epoch, WHOLE: tl.constexpr):
     """Byte offset of this block's ring for this epoch; WHOLE: of its share of all rings (`whole_ring_bytes`)."""
-    packets: tl.constexpr = 2 * team.size * PACKETS * 8
+    packets: tl.constexpr = 2 * team.size * team.packets * 8
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets)
     block = tl.minimum(tl.program_id(0), team.rings - 1).to(tl.int64)
     if WHOLE:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tdccl.language.team import PACKETS, whole_ring_bytes
+from tdccl.language.team import packets_a_rank, whole_ring_bytes
 from tdccl.tuning import Rules
 
 
@@ -159,17 +159,17 @@ def _planes(call: Call) -> int:
 
 def one_shot(call: Call, context: Context) -> int:
     """Words of a chunk that LL kernels take which send the whole chunk at once."""
-    return context.rules.blocks * _largest_packet_tile(call, 1)
+    return context.rules.blocks * _largest_packet_tile(call, context, 1)
 
 
 def two_shot(call: Call, context: Context) -> int:
     """Words of a message that LL kernels take which send a part to each rank, and then its result to all."""
-    return context.rules.blocks * _largest_packet_tile(call, 2) * context.size
+    return context.rules.blocks * _largest_packet_tile(call, context, 2) * context.size
 
 
-def _largest_packet_tile(call: Call, shots: int) -> int:
+def _largest_packet_tile(call: Call, context: Context, shots: int) -> int:
     """Words that a block can send in each of its shots."""
-    return PACKETS.value // (shots * _planes(call))
+    return packets_a_rank(context.rules.packets, context.size) // (shots * _planes(call))
 
 
 def _power_of_two(value: int) -> int:
@@ -203,13 +203,13 @@ def packets_in(call: Call, context: Context, shots: int = 1) -> Geometry:
     rules = context.rules
     dtype, itemsize, aligned = _unit(call, widest=4)
     words = -(-words_of(call) // (1 if shots == 1 else context.size))
-    tile = min(rules.packet_tile, _largest_packet_tile(call, shots))
+    tile = min(rules.packet_tile, _largest_packet_tile(call, context, shots))
     while -(-words // tile) > rules.blocks:
         tile *= 2
     return Geometry(
         dtype=dtype,
         grid=-(-words // tile),
-        warps=max(1, min(rules.packet_warps, tile // 64)),
+        warps=max(1, min(16, rules.packet_warps * tile // rules.packet_tile)),
         aligned=aligned,
         counts={"count": call.nbytes // itemsize},
         constants={"TILE": tile, "WIDE": aligned},

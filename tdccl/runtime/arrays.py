@@ -11,9 +11,9 @@ TRITON_NAMES = {
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "u8",
 }  # fmt: skip
 
-_ARITHMETIC = {"sum", "avg", "min", "max", "prod"}
-_BITWISE = {"and", "or", "xor"}
-_ALL = _ARITHMETIC | _BITWISE
+ARITHMETIC = {"sum", "avg", "min", "max", "prod"}
+BITWISE = {"and", "or", "xor"}
+OPS = ARITHMETIC | BITWISE
 
 
 def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
@@ -68,13 +68,13 @@ def stream_handle(stream: Any, device: torch.device) -> int:
 
 def check_reduction(collective: str, op: str, dtype: torch.dtype) -> None:
     """Raises ArgumentError unless `op` is defined for `dtype`."""
-    if not isinstance(op, str) or op not in _ALL:
-        known = ", ".join(sorted(_ALL))
+    if not isinstance(op, str) or op not in OPS:
+        known = ", ".join(sorted(OPS))
         raise ArgumentError(f"{collective}: op is {op!r}, expected one of {known}")
     if dtype not in TRITON_NAMES:
         known = ", ".join(str(d).removeprefix("torch.") for d in TRITON_NAMES)
         raise ArgumentError(f"{collective}: {dtype} cannot be reduced; it works on {known}")
-    if dtype is torch.bool and op in _ARITHMETIC:
+    if dtype is torch.bool and op in ARITHMETIC:
         raise ArgumentError(f"{collective}: {op} is not defined for bool, expected and, or or xor")
-    if dtype.is_floating_point and op in _BITWISE:
+    if dtype.is_floating_point and op in BITWISE:
         raise ArgumentError(f"{collective}: {op} is not defined for {dtype}, expected sum, avg, min, max or prod")

@@ -1,7 +1,8 @@
 """From a kernel and its arguments to something that launches in a few microseconds.
 
 `Arguments` names a kernel's arguments with their types; `compile_kernel` makes machine code of it, with or without a
-GPU; `bind` fixes all values once, and what it returns launches with two fresh addresses a call.
+GPU; `bind` fixes all values once, with machine code from a pack or the compiler, and what it returns launches with two
+fresh addresses a call.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from tdccl.environment import emulated
 from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES, Symmetric, Team
+from tdccl.runtime import pack
 from tdccl.runtime.algorithm import Geometry
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
@@ -105,24 +107,38 @@ def bind(kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: d
     return binder(kernel, arguments, values, geometry)
 
 
+def identity(kernel, arguments: Arguments, team: Team, warps: int) -> str:
+    """All that goes into a kernel's machine code besides the sources, and the same in every process."""
+    function = kernel.fn
+    return repr((function.__module__, function.__qualname__, arguments.key(), tuple(team[5:]), warps))
+
+
 @functools.cache
 def _target():
     return triton.runtime.driver.active.get_current_target()
 
 
-_compiled: dict[tuple, Any] = {}
+_loaded: dict[tuple[str, int], pack.Loaded] = {}
+
+
+def _load(kernel, arguments: Arguments, team: Team, warps: int) -> pack.Loaded:
+    """The kernel on the current device, loaded once: from a pack that has it, else compiled here."""
+    device, name = torch.cuda.current_device(), identity(kernel, arguments, team, warps)
+    loaded = _loaded.get((name, device))
+    if loaded is None:
+        loaded = pack.load(name, torch.cuda.get_device_capability(device))
+        if loaded is None:
+            compiled = compile_kernel(kernel, arguments, team, warps, _target())
+            compiled._init_handles()
+            loaded = pack.Loaded(compiled.function, compiled.metadata.shared, compiled)
+        _loaded[name, device] = loaded
+    return loaded
 
 
 def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
     from cuda.bindings import driver
 
-    key = (kernel.fn, arguments.key(), values["team"][5:], geometry.warps, torch.cuda.current_device())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = compile_kernel(kernel, arguments, values["team"], geometry.warps, _target())
-        compiled._init_handles()
-        _compiled[key] = compiled
-
+    loaded = _load(kernel, arguments, values["team"], geometry.warps)
     cells, fresh = [], {}
     for name, types in arguments.types.items():
         for _, leaf, value in _leaves(types, values[name]):
@@ -135,11 +151,11 @@ def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
     parameters = ctypes.addressof(pointers)
     send_cell = fresh.get("send", ctypes.c_int64())
     recv_cell = fresh.get("recv", ctypes.c_int64())
-    function = driver.CUfunction(compiled.function)
-    threads, shared, grid = geometry.warps * 32, compiled.metadata.shared, geometry.grid
+    function = driver.CUfunction(loaded.function)
+    threads, shared, grid = geometry.warps * 32, loaded.shared, geometry.grid
     launch_kernel = driver.cuLaunchKernel
 
-    def launch(send, recv, stream, _keep=(compiled, cells, pointers)):
+    def launch(send, recv, stream, _keep=(loaded, cells, pointers)):
         send_cell.value = send
         recv_cell.value = recv
         (status,) = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)

@@ -8,6 +8,7 @@ class Rules:
     """One target's numbers. Sizes are in bytes, of one rank's chunk where a collective has chunks.
 
     heap_blocks    largest grid of any kernel, users' too
+    packets        32-bit words in the LL slots of a block, those of all ranks together
     rings          how many blocks have scratch of their own; the largest grid of tdccl's own kernels
     blocks         largest grid, at most `rings`
     packet_tile    32-bit words of a chunk that one block of an LL kernel handles, while blocks last
@@ -20,6 +21,7 @@ class Rules:
     """
 
     heap_blocks: int
+    packets: int
     rings: int
     blocks: int
     packet_tile: int
@@ -33,6 +35,7 @@ class Rules:
 
 GPU = Rules(
     heap_blocks=128,
+    packets=8192,
     rings=128,
     blocks=128,
     packet_tile=256,
@@ -47,6 +50,7 @@ GPU = Rules(
 # The interpreter pays by the block, not by the byte: few blocks, large tiles.
 EMULATION = Rules(
     heap_blocks=32,
+    packets=2048,
     rings=2,
     blocks=2,
     packet_tile=512,

@@ -1,0 +1,228 @@
+"""Kernels compiled ahead of time: `python -m tdccl.aot build` writes a pack, without a GPU; `list` says what one holds.
+
+A process that finds a pack (see `environment.packs`) loads from it what it has, and compiles the rest as ever.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    os.environ["TDCCL_EMULATE"] = "0"  # a process either interprets or compiles
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tdccl import environment
+from tdccl.collectives import ALGORITHMS
+from tdccl.communicator import context_for, table_for
+from tdccl.language.team import MAX_RANKS, Team, packets_a_rank
+from tdccl.runtime import pack
+from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry
+from tdccl.runtime.arrays import BITWISE, OPS, TRITON_NAMES
+from tdccl.runtime.launch import Arguments, compile_kernel, identity
+from tdccl.runtime.plan import choose
+from tdccl.tuning import Table
+from tdccl.tuning.table import package_files, read
+
+_LARGEST = 4 << 30
+
+
+class Job(NamedTuple):
+    """A kernel to compile: that of an algorithm, laid out for `size` ranks."""
+
+    arch: str
+    size: int
+    collective: str
+    algorithm: str
+    geometry: Geometry
+    op: str | None
+
+
+def sizes() -> Iterator[int]:
+    """Bytes, eight steps an octave: the length of a span takes whole numbers, not only powers of two."""
+    for octave in range(_LARGEST.bit_length()):
+        yield from (((8 + eighth) << octave) // 8 for eighth in range(8))
+
+
+def calls(collective: str, dtype: str, op: str | None, size: int) -> Iterator[Call]:
+    """Calls of every size, alignment and placement, as the communicator makes them: most share their kernel."""
+    itemsize = ITEMSIZE[dtype]
+    around = itertools.chain.from_iterable((nbytes // itemsize, nbytes // itemsize + 1) for nbytes in sizes())
+    counts = sorted({count for count in around if 0 < count * itemsize <= _LARGEST})
+    alignments = [alignment for alignment in (16, 8, 4, 2, 1) if alignment >= itemsize]
+    placements = itertools.product((None, "symmetric"), repeat=2)
+    for count, alignment, segments in itertools.product(counts, alignments, placements):
+        yield Call(collective, count, dtype, op, 0, alignment, None, segments, False)
+    if collective == "all_to_all":
+        for alignment in alignments:
+            yield Call(collective, 0, dtype, op, 0, alignment, (((alignment,) * size),) * 2, (None, None), False)
+
+
+def team_for(context: Context) -> Team:
+    """A team with the constants that a communicator's has, and no addresses."""
+    rules = context.rules
+    packets = packets_a_rank(rules.packets, context.size)
+    return Team(0, 0, 0, 0, 0, context.size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, "cuda")
+
+
+def key_of(algorithm: Algorithm, geometry: Geometry, op: str | None, context: Context) -> str:
+    """The key under which a communicator will ask for the kernel of a call."""
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op)
+    return pack.key_of(identity(algorithm.kernel, arguments, team_for(context), geometry.warps))
+
+
+def jobs(arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str]) -> dict[str, Job]:
+    """One job for each distinct kernel, by key: what any GPU's tuning table chooses."""
+    context, distinct = context_for(size), {}
+    for table, collective in itertools.product(_tables(size), collectives):
+        for dtype, op in _kinds(collective, dtypes, ops):
+            for call in calls(collective, dtype, op, size):
+                choice = choose(ALGORITHMS[collective], call, context, table)
+                key = key_of(choice.algorithm, choice.geometry, op, context)
+                distinct.setdefault(key, Job(arch, size, collective, choice.algorithm.name, choice.geometry, op))
+    return distinct
+
+
+def _tables(size: int) -> list[Table]:
+    """The measured tables for this number of ranks, and the one that is modelled for GPUs without."""
+    measured = {made["gpu"] for made in map(read, package_files()) if made["world"] == size}
+    return [table_for(gpu, size) for gpu in sorted(measured | {"another GPU"})]
+
+
+def _kinds(collective: str, dtypes: list[str], ops: list[str]) -> list[tuple[str, str | None]]:
+    """(dtype, op) of the calls of a collective; what only moves data moves bytes."""
+    if "reduce" not in collective:
+        return [("u8", None)]
+    return [(dtype, op) for dtype, op in itertools.product(dtypes, ops) if "f" not in dtype or op not in BITWISE]
+
+
+def warm(job: Job) -> None:
+    """Compiles the kernel into Triton's cache, where a process finds it that compiles it again."""
+    torch.set_num_threads(1)
+    (algorithm,) = (a for a in ALGORITHMS[job.collective] if a.name == job.algorithm)
+    arguments = Arguments(algorithm.kernel, job.geometry, algorithm.symmetric, job.op)
+    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
+    compile_kernel(algorithm.kernel, arguments, team_for(context_for(job.size)), job.geometry.warps, target)
+
+
+def compile_job(job: Job) -> tuple[pack.Kernel, bytes]:
+    """What a pack says of the kernel, and its machine code."""
+    torch.set_num_threads(1)
+    context = context_for(job.size)
+    (algorithm,) = (a for a in ALGORITHMS[job.collective] if a.name == job.algorithm)
+    geometry = job.geometry
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op)
+    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
+    triton.knobs.compilation.disable_line_info = True  # it names the folders of this machine
+    with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
+        compiled = compile_kernel(algorithm.kernel, arguments, team_for(context), geometry.warps, target)
+    metadata, function = compiled.metadata, algorithm.kernel.fn
+    source = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    threads = metadata.num_warps * 32
+    kernel = pack.Kernel(metadata.name, metadata.shared, threads, source, job.size, geometry.dtype, job.op)
+    return kernel, compiled.asm["cubin"]
+
+
+def _compile(item: tuple[str, Job]) -> tuple[str, str, tuple[pack.Kernel, bytes]]:
+    key, job = item
+    return job.arch, key, compile_job(job)
+
+
+def build(options: argparse.Namespace) -> None:
+    """Compiles what the options ask for on all cores, and writes the pack."""
+    started, sources = time.monotonic(), pack.source_digest()
+    todo = [
+        item
+        for arch, size in itertools.product(options.arch, options.world)
+        for item in jobs(arch, size, options.collective, options.dtype, options.op).items()
+    ]
+    cores = min(len(todo), len(os.sched_getaffinity(0)))
+    _say(f"compiling {len(todo)} kernels on {cores} cores")
+    kernels = {arch: {} for arch in options.arch}
+    with multiprocessing.get_context("spawn").Pool(cores) as workers:
+        for done, (arch, key, compiled) in enumerate(workers.imap_unordered(_compile, todo), 1):
+            kernels[arch][key] = compiled
+            if sys.stderr.isatty():
+                _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
+    pack.write(options.out, sources, triton.__version__, kernels)
+    mebibytes, seconds = os.path.getsize(options.out) / 2**20, time.monotonic() - started
+    _say(f"{options.out}: {len(todo)} kernels, {mebibytes:.1f} MiB, in {seconds:.0f} s")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Prints where each pack is from, and how many kernels it has of each function, architecture and world."""
+    for path in options.pack or environment.packs():
+        opened = pack.Pack(path)
+        fresh = "fresh" if opened.header["sources"] == pack.source_digest() else "stale: built from other sources"
+        print(f"{path}: tdccl {opened.header['tdccl']}, triton {opened.header['triton']}, {fresh}")
+        for arch in opened.archs:
+            groups = defaultdict(list)
+            for key in opened.keys(arch):
+                kernel = opened.kernel(arch, key)
+                groups[kernel.ranks, kernel.source].append(kernel)
+            for (ranks, source), kernels in sorted(groups.items()):
+                dtypes = " ".join(sorted({kernel.dtype for kernel in kernels}))
+                ops = " ".join(sorted({kernel.op for kernel in kernels if kernel.op}))
+                print(f"  {arch}, {ranks} ranks  {source:32} {len(kernels):4}  {dtypes}  {ops}".rstrip())
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tdccl.aot", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    builder = commands.add_parser("build", help="compile kernels into a pack; needs no GPU")
+    builder.set_defaults(run=build)
+    collectives, dtypes, ops = list(ALGORITHMS), sorted(set(TRITON_NAMES.values())), sorted(OPS)
+    builder.add_argument("--arch", type=_archs, default=_own_arch(), help="as sm_90,sm_100 (default: %(default)s)")
+    builder.add_argument("--world", type=_worlds, default="2,4,8", help="numbers of ranks (default: %(default)s)")
+    builder.add_argument("--collective", type=_some_of(collectives), default=collectives, help="default: all")
+    builder.add_argument("--dtype", type=_some_of(dtypes), default="bf16,fp16,fp32", help="of reductions")
+    builder.add_argument("--op", type=_some_of(ops), default="sum,avg,min,max", help="of reductions")
+    builder.add_argument("--out", default=environment.default_pack(), help="default: %(default)s, where it is found")
+    lister = commands.add_parser("list", help="say what packs hold")
+    lister.set_defaults(run=show)
+    lister.add_argument("pack", nargs="*", help="default: those that a process would find here")
+    options = parser.parse_args(words)
+    options.run(options)
+
+
+def _some_of(known: list[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        words = text.split(",")
+        if unknown := set(words) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(known)}")
+        return words
+
+    return parse
+
+
+def _archs(text: str) -> list[str]:
+    words = text.split(",")
+    if not all(re.fullmatch(r"sm_\d+", word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text}: expected architectures like sm_90,sm_100")
+    return words
+
+
+def _worlds(text: str) -> list[int]:
+    return [int(word) for word in _some_of([str(size) for size in range(1, MAX_RANKS.value + 1)])(text)]
+
+
+def _own_arch() -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "sm_90"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,265 @@
+"""Packs of kernels compiled ahead of time: they hold what the runtime asks for, and a bad one does no harm."""
+
+import os
+import subprocess
+import sys
+import types
+import warnings
+
+import pool
+import pytest
+import torch
+from variants import context_of, team_of
+
+from tdccl import aot
+from tdccl.collectives import ALGORITHMS
+from tdccl.runtime import launch, pack
+from tdccl.runtime.algorithm import Call
+from tdccl.runtime.plan import Plan, choose
+
+RANKS = 4
+
+
+def run_aot(*words) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "TDCCL_SCRATCH_MB"}
+    command = [sys.executable, "-m", "tdccl.aot", *map(str, words)]
+    run = subprocess.run(command, cwd=pool.ROOT, env=kept, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A pack with all that 4 ranks need to reduce_scatter bf16 by sum, on sm_90."""
+    path = tmp_path_factory.mktemp("packs") / "small.zip"
+    options = ("--arch", "sm_90", "--world", RANKS, "--collective", "reduce_scatter", "--dtype", "bf16", "--op", "sum")
+    run_aot("build", *options, "--out", path)
+    return path
+
+
+class Driver:
+    """Stands for cuda.bindings.driver: remembers what is loaded and launched."""
+
+    def __init__(self):
+        self.modules, self.launches = [], []
+
+    def cuModuleLoadData(self, image):
+        assert image.startswith(b"\x7fELF")
+        self.modules.append(image)
+        return 0, image
+
+    def cuModuleGetFunction(self, module, name):
+        return (0, self.modules.index(module)) if name in module else (500, None)
+
+    def CUfunction(self, handle):
+        return handle
+
+    def cuLaunchKernel(self, function, *arguments):
+        self.launches.append((self.modules[function], *arguments))
+        return (0,)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A process on an H100 that may not compile, as far as the runtime can tell."""
+
+    def refuse(kernel, *_):
+        raise AssertionError(f"{kernel.fn.__name__} was to be compiled")
+
+    stub = Driver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=stub))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(launch, "emulated", lambda: False)
+    monkeypatch.setattr(launch, "_target", lambda: None)
+    monkeypatch.setattr(launch, "compile_kernel", refuse)
+    monkeypatch.setattr(launch, "_loaded", {})
+    yield stub
+    pack._found.cache_clear()
+
+
+def use(monkeypatch, *paths):
+    monkeypatch.setenv("TDCCL_AOT", os.pathsep.join(map(str, paths)))
+    pack._found.cache_clear()
+
+
+SEGMENT = types.SimpleNamespace(address=1 << 32, peers=types.SimpleNamespace(data_ptr=lambda: 1 << 33))
+
+
+def call_of(count, dtype="bf16", op="sum", alignment=16, segments=(None, None)):
+    return Call("reduce_scatter", count, dtype, op, 0, alignment, None, segments, False)
+
+
+def launch_call(call):
+    """Plans and launches a call as a communicator does; returns its choice."""
+    context = context_of(RANKS)
+    choice = choose(ALGORITHMS[call.collective], call, context, aot.table_for("another GPU", RANKS))
+    Plan(choice, call, team_of(context, "cuda"))(1 << 34, 1 << 35, 0)
+    return choice
+
+
+def every_call():
+    """Sizes from 1 KiB to 1 GiB that no list of powers of two foresees, aligned and not, plain and symmetric."""
+    for exponent in range(10, 31):
+        for nbytes in (1 << exponent, (1 << exponent) + 2, (1 << exponent) * 7 // 5 // 16 * 16, (1 << exponent) - 6):
+            for alignment in (16, 4, 2):
+                for segments in ((None, None), (SEGMENT, SEGMENT)):
+                    yield call_of(nbytes // 2, alignment=alignment, segments=segments)
+
+
+def test_every_size_is_launched_from_the_pack(built, driver, monkeypatch):
+    use(monkeypatch, built)
+    for call in every_call():
+        geometry = launch_call(call).geometry
+        cubin, grid, _, _, threads, *_ = driver.launches[-1]
+        assert (grid, threads) == (geometry.grid, geometry.warps * 32)
+        assert cubin in driver.modules
+    opened = pack.Pack(built)
+    assert len(driver.modules) == len(set(driver.modules)) == len(opened.keys("sm_90")), "a kernel is never needed"
+
+
+def test_a_pack_says_of_each_kernel_what_a_launch_needs(built):
+    opened = pack.Pack(built)
+    for key in opened.keys("sm_90"):
+        kernel, cubin = opened.kernel("sm_90", key), opened.cubin("sm_90", key)
+        assert cubin.startswith(b"\x7fELF") and kernel.name.encode() in cubin
+        assert str(pool.ROOT).encode() not in cubin
+        assert kernel.threads % 32 == 0 and kernel.shared >= 0
+        assert (kernel.ranks, kernel.dtype, kernel.op) == (RANKS, "bf16", "sum")
+    assert f"sm_90, {RANKS} ranks  reduce_scatter.staged" in run_aot("list", built)
+
+
+@pytest.mark.parametrize(
+    "call", [call_of(1000, dtype="fp32"), call_of(1000, op="max")], ids=lambda call: f"{call.dtype}-{call.op}"
+)
+def test_what_a_pack_lacks_is_compiled(built, driver, monkeypatch, call):
+    use(monkeypatch, built)
+    with pytest.raises(AssertionError, match="was to be compiled"):
+        launch_call(call)
+
+
+def test_another_architecture_is_compiled_for(built, driver, monkeypatch):
+    use(monkeypatch, built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    with pytest.raises(AssertionError, match="was to be compiled"):
+        launch_call(call_of(1000))
+
+
+def test_a_pack_of_other_sources_is_refused_with_one_warning(built, driver, monkeypatch):
+    use(monkeypatch, built)
+    monkeypatch.setattr(pack, "source_digest", lambda: "another")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for count in (100, 1 << 20):
+            with pytest.raises(AssertionError, match="was to be compiled"):
+                launch_call(call_of(count))
+    (warning,) = caught
+    assert "other kernel sources" in str(warning.message) and "tdccl.aot build" in str(warning.message)
+
+
+def test_the_digest_knows_every_kernel_source(monkeypatch, tmp_path):
+    package = tmp_path / "tdccl"
+    for file in ("runtime/pack.py", "runtime/launch.py", "language/reduce.py", "collectives/exchange.py"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text("1")
+    monkeypatch.setattr(pack, "__file__", str(package / "runtime" / "pack.py"))
+    digests = [pack.source_digest()]
+    for file in ("runtime/launch.py", "language/reduce.py", "collectives/exchange.py"):
+        (package / file).write_text("2")
+        digests.append(pack.source_digest())
+    assert len(set(digests)) == 4
+
+
+def test_bad_files_are_passed_over(built, driver, monkeypatch, tmp_path):
+    (tmp_path / "cut.zip").write_bytes(built.read_bytes()[:5000])
+    (tmp_path / "other.zip").write_text("no pack")
+    use(monkeypatch, tmp_path / "cut.zip", tmp_path / "other.zip", tmp_path / "missing.zip", built)
+    with pytest.warns(UserWarning, match="is ignored") as caught:
+        launch_call(call_of(1000))
+    assert len(caught) == 3 and driver.launches
+
+
+def test_a_cubin_that_does_not_load_is_compiled(built, driver, monkeypatch):
+    use(monkeypatch, built)
+    driver.cuModuleLoadData = lambda image: (209, None)
+    with pytest.warns(UserWarning, match=r"reduce_scatter\.push_ll: 209"), pytest.raises(AssertionError):
+        launch_call(call_of(1000))
+
+
+def test_no_pack_is_read_where_none_is_wanted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TDCCL_AOT", "")
+    assert aot.environment.packs() == []
+    monkeypatch.delenv("TDCCL_AOT")
+    assert aot.environment.packs() == []
+    (tmp_path / "tdccl").mkdir()
+    (tmp_path / "tdccl" / "kernels.zip").touch()
+    assert aot.environment.packs() == [aot.environment.default_pack()] == [str(tmp_path / "tdccl" / "kernels.zip")]
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path):
+    for name in ("one.zip", "two.zip"):
+        run_aot(
+            "build", "--arch", "sm_90,sm_100", "--world", "2,3", "--collective", "barrier", "--out", tmp_path / name
+        )
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.zip", "two.zip"]
+    opened = pack.Pack(tmp_path / "two.zip")
+    assert [len(opened.keys(arch)) for arch in ("sm_90", "sm_100")] == [2, 2]
+
+
+def test_a_pack_is_read_without_triton(built):
+    program = f"""
+import sys
+from tdccl.runtime import pack
+opened = pack.Pack({str(built)!r})
+assert all(opened.cubin("sm_90", key) for key in opened.keys("sm_90"))
+assert not sys.modules.keys() & {{"torch", "triton"}}
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=pool.ROOT, check=True, timeout=60)
+
+
+def check_team(comm):
+    constants = comm._team[5:]
+    assert aot.team_for(comm._context)[5:-1] == constants[:-1]
+    assert aot.context_for(comm.size) == comm._context
+    assert constants[-1] == ("cuda" if comm.device.type == "cuda" else "emulation")
+
+
+def test_a_pack_is_built_for_the_team_that_a_communicator_has(ranks, world):
+    ranks.run(check_team, world)
+
+
+FIRST_CALL = """
+import torch, triton
+import tdccl
+
+def refuse(*_, **__):
+    raise AssertionError("something was compiled")
+
+triton.compile = refuse
+with tdccl.init() as comm:
+    for count in (100, 1_000_003):
+        x = torch.full((count,), comm.rank + 1.0, device=comm.device)
+        assert (comm.all_reduce(x) == comm.size * (comm.size + 1) / 2).all()
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_first_call_of_a_process_compiles_nothing(tmp_path):
+    world = pool.LARGEST_WORLD
+    path = tmp_path / "own.zip"
+    run_aot("build", "--world", world, "--collective", "all_reduce", "--dtype", "fp32", "--op", "sum", "--out", path)
+    settings = {"TDCCL_AOT": path, "TDCCL_INIT": "tcp://127.0.0.1:29643", "WORLD_SIZE": world}
+    settings["TRITON_CACHE_DIR"] = tmp_path / "cache"
+    kept = {name: value for name, value in os.environ.items() if name != "TDCCL_SCRATCH_MB"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_CALL],
+            cwd=pool.ROOT,
+            env={**kept, **{name: str(value) for name, value in settings.items()}, "RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    assert [process.wait(100) for process in processes] == [0] * world
+    assert not (tmp_path / "cache").exists()
