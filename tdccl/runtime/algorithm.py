@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tdccl.language.team import PACKETS
+from tdccl.runtime import bare
 from tdccl.tuning import Tuning
+
+PACKETS = bare.read("tdccl.language.team").PACKETS.value
 
 
 class Call(NamedTuple):
@@ -151,7 +153,7 @@ def words_of(call: Call) -> int:
 
 def packet_capacity(call: Call, context: Context) -> int:
     """Words of one chunk that the packet slots can take at once."""
-    return context.tuning.blocks * PACKETS.value // (2 if call.itemsize == 8 else 1)
+    return context.tuning.blocks * PACKETS // (2 if call.itemsize == 8 else 1)
 
 
 def _power_of_two(value: int) -> int:
@@ -183,7 +185,7 @@ def packets_in(call: Call, context: Context) -> Geometry:
     dtype, itemsize, aligned = _unit(call, widest=4)
     tile = tuning.packet_tile
     if call.itemsize == 8:
-        tile = min(tile, PACKETS.value // 2)
+        tile = min(tile, PACKETS // 2)
     while -(-words_of(call) // tile) > tuning.blocks:
         tile *= 2
     return Geometry(
