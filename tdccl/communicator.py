@@ -1,6 +1,7 @@
 """The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
 
 import ctypes
+import functools
 import math
 import operator
 import os
@@ -11,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton.language as tl
 
 from tdccl import __version__, environment, transport, tuning
-from tdccl.collectives import ALGORITHMS
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
-from tdccl.language import team as layout
-from tdccl.runtime import arrays
+from tdccl.runtime import arrays, bare
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
+
+layout = bare.read("tdccl.language.team")
+ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
 
 if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
@@ -117,11 +118,7 @@ class Communicator:
         self._splits = 0
         self._last = "no call yet"
         self._destroyed = False
-        self.team = self._make_team()
-        fields = self.team._asdict()
-        addresses = {n: v.data_ptr() for n, v in fields.items() if isinstance(v, torch.Tensor)}
-        constants = {n: v.value for n, v in fields.items() if isinstance(v, tl.constexpr)}
-        self._team = self.team._replace(**addresses, **constants)
+        self._team = self._make_team()
 
     def _agree(self) -> None:
         """Checks that all ranks fit together, and will decide alike."""
@@ -136,21 +133,32 @@ class Communicator:
                 raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
 
     def _make_team(self) -> layout.Team:
-        """What kernels get: tensors for addresses, so that users can pass it to kernels of their own."""
-        backend = "emulation" if environment.emulated() else "cuda"
+        """What tdccl's own kernels get."""
         return layout.Team(
-            heap=self._heap.peers,
-            local=self._heap.local.view(torch.int8),
+            heap=self._heap.peers.data_ptr(),
+            local=self._heap.address,
             rank=self.rank,
-            control=self._control,
+            control=self._control.data_ptr(),
             timeout=int(self.timeout * 1e9),
-            size=tl.constexpr(self.size),
-            blocks=tl.constexpr(self._context.rules.heap_blocks),
-            packets=tl.constexpr(layout.packets_a_rank(self._context.rules.packets, self.size)),
-            rings=tl.constexpr(self._context.rules.rings),
-            ring_bytes=tl.constexpr(self._context.ring_bytes),
-            backend=tl.constexpr(backend),
+            size=self.size,
+            blocks=self._context.rules.heap_blocks,
+            packets=layout.packets_a_rank(self._context.rules.packets, self.size),
+            rings=self._context.rules.rings,
+            ring_bytes=self._context.ring_bytes,
+            backend="emulation" if environment.emulated() else "cuda",
         )
+
+    @functools.cached_property
+    def team(self):
+        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton)."""
+        import triton.language as tl
+
+        from tdccl.language import Team
+
+        plain = self._team
+        addresses = {"heap": self._heap.peers, "local": self._heap.local.view(torch.int8), "control": self._control}
+        constants = {name: tl.constexpr(getattr(plain, name)) for name in plain._fields[5:]}
+        return Team(**{**plain._asdict(), **addresses, **constants})
 
     # ---- collectives -------------------------------------------------------------------------------
 
@@ -267,14 +275,16 @@ class Communicator:
         self._segments.append(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
-    def symmetric(self, tensor: torch.Tensor) -> layout.Symmetric:
+    def symmetric(self, tensor: torch.Tensor):
         """The kernel argument through which a kernel reaches all ranks' copies of a tensor made by `empty`."""
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
             raise ArgumentError("symmetric: the tensor was not made by this communicator's empty()")
-        return layout.Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+        from tdccl.language import Symmetric
+
+        return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""

@@ -13,7 +13,7 @@ from variants import context_of, team_of
 
 from tdccl import aot
 from tdccl.collectives import ALGORITHMS
-from tdccl.runtime import launch, pack
+from tdccl.runtime import bare, launch, pack
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Plan, choose
 
@@ -219,6 +219,62 @@ assert not sys.modules.keys() & {{"torch", "triton"}}
     subprocess.run([sys.executable, "-c", program], cwd=pool.ROOT, check=True, timeout=60)
 
 
+WITHOUT_TRITON = """
+import sys
+from types import SimpleNamespace
+
+import torch
+
+launches = []
+sys.modules["cuda.bindings"] = SimpleNamespace(
+    driver=SimpleNamespace(
+        cuModuleLoadData=lambda image: (0, 1),
+        cuModuleGetFunction=lambda module, name: (0, 2),
+        CUfunction=int,
+        cuLaunchKernel=lambda *arguments: launches.append(arguments) or (0,),
+    )
+)
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+from tdccl import communicator
+from tdccl.runtime.algorithm import Call
+from tdccl.runtime.plan import Plan, choose
+
+context = communicator.context_for(4)
+blocks, rings = context.tuning.heap_blocks, context.tuning.blocks
+team = communicator.layout.Team(0, 0, 0, 0, 0, 4, blocks, rings, context.ring_bytes, "cuda")
+for count in (100, 1 << 20):
+    call = Call("reduce_scatter", count, "bf16", "sum", 0, 16, None, (None, None), False)
+    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context), call, team)(0, 0, 0)
+assert len(launches) == 2
+assert "triton" not in sys.modules
+"""
+
+
+def test_a_call_whose_kernel_is_in_a_pack_does_not_import_triton(built):
+    kept = {name: value for name, value in os.environ.items() if name != "TDCCL_SCRATCH_MB"}
+    kept |= {"TDCCL_EMULATE": "0", "TDCCL_AOT": str(built)}
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=pool.ROOT, env=kept, check=True, timeout=60)
+
+
+def test_tables_are_the_same_without_triton(monkeypatch):
+    monkeypatch.setattr(bare, "emulated", lambda: False)
+    monkeypatch.setattr(bare, "_modules", {})
+    tables, context = bare.read("tdccl.collectives").ALGORITHMS, context_of(RANKS)
+    assert tables.keys() == ALGORITHMS.keys()
+    for collective, table in tables.items():
+        op = "sum" if "reduce" in collective else None
+        call = Call(collective, 1 << 20, "fp32", op, 0, 16, None, (SEGMENT, SEGMENT), False)
+        for without, with_triton in zip(table, ALGORITHMS[collective]):
+            assert isinstance(without.kernel, bare.BareKernel)
+            assert bare.kernel_of(without.kernel) is with_triton.kernel
+            assert without.kernel.arg_names == with_triton.kernel.arg_names
+            assert without.geometry(call, context) == with_triton.geometry(call, context)
+            kept = [(a.name, a.limit, a.symmetric, a.splits, a.in_place) for a in (without, with_triton)]
+            assert kept[0] == kept[1]
+
+
 def check_team(comm):
     constants = comm._team[5:]
     assert aot.team_for(comm._context)[5:-1] == constants[:-1]
@@ -231,22 +287,20 @@ def test_a_pack_is_built_for_the_team_that_a_communicator_has(ranks, world):
 
 
 FIRST_CALL = """
-import torch, triton
+import sys
+import torch
 import tdccl
 
-def refuse(*_, **__):
-    raise AssertionError("something was compiled")
-
-triton.compile = refuse
 with tdccl.init() as comm:
     for count in (100, 1_000_003):
         x = torch.full((count,), comm.rank + 1.0, device=comm.device)
         assert (comm.all_reduce(x) == comm.size * (comm.size + 1) / 2).all()
+    assert "triton" not in sys.modules
 """
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_first_call_of_a_process_compiles_nothing(tmp_path):
+def test_the_first_call_of_a_process_does_not_even_import_the_compiler(tmp_path):
     world = pool.LARGEST_WORLD
     path = tmp_path / "own.zip"
     run_aot("build", "--world", world, "--collective", "all_reduce", "--dtype", "fp32", "--op", "sum", "--out", path)

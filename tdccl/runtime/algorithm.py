@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tdccl.language.team import packets_a_rank, whole_ring_bytes
+from tdccl.runtime import bare
 from tdccl.tuning import Rules
+
+_layout = bare.read("tdccl.language.team")
 
 
 class Call(NamedTuple):
@@ -169,7 +171,7 @@ def two_shot(call: Call, context: Context) -> int:
 
 def _largest_packet_tile(call: Call, context: Context, shots: int) -> int:
     """Words that a block can send in each of its shots."""
-    return packets_a_rank(context.rules.packets, context.size) // (shots * _planes(call))
+    return _layout.packets_a_rank(context.rules.packets, context.size) // (shots * _planes(call))
 
 
 def _power_of_two(value: int) -> int:
@@ -227,7 +229,7 @@ def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: i
     whole = call.splits is None and walked >= rules.whole_from
     ring_bytes = context.ring_bytes
     if whole:
-        ring_bytes = whole_ring_bytes(ring_bytes, rules.rings, rules.blocks)
+        ring_bytes = _layout.whole_ring_bytes(ring_bytes, rules.rings, rules.blocks)
     room = ring_bytes // slots
     geometry = _tiled(call, context, room, part_bytes)
     tiles = 1

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from tdccl.environment import emulated
-from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES, Symmetric, Team
-from tdccl.runtime import pack
-from tdccl.runtime.algorithm import Geometry
+from tdccl.runtime import bare, pack
+from tdccl.runtime.algorithm import ITEMSIZE, Geometry
+
+_layout = bare.read("tdccl.language.team")
+Team, Symmetric = _layout.Team, _layout.Symmetric
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
@@ -32,9 +32,9 @@ class Arguments:
         """Types from the geometry; `values` still lacks team, send and recv."""
         names = kernel.arg_names
         pointer = "*" + geometry.dtype
-        self.types: dict[str, Any] = {"team": TEAM_TYPES}
+        self.types: dict[str, Any] = {"team": _layout.TEAM_TYPES}
         for name in ("send", "recv"):
-            self.types[name] = SYMMETRIC_TYPES if name in symmetric else pointer
+            self.types[name] = _layout.SYMMETRIC_TYPES if name in symmetric else pointer
         self.values: dict[str, Any] = {}
         for name, value in geometry.counts.items():
             self.types[name] = ("i64",) * len(value) if isinstance(value, tuple) else "i64"
@@ -42,12 +42,12 @@ class Arguments:
         for name, value in geometry.scalars.items():
             self.types[name] = "i32"
             self.values[name] = value
-        for name, value in {**geometry.constants, "DTYPE": _element(geometry.dtype), "OP": op}.items():
+        for name, value in {**geometry.constants, "DTYPE": geometry.dtype, "OP": op}.items():
             self.types[name] = "constexpr"
             self.values[name] = value
         self.types = {name: self.types[name] for name in names}
         self.values = {name: self.values[name] for name in names if name in self.values}
-        lanes = 128 // _element(geometry.dtype).primitive_bitwidth
+        lanes = 16 // ITEMSIZE[geometry.dtype]
         self._promises = {name: lanes for name in geometry.counts} if geometry.aligned else {}
         if geometry.aligned:
             self._promises |= {"send": 16, "recv": 16}
@@ -62,8 +62,13 @@ class Arguments:
         return 16 if name == "team" else self._promises.get(name, 1)
 
 
-def _element(dtype: str) -> tl.dtype:
-    return tl.str_to_ty("*" + dtype, None).element_ty
+def _constant(name: str, value):
+    """A constexpr argument as a kernel takes it."""
+    if name != "DTYPE":
+        return value
+    from triton.language import str_to_ty
+
+    return str_to_ty("*" + value, None).element_ty
 
 
 def _leaves(types, values=None, path=()):
@@ -77,6 +82,7 @@ def _leaves(types, values=None, path=()):
 
 def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: int, target):
     """Compiles for `target` (a triton GPUTarget); needs no GPU. Returns Triton's CompiledKernel."""
+    import triton
     from triton.compiler import ASTSource
 
     constants, attributes = {}, {}
@@ -84,12 +90,12 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
         values = team_constants if name == "team" else arguments.values.get(name)
         for path, leaf, value in _leaves(types, values, (position,)):
             if leaf == "constexpr":
-                constants[path] = value
+                constants[path] = _constant(name, value)
             elif leaf.startswith("*") or name != "team":
                 divisor = arguments.promised(name)
                 if divisor > 1 and leaf != "i32":
                     attributes[path] = [["tt.divisibility", divisor]]
-    source = ASTSource(kernel, arguments.types, constants, attributes)
+    source = ASTSource(bare.kernel_of(kernel), arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 
@@ -115,6 +121,8 @@ def identity(kernel, arguments: Arguments, team: Team, warps: int) -> str:
 
 @functools.cache
 def _target():
+    import triton
+
     return triton.runtime.driver.active.get_current_target()
 
 
@@ -167,6 +175,8 @@ def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
 
 def _bind_emulated(kernel, arguments: Arguments, values, geometry: Geometry):
     from tdccl.runtime.emulation import as_argument, interpret
+
+    values = {name: _constant(name, value) for name, value in values.items()}
 
     def launch(send, recv, stream):
         bound = []

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 
 from tdccl.errors import ArgumentError
-from tdccl.language.team import Team
 from tdccl.runtime.algorithm import Algorithm, Call, Context, Geometry
-from tdccl.runtime.launch import Arguments, bind
+from tdccl.runtime.launch import Arguments, Team, bind
 from tdccl.tuning import Row, Table
 
 
