@@ -76,6 +76,7 @@ class Communicator:
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
+        self._regions = transport.Regions()
         self._plans: dict[Call, Plan] = {}
         self._lock = threading.RLock()
         self._stream: Any = None
@@ -226,7 +227,7 @@ class Communicator:
     def empty(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor in symmetric memory, zeroed; collective, with the same size on all ranks.
 
-        Collectives on it (or on views of it) take the zero-copy algorithms. It lives until `destroy`.
+        Collectives on it (or on views of it) take the zero-copy algorithms, until `destroy`.
         """
         self.check()
         shape = (shape,) if hasattr(shape, "__index__") else tuple(shape)
@@ -239,11 +240,15 @@ class Communicator:
         if len(set(sizes)) > 1:
             raise ArgumentError(f"empty: the ranks ask for different sizes in bytes: {sizes}")
         segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
-        self._segments.append(segment)
+        self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
+    def _add(self, memory: transport.SymmetricMemory) -> None:
+        self._segments.append(memory)
+        self._regions.add(transport.Region(memory.address, memory.address + memory.nbytes, memory))
+
     def symmetric(self, tensor: torch.Tensor) -> layout.Symmetric:
-        """The kernel argument through which a kernel reaches all ranks' copies of a tensor made by `empty`."""
+        """The kernel argument through which a kernel reaches all ranks' copies of a tensor in symmetric memory."""
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
@@ -291,7 +296,8 @@ class Communicator:
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
 
-        After a failure it waits for nobody, and frees what no peer can still have mapped.
+        Tensors that lie there stay valid, and are plain. After a failure it waits for nobody, and frees what no peer
+        can still have mapped.
         """
         if self._destroyed:
             return
@@ -305,6 +311,7 @@ class Communicator:
         for memory in [*self._segments, self._heap]:
             memory.release(bootstrap)
         self._segments.clear()
+        self.team = self._team = None  # they hold on to the scratch
         if bootstrap is not None:
             bootstrap.close()
 
@@ -421,7 +428,7 @@ class Communicator:
             )
 
     def _segment_of(self, address: int, nbytes: int):
-        return next((s for s in self._segments if s.contains(address, nbytes)), None)
+        return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
         return choose(ALGORITHMS[call.collective], call, self._context, self._forced.get(call.collective))
