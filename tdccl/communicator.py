@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Tdcc
 from tdccl.language import team as layout
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
 
@@ -26,6 +28,7 @@ if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
 
 _announced = False
+_made: list[weakref.ref] = []  # by `init`, in this order
 _MOST_PLANS = 4096
 
 
@@ -40,7 +43,15 @@ def init(mpi=None, *, store=None, rank=None, size=None, device=None, timeout: fl
 
     Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
     """
-    return Communicator(discover(mpi, store, rank, size, timeout), device, timeout)
+    communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout)
+    _made.append(weakref.ref(communicator, _made.remove))
+    return communicator
+
+
+def latest() -> "Communicator | None":
+    """The communicator that `init` made last, of those alive. Not by `split`: ranks may be in different parts."""
+    alive = [communicator for made in _made if (communicator := made()) and not communicator._destroyed]
+    return alive[-1] if alive else None
 
 
 class Communicator:
@@ -49,7 +60,7 @@ class Communicator:
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
     this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
     a torch or CuPy stream). Every rank makes the same calls with the same sizes in the same order, and an array
-    that lies in symmetric memory (`empty`) on one rank lies at the same place of it on all.
+    that lies in symmetric memory (`empty`, `tdccl.symmetric`) on one rank lies at the same place of it on all.
 
     All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
     or Aborted once a wait has failed.
@@ -77,6 +88,7 @@ class Communicator:
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
+        self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
         self._plans: dict[Call, Plan] = {}
         self._lock = threading.RLock()
         self._stream: Any = None
@@ -243,6 +255,11 @@ class Communicator:
         self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
+    def placing(self):
+        """The context of `tdccl.symmetric(self)`."""
+        self.check()
+        return self._arenas.block()
+
     def _add(self, memory: transport.SymmetricMemory) -> None:
         self._segments.append(memory)
         self._regions.add(transport.Region(memory.address, memory.address + memory.nbytes, memory))
@@ -253,7 +270,10 @@ class Communicator:
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
-            raise ArgumentError("symmetric: the tensor was not made by this communicator's empty()")
+            raise ArgumentError(
+                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), or "
+                "under tdccl.symmetric()"
+            )
         return layout.Symmetric(segment.peers, tensor.data_ptr() - segment.address)
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
