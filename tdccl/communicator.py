@@ -60,7 +60,8 @@ class Communicator:
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
     this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
     a torch or CuPy stream). Every rank makes the same calls with the same sizes in the same order, and an array
-    that lies in symmetric memory (`empty`, `tdccl.symmetric`) on one rank lies at the same place of it on all.
+    that lies in symmetric memory (`empty`, `tdccl.symmetric`, `register`) on one rank lies at the same place of it
+    on all.
 
     All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
     or Aborted once a wait has failed.
@@ -255,6 +256,36 @@ class Communicator:
         self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
+    def register(self, pool: "torch.cuda.MemPool") -> None:
+        """Makes a torch memory pool symmetric memory: what it holds now, and tensors that go there later; collective.
+
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                model = Model().cuda()
+            comm.register(pool)
+
+        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later. Where it has
+        grown since, register it again. The pool is kept until `destroy`; several communicators may register it.
+
+        Raises ArgumentError, on all ranks and with nothing registered: the pools differ, or CUDA IPC cannot share
+        them; and in emulation, which knows no pools.
+        """
+        self.check()
+        if environment.emulated():
+            raise ArgumentError(
+                "register: memory pools are torch.cuda's, and this is emulation; tdccl.symmetric() works in both"
+            )
+        if not isinstance(pool, torch.cuda.MemPool):
+            raise ArgumentError(f"register: pool is {type(pool).__name__}, expected a torch.cuda.MemPool")
+        from tdccl.transport import p2p, pools
+
+        segments = pools.segments_of(pool, self.device)
+        pools.check_alike(self._bootstrap.exchange([segment.layout for segment in segments]))
+        for segment in segments:
+            address, nbytes = segment.address, segment.layout.nbytes
+            if self._segment_of(address, nbytes) is None:
+                self._add(p2p.share(self._bootstrap, address, nbytes, self.device, pool))
+
     def placing(self):
         """The context of `tdccl.symmetric(self)`."""
         self.check()
@@ -271,8 +302,8 @@ class Communicator:
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
             raise ArgumentError(
-                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), or "
-                "under tdccl.symmetric()"
+                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
+                "tdccl.symmetric(), or in a pool given to its register()"
             )
         return layout.Symmetric(segment.peers, tensor.data_ptr() - segment.address)
 

@@ -1,4 +1,4 @@
-"""Symmetric memory that torch allocates under `tdccl.symmetric()`."""
+"""Symmetric memory that torch allocates: `tdccl.symmetric()` everywhere, `Communicator.register` on GPUs."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import tdccl
 from tdccl import communicator
-from tdccl.transport import Region, Regions
+from tdccl.transport import Region, Regions, pools
 
 COUNT = 50_000  # floats: more than packets take, so that a call is zero-copy or staged
 
@@ -242,3 +242,159 @@ def test_regions_are_found_by_address():
         (300, 100, other), (400, 100, memory), (499, 2, None), (600, 0, None),
     ):  # fmt: skip
         assert regions.find(address, nbytes) is expected, (address, nbytes)
+
+
+# ---- torch's memory pools, which only GPUs have --------------------------------------------------------
+
+
+class Pool:
+    """What torch tells of a pool with segments at these addresses, in the order of their allocation."""
+
+    def __init__(self, *addresses, kinds=("large", "small", "large"), requested=700):
+        block = {"size": 1024, "requested_size": requested, "state": "active_allocated"}
+        self.segments = [
+            {"device": 0, "address": address, "segment_type": kind, "total_size": 1 << 21,
+             "blocks": [{**block, "address": address}, {**block, "address": address + 1024, "state": "inactive"}]}
+            for address, kind in zip(addresses, kinds)
+        ]  # fmt: skip
+
+    def snapshot(self):
+        return sorted(self.segments, key=lambda segment: segment["address"])
+
+
+def layouts_of(monkeypatch, pool, exportable=True):
+    allocated = {segment["address"]: number for number, segment in enumerate(pool.segments)}
+    known = {"BUFFER_ID": allocated.get, "IS_LEGACY_CUDA_IPC_CAPABLE": lambda address: exportable}
+    monkeypatch.setattr(pools, "_attribute", lambda name, address: known[name](address))
+    return [segment.layout for segment in pools.segments_of(pool, torch.device("cuda", 0))]
+
+
+def test_pools_are_compared_in_the_order_of_their_allocation(monkeypatch):
+    mine = layouts_of(monkeypatch, Pool(1 << 30, 2 << 30, 3 << 30))
+    pools.check_alike([mine, layouts_of(monkeypatch, Pool(8 << 30, 2 << 30, 9 << 30)), mine])
+    for other, words in (
+        (Pool(1 << 30, 2 << 30), "2 (rank 0 has 2097152 bytes, large, 1 below it, tensors 700 at 0; rank 1 has none"),
+        (Pool(1 << 30, 2 << 30, 3 << 30, requested=701), "segment 0 (rank 0 has"),
+        (Pool(1 << 30, 2 << 30, 3 << 30, kinds=["large"] * 3), "segment 1 (rank 0 has"),
+        (Pool(3 << 30, 2 << 30, 1 << 30), "in another order"),
+    ):
+        with pytest.raises(tdccl.ArgumentError) as raised:
+            pools.check_alike([mine, layouts_of(monkeypatch, other)])
+        assert words in str(raised.value), raised.value
+    with pytest.raises(tdccl.ArgumentError, match="expandable_segments"):
+        pools.check_alike([mine, layouts_of(monkeypatch, Pool(1 << 30), exportable=False)])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="memory pools are torch.cuda's")
+
+
+def check_refused(comm):
+    with pytest.raises(tdccl.ArgumentError, match=r"tdccl\.symmetric\(\)" if comm.device.type == "cpu" else "MemPool"):
+        comm.register(None)
+
+
+def test_what_is_no_pool_is_refused(ranks, world):
+    ranks.run(check_refused, world)
+
+
+def in_pool(pool, *counts):
+    """Float tensors made in a pool. One of a MiB or less goes to a small segment, a larger one to a large one."""
+    with torch.cuda.use_mem_pool(pool):
+        return [torch.zeros(count, device="cuda") for count in counts]
+
+
+def check_pool(comm):
+    with torch.cuda.device(comm.device), group_of(comm) as own:
+        pool = torch.cuda.MemPool()
+        x, y = in_pool(pool, COUNT, 1000)
+        assert path(own, x) == "staged"
+        own.register(pool)
+        assert path(own, x) == "symmetric" and is_symmetric(own, y)
+        for tensor in (x, y, x[7:]):
+            check_sum(own, tensor)
+
+        (large,) = in_pool(pool, 20 * COUNT)  # in a segment that is not registered yet
+        assert path(own, large) == "staged"
+        own.register(pool)
+        own.register(pool)
+        assert path(own, large) == "symmetric" and len(own._segments) == 2
+        for tensor in (large, x):
+            check_sum(own, tensor)
+
+        with group_of(comm) as other:
+            other.register(pool)
+            check_sum(other, large)
+        check_sum(own, x)
+    assert x[0].item() == comm.size * (comm.size + 1) / 2, "tensors outlive their communicator"
+
+
+@needs_gpu
+def test_a_registered_pool_takes_the_zero_copy_path(ranks, world):
+    ranks.run(check_pool, world)
+
+
+def check_differing_pools(comm):
+    last = comm.rank == comm.size - 1
+    with torch.cuda.device(comm.device), group_of(comm) as own:
+        for counts in ((COUNT, 1000 + last), (COUNT,) + (20 * COUNT,) * last):
+            pool = torch.cuda.MemPool()
+            tensors = in_pool(pool, *counts)
+            with pytest.raises(tdccl.ArgumentError, match=f"rank {own.size - 1} has"):
+                own.register(pool)
+            assert not any(is_symmetric(own, tensor) for tensor in tensors)
+        pool = torch.cuda.MemPool()
+        (x,) = in_pool(pool, COUNT)
+        own.register(pool)
+        check_sum(own, x)
+
+
+@needs_gpu
+def test_ranks_with_different_pools_are_told(ranks, world):
+    if world > 1:
+        ranks.run(check_differing_pools, world)
+
+
+def check_expandable(comm):
+    """What CUDA IPC cannot share is refused in words."""
+    with torch.cuda.device(comm.device), group_of(comm) as own:
+        pool = torch.cuda.MemPool()
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        try:
+            in_pool(pool, COUNT)
+        finally:
+            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        if any(segment["is_expandable"] for segment in pool.snapshot()):
+            with pytest.raises(tdccl.ArgumentError, match="expandable_segments"):
+                own.register(pool)
+
+
+@needs_gpu
+def test_expandable_segments_are_refused(ranks, world):
+    ranks.run(check_expandable, world)
+
+
+def check_graph(comm):
+    """A captured all_reduce of registered memory replays with what is there then."""
+    with torch.cuda.device(comm.device), group_of(comm) as own:
+        pool = torch.cuda.MemPool()
+        (x,) = in_pool(pool, COUNT)
+        own.register(pool)
+        with tdccl.symmetric(own):
+            y = torch.zeros(COUNT, device=comm.device)
+        own.all_reduce(x, y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            own.all_reduce(x, y)
+        for step in range(5):
+            x.fill_(comm.rank + step)
+            own.barrier()  # nobody reads this rank's x before
+            graph.replay()
+            assert (y == comm.size * step + sum(range(comm.size))).all(), step
+            own.barrier()
+        assert path(own, x) == "symmetric"
+
+
+@needs_gpu
+def test_a_graph_over_registered_memory(ranks, world):
+    ranks.run(check_graph, world)
