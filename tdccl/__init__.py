@@ -10,6 +10,7 @@ _HOMES = {
     "init": "tdccl.communicator",
     "Communicator": "tdccl.communicator",
     "Explanation": "tdccl.communicator",
+    "symmetric": "tdccl.symmetric_allocation",
     "TdcclError": "tdccl.errors",
     "ArgumentError": "tdccl.errors",
     "InitError": "tdccl.errors",
@@ -22,6 +23,7 @@ __all__ = [*_HOMES]
 if TYPE_CHECKING:
     from tdccl.communicator import Communicator, Explanation, init
     from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
+    from tdccl.symmetric_allocation import symmetric
 
 
 def __getattr__(name: str):

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tdccl import __version__, environment, transport, tuning
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.runtime import arrays, bare
 from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
 
@@ -27,6 +29,7 @@ if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
 
 _announced = False
+_made: list[weakref.ref] = []  # by `init`, in this order
 _MOST_PLANS = 4096
 
 
@@ -45,7 +48,9 @@ def init(
 
     Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
     """
-    return Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
+    communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
+    _made.append(weakref.ref(communicator, _made.remove))
+    return communicator
 
 
 def context_for(size: int, max_blocks: int | None = None) -> Context:
@@ -73,13 +78,20 @@ def table_for(gpu: str, size: int) -> tuning.Table:
     return table
 
 
+def latest() -> "Communicator | None":
+    """The communicator that `init` made last, of those alive. Not by `split`: ranks may be in different parts."""
+    alive = [communicator for made in _made if (communicator := made()) and not communicator._destroyed]
+    return alive[-1] if alive else None
+
+
 class Communicator:
     """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
 
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
     this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
     a torch or CuPy stream). Every rank makes the same calls with the same sizes in the same order, and an array
-    that lies in symmetric memory (`empty`) on one rank lies at the same place of it on all.
+    that lies in symmetric memory (`empty`, `tdccl.symmetric`, `register`) on one rank lies at the same place of it
+    on all.
 
     All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
     or Aborted once a wait has failed.
@@ -112,6 +124,8 @@ class Communicator:
         self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
+        self._regions = transport.Regions()
+        self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
         self._plans: dict[Call, Plan] = {}
         self._lock = threading.RLock()
         self._stream: Any = None
@@ -259,7 +273,7 @@ class Communicator:
     def empty(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor in symmetric memory, zeroed; collective, with the same size on all ranks.
 
-        Collectives on it (or on views of it) take the zero-copy algorithms. It lives until `destroy`.
+        Collectives on it (or on views of it) take the zero-copy algorithms, until `destroy`.
         """
         self.check()
         shape = (shape,) if hasattr(shape, "__index__") else tuple(shape)
@@ -272,16 +286,58 @@ class Communicator:
         if len(set(sizes)) > 1:
             raise ArgumentError(f"empty: the ranks ask for different sizes in bytes: {sizes}")
         segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
-        self._segments.append(segment)
+        self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
+    def register(self, pool: "torch.cuda.MemPool") -> None:
+        """Makes a torch memory pool symmetric memory: what it holds now, and tensors that go there later; collective.
+
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                model = Model().cuda()
+            comm.register(pool)
+
+        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later. Where it has
+        grown since, register it again. The pool is kept until `destroy`; several communicators may register it.
+
+        Raises ArgumentError, on all ranks and with nothing registered: the pools differ, or CUDA IPC cannot share
+        them; and in emulation, which knows no pools.
+        """
+        self.check()
+        if environment.emulated():
+            raise ArgumentError(
+                "register: memory pools are torch.cuda's, and this is emulation; tdccl.symmetric() works in both"
+            )
+        if not isinstance(pool, torch.cuda.MemPool):
+            raise ArgumentError(f"register: pool is {type(pool).__name__}, expected a torch.cuda.MemPool")
+        from tdccl.transport import p2p, pools
+
+        segments = pools.segments_of(pool, self.device)
+        pools.check_alike(self._bootstrap.exchange([segment.layout for segment in segments]))
+        for segment in segments:
+            address, nbytes = segment.address, segment.layout.nbytes
+            if self._segment_of(address, nbytes) is None:
+                self._add(p2p.share(self._bootstrap, address, nbytes, self.device, pool))
+
+    def placing(self):
+        """The context of `tdccl.symmetric(self)`."""
+        self.check()
+        return self._arenas.block()
+
+    def _add(self, memory: transport.SymmetricMemory) -> None:
+        self._segments.append(memory)
+        self._regions.add(transport.Region(memory.address, memory.address + memory.nbytes, memory))
+
     def symmetric(self, tensor: torch.Tensor):
-        """The kernel argument through which a kernel reaches all ranks' copies of a tensor made by `empty`."""
+        """The kernel argument through which a kernel reaches all ranks' copies of a tensor in symmetric memory."""
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
-            raise ArgumentError("symmetric: the tensor was not made by this communicator's empty()")
+            raise ArgumentError(
+                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
+                "tdccl.symmetric(), or in a pool given to its register()"
+            )
         from tdccl.language import Symmetric
 
         return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
@@ -331,7 +387,8 @@ class Communicator:
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
 
-        After a failure it waits for nobody, and frees what no peer can still have mapped.
+        Tensors that lie there stay valid, and are plain. After a failure it waits for nobody, and frees what no peer
+        can still have mapped.
         """
         if self._destroyed:
             return
@@ -345,6 +402,7 @@ class Communicator:
         for memory in [*self._segments, self._heap]:
             memory.release(bootstrap)
         self._segments.clear()
+        self.team = self._team = None  # they hold on to the scratch
         if bootstrap is not None:
             bootstrap.close()
 
@@ -461,7 +519,7 @@ class Communicator:
             )
 
     def _segment_of(self, address: int, nbytes: int):
-        return next((s for s in self._segments if s.contains(address, nbytes)), None)
+        return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
         forced = self._forced.get(call.collective)

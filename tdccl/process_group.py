@@ -137,6 +137,11 @@ class ProcessGroup(dist.ProcessGroup):
     def get_group_store(self):
         return self._store
 
+    @property
+    def communicator(self) -> Communicator:
+        """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
+        return self._communicator or self._connect(None)
+
     def shutdown(self) -> None:
         """Ends the group; collective, unless its communicator has failed: then nobody is waited for."""
         with self._lock:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
+import tdccl
+
 if not hasattr(dist.Backend, "TDCCL"):  # run from a checkout: no entry point is installed
     import tdccl.torch_entry
 
@@ -243,6 +245,19 @@ def groups():
     dist.barrier(group=group)
 
 
+def symmetric_memory():
+    """Tensors made in a group's symmetric memory, the default group's where none is given, are not copied."""
+    group = dist.new_group(list(range(SIZE)))
+    for given, communicator in ((None, dist.group.WORLD.communicator), (group, group.communicator)):
+        with tdccl.symmetric(given):
+            tensor = full(50_000, RANK)
+        assert communicator.explain("all_reduce", tensor, tensor).path == "symmetric"
+        dist.all_reduce(tensor, group=given)
+        same(tensor, SIZE * (SIZE - 1) // 2)
+    dist.destroy_process_group(group)
+    same(tensor, SIZE * (SIZE - 1) // 2)
+
+
 def threads():
     """DDP calls from autograd's threads: one group and stream for each of two threads, at the same time."""
     failures = []
@@ -331,7 +346,7 @@ def cpu_tensors():
 
 EVERYWHERE = [
     all_reduce, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous, coalesced,
-    functionals, objects, groups, threads, data_parallel, refusals, groups_made_again,
+    functionals, objects, groups, symmetric_memory, threads, data_parallel, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 

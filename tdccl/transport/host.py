@@ -1,6 +1,5 @@
 """Symmetric memory in POSIX shared memory, for emulation: one segment a rank, mapped by all."""
 
-import contextlib
 import mmap
 import os
 
@@ -41,10 +40,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     del tensors
 
     def release(bootstrap):
-        for mapped in maps:
-            with contextlib.suppress(BufferError):  # a user still holds a tensor: the last one unmaps
-                mapped.close()
-        maps.clear()
+        maps.clear()  # the peers' are unmapped by it, this rank's when the last tensor that lies there is gone
 
     return SymmetricMemory(local, addresses, release)
 

@@ -4,12 +4,17 @@ Needs no NCCL, no torch group and no multicast object, so any number of overlapp
 any order. Two ranks may share one GPU.
 """
 
+import weakref
+from typing import Any
+
 import torch
 from cuda.bindings import runtime
 
 from tdccl.errors import InitError
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory
+
+_never_freed: list[Any] = []  # what a peer may still have mapped after a failure
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -23,24 +28,43 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         stream = torch.cuda.Stream(device)
         _check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
         stream.synchronize()
-        handle = _check(runtime.cudaIpcGetMemHandle(own), "cudaIpcGetMemHandle")
+    memory = _Raw(own, nbytes)
+    weakref.finalize(memory, _free, own, device).atexit = False
+    return _shared(bootstrap, memory, device)
+
+
+def share(bootstrap: Bootstrap, address: int, nbytes: int, device: torch.device, owner: Any) -> SymmetricMemory:
+    """Shares `nbytes` bytes that start where somebody else's cudaMalloc put them; collective.
+
+    Keeps `owner`, with whom the memory lives, as long as a peer has it mapped. Raises InitError where a peer's memory
+    cannot be reached.
+    """
+    return _shared(bootstrap, _Raw(address, nbytes, owner), device)
+
+
+def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> SymmetricMemory:
+    """Exchanges handles, and maps the peers' memory; `memory` is kept until no peer has it mapped."""
+    with torch.cuda.device(device):
+        handle = _check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
         handles = bootstrap.exchange(bytes(handle.reserved))
-        addresses = [own] * bootstrap.size
+        addresses = [memory.address] * bootstrap.size
         for rank, reserved in enumerate(handles):
             if rank != bootstrap.rank:
                 addresses[rank] = _open(reserved, rank)
         bootstrap.barrier()
+        local = torch.as_tensor(memory, device=device)
 
     def release(bootstrap):
         with torch.cuda.device(device):
             for rank, address in enumerate(addresses):
-                if rank != bootstrap.rank:
-                    _check(runtime.cudaIpcCloseMemHandle(address), "cudaIpcCloseMemHandle")
-            if bootstrap is not None:
-                bootstrap.barrier()  # memory may be freed only after every peer has closed it
-                _check(runtime.cudaFree(own), "cudaFree")
+                if address != memory.address:
+                    _check(runtime.cudaIpcCloseMemHandle(address), f"cudaIpcCloseMemHandle of rank {rank}'s memory")
+        if bootstrap is None:
+            _never_freed.append(memory)
+        else:
+            bootstrap.barrier()  # memory may be freed only after every peer has closed it
 
-    return SymmetricMemory(_as_tensor(own, nbytes, device), addresses, release)
+    return SymmetricMemory(local, addresses, release)
 
 
 def _open(reserved: bytes, rank: int) -> int:
@@ -60,10 +84,16 @@ def _check(result, what: str):
     return int(values[0]) if values and not hasattr(values[0], "reserved") else (values or [None])[0]
 
 
-class _Raw:
-    """Device memory that torch wraps without owning it."""
+def _free(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        _check(runtime.cudaFree(address), "cudaFree")
 
-    def __init__(self, address: int, nbytes: int):
+
+class _Raw:
+    """Device memory in the form in which torch takes it: tensors on it keep this object, and so the owner, alive."""
+
+    def __init__(self, address: int, nbytes: int, owner: Any = None):
+        self.address, self.owner = address, owner
         self.__cuda_array_interface__ = {
             "data": (address, False),
             "shape": (nbytes,),
@@ -71,7 +101,3 @@ class _Raw:
             "typestr": "|u1",
             "version": 3,
         }
-
-
-def _as_tensor(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_Raw(address, nbytes), device=device)

@@ -1,6 +1,8 @@
 """Memory that exists on every rank of a group and that every rank can address."""
 
+from bisect import bisect_right
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +12,9 @@ from tdccl.transport.bootstrap import Bootstrap
 class SymmetricMemory:
     """One segment a rank, all of the same size, each mapped by all ranks.
 
-    local      this rank's segment, a uint8 tensor
+    local      this rank's segment, a uint8 tensor; None once released
+    address    where it starts, and
+    nbytes     its size
     addresses  every rank's segment as this process sees it
     peers      the same as an int64 tensor on the device: the table that kernels read
     multicast  address through which all segments are written at once, or 0
@@ -18,29 +22,54 @@ class SymmetricMemory:
 
     def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[[Bootstrap | None], None]):
         self.local = local
+        self.address, self.nbytes = local.data_ptr(), local.numel()
         self.addresses = addresses
         self.peers = torch.tensor(addresses, dtype=torch.int64, device=local.device)
         self.multicast = 0
         self._release = release
 
-    @property
-    def address(self) -> int:
-        return self.local.data_ptr()
-
-    @property
-    def nbytes(self) -> int:
-        return self.local.numel()
-
-    def contains(self, address: int, nbytes: int) -> bool:
-        """Whether the bytes at `address` lie within this rank's segment."""
-        start = address - self.address
-        return start >= 0 and start + nbytes <= self.nbytes
-
     def release(self, bootstrap: Bootstrap | None) -> None:
-        """Unmaps the peers' segments and frees this rank's; no kernel may use them any more.
+        """Unmaps the peers' segments and lets go of this rank's; no kernel may use them any more.
 
-        Collective over `bootstrap`; None after a failure, when peers cannot be asked: then what a peer may still have
-        mapped is left to the end of the process.
+        A tensor that still lies in this rank's segment stays valid: the last one frees it. Collective over
+        `bootstrap`; None after a failure, when peers cannot be asked: then what a peer may still have mapped is left
+        to the end of the process.
         """
         release, self._release = self._release, lambda bootstrap: None
         release(bootstrap)
+        self.local = None
+
+
+class Region(NamedTuple):
+    """Part of this rank's segment of a symmetric memory: the bytes from address `start` to `end`."""
+
+    start: int
+    end: int
+    memory: SymmetricMemory
+
+
+class Regions:
+    """Disjoint regions, found by address. Threads may look while one adds."""
+
+    def __init__(self):
+        self._table: tuple[list[int], list[Region]] = ([], [])  # starts, for bisect, and regions; replaced as one
+
+    def add(self, region: Region) -> None:
+        """Adds a region; one that goes on where another of the same memory ends becomes one with it."""
+        starts, regions = map(list, self._table)
+        index = bisect_right(starts, region.start)
+        before = regions[index - 1] if index else None
+        if before and before.end == region.start and before.memory is region.memory:
+            regions[index - 1] = before._replace(end=region.end)
+        else:
+            starts.insert(index, region.start)
+            regions.insert(index, region)
+        self._table = starts, regions
+
+    def find(self, address: int, nbytes: int) -> SymmetricMemory | None:
+        """The memory of the region in which all `nbytes` bytes at `address` lie."""
+        starts, regions = self._table
+        index = bisect_right(starts, address) - 1
+        if index >= 0 and address + nbytes <= regions[index].end:
+            return regions[index].memory
+        return None
