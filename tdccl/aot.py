@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from tdccl import environment
 from tdccl.collectives import ALGORITHMS
 from tdccl.communicator import context_for, table_for
-from tdccl.language.team import MAX_RANKS, Team, packets_a_rank
+from tdccl.language.team import MAX_RANKS
 from tdccl.runtime import pack
-from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry
+from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry, team_of
 from tdccl.runtime.arrays import BITWISE, OPS, TRITON_NAMES
 from tdccl.runtime.launch import Arguments, compile_kernel, identity
 from tdccl.runtime.plan import choose
@@ -60,6 +60,11 @@ def calls(collective: str, dtype: str, op: str | None, size: int) -> Iterator[Ca
     around = itertools.chain.from_iterable((nbytes // itemsize, nbytes // itemsize + 1) for nbytes in sizes())
     counts = sorted({count for count in around if 0 < count * itemsize <= _LARGEST})
     alignments = [alignment for alignment in (16, 8, 4, 2, 1) if alignment >= itemsize]
+    if collective == "all_to_all_vdev":
+        for alignment in alignments:
+            on_device = (0, 0, alignment, alignment, alignment)
+            yield Call(collective, 0, dtype, op, 0, alignment, None, (None, None), False, on_device)
+        return
     placements = itertools.product((None, "symmetric"), repeat=2)
     for count, alignment, segments in itertools.product(counts, alignments, placements):
         yield Call(collective, count, dtype, op, 0, alignment, None, segments, False)
@@ -68,17 +73,10 @@ def calls(collective: str, dtype: str, op: str | None, size: int) -> Iterator[Ca
             yield Call(collective, 0, dtype, op, 0, alignment, (((alignment,) * size),) * 2, (None, None), False)
 
 
-def team_for(context: Context) -> Team:
-    """A team with the constants that a communicator's has, and no addresses."""
-    rules = context.rules
-    packets = packets_a_rank(rules.packets, context.size)
-    return Team(0, 0, 0, 0, 0, context.size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, "cuda")
-
-
 def key_of(algorithm: Algorithm, geometry: Geometry, op: str | None, context: Context) -> str:
     """The key under which a communicator will ask for the kernel of a call."""
     arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op)
-    return pack.key_of(identity(algorithm.kernel, arguments, team_for(context), geometry.warps))
+    return pack.key_of(identity(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps))
 
 
 def jobs(arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str]) -> dict[str, Job]:
@@ -112,7 +110,7 @@ def warm(job: Job) -> None:
     (algorithm,) = (a for a in ALGORITHMS[job.collective] if a.name == job.algorithm)
     arguments = Arguments(algorithm.kernel, job.geometry, algorithm.symmetric, job.op)
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    compile_kernel(algorithm.kernel, arguments, team_for(context_for(job.size)), job.geometry.warps, target)
+    compile_kernel(algorithm.kernel, arguments, team_of(context_for(job.size), "cuda"), job.geometry.warps, target)
 
 
 def compile_job(job: Job) -> tuple[pack.Kernel, bytes]:
@@ -125,7 +123,7 @@ def compile_job(job: Job) -> tuple[pack.Kernel, bytes]:
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
     triton.knobs.compilation.disable_line_info = True  # it names the folders of this machine
     with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
-        compiled = compile_kernel(algorithm.kernel, arguments, team_for(context), geometry.warps, target)
+        compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
     metadata, function = compiled.metadata, algorithm.kernel.fn
     source = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
     threads = metadata.num_warps * 32

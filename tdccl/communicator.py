@@ -1,5 +1,6 @@
 """The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -17,7 +18,7 @@ import torch
 from tdccl import __version__, environment, transport, tuning
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.runtime import arrays, bare
-from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.algorithm import Call, Context, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
@@ -110,6 +111,7 @@ class Communicator:
         if self.size > layout.MAX_RANKS.value:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
+        self._emulated = environment.emulated()
         self._forced = _forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
         self._context = context_for(self.size, self.max_blocks)
@@ -121,12 +123,15 @@ class Communicator:
         packets = layout.packets_a_rank(rules.packets, self.size)
         nbytes = layout.heap_bytes(self.size, rules.heap_blocks, packets, rules.rings, ring_bytes)
         self._heap = transport.allocate(bootstrap, nbytes, self.device)
-        self._control = torch.zeros(8, dtype=torch.int64, pin_memory=not environment.emulated())
+        pinned = not environment.emulated()
+        self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
         self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
         self._plans: dict[Call, Plan] = {}
+        self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
+        self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
         self._stream: Any = None
         self._splits = 0
@@ -148,18 +153,13 @@ class Communicator:
 
     def _make_team(self) -> layout.Team:
         """What tdccl's own kernels get."""
-        return layout.Team(
+        backend = "emulation" if environment.emulated() else "cuda"
+        return team_of(self._context, backend)._replace(
             heap=self._heap.peers.data_ptr(),
             local=self._heap.address,
             rank=self.rank,
             control=self._control.data_ptr(),
             timeout=int(self.timeout * 1e9),
-            size=self.size,
-            blocks=self._context.rules.heap_blocks,
-            packets=layout.packets_a_rank(self._context.rules.packets, self.size),
-            rings=self._context.rules.rings,
-            ring_bytes=self._context.ring_bytes,
-            backend="emulation" if environment.emulated() else "cuda",
         )
 
     @functools.cached_property
@@ -183,9 +183,12 @@ class Communicator:
         op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
         fp32, in rank order.
         """
+        key = ("all_reduce", op, arrays.signature(send, recv))
+        if self._again(key, stream):
+            return recv
         source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape)
         arrays.check_reduction("all_reduce", op, source.dtype)
-        self._run("all_reduce", source, target, source.numel(), op=op, stream=stream)
+        self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, key=key)
         return result
 
     def all_gather(self, send: Any, recv: Any = None, *, stream: Any = None) -> Any:
@@ -194,8 +197,11 @@ class Communicator:
         send: [d, ...], any dtype. recv: [size * d, ...], or any shape with size times as many elements; send
         may be this rank's piece of it (in place).
         """
+        key = ("all_gather", None, arrays.signature(send, recv))
+        if self._again(key, stream):
+            return recv
         source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size))
-        self._run("all_gather", source, target, source.numel(), stream=stream)
+        self._run("all_gather", source, target, source.numel(), stream=stream, key=key)
         return result
 
     def reduce_scatter(self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None) -> Any:
@@ -204,6 +210,10 @@ class Communicator:
         send: [size * d, ...], or any shape with size times the elements of recv. recv: [d, ...]; it may be this
         rank's piece of send (in place). op as in `all_reduce`.
         """
+
+        key = ("reduce_scatter", op, arrays.signature(send, recv))
+        if self._again(key, stream):
+            return recv
 
         def shape_of_recv(shape):
             if not shape or shape[0] % self.size:
@@ -215,16 +225,20 @@ class Communicator:
 
         source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, shrinks=True)
         arrays.check_reduction("reduce_scatter", op, source.dtype)
-        self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream)
+        self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream, key=key)
         return result
 
     def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None) -> Any:
         """`buf` of rank `root` ends in `buf` of all ranks; returns buf. Any shape and dtype."""
+        key = ("broadcast", root, arrays.signature(buf, buf))
+        if self._again(key, stream):
+            return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
         if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
             raise ArgumentError(f"broadcast: root is {root!r}, expected a rank from 0 to {self.size - 1}")
         if self.size > 1:
-            self._run("broadcast", tensor, tensor, tensor.numel(), root=operator.index(root), stream=stream)
+            root = operator.index(root)
+            self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, key=key)
         return buf
 
     def all_to_all(
@@ -241,6 +255,9 @@ class Communicator:
         Pieces are cut along the first dimension: equal ones, or `send_splits` and `recv_splits` rows for each
         rank, where rank i's send_splits[j] is rank j's recv_splits[i]. recv may be send if all pieces are equal.
         """
+        key = ("all_to_all", None, arrays.signature(send, recv))
+        if send_splits is None and recv_splits is None and self._again(key, stream):
+            return recv
         source = self._checked("all_to_all", "send", arrays.as_tensor(send, "send"))
         if (send_splits is None) != (recv_splits is None):
             raise ArgumentError("all_to_all: give both send_splits and recv_splits, or neither")
@@ -251,7 +268,7 @@ class Communicator:
                     f"all_to_all: send has shape {tuple(source.shape)}, its first dimension must be a multiple of "
                     f"the {self.size} ranks (or give splits)"
                 )
-            self._run("all_to_all", source, target, source.numel() // self.size, stream=stream)
+            self._run("all_to_all", source, target, source.numel() // self.size, stream=stream, key=key)
             return result
         splits, row = self._row_splits(source, send_splits, recv_splits)
         shape = (sum(recv_splits), *source.shape[1:])
@@ -261,6 +278,47 @@ class Communicator:
         splits = tuple(tuple(count * row for count in counts) for counts in splits)
         self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
         return result
+
+    def all_to_all_vdev(
+        self, send: Any, recv: Any, send_splits: Any, recv_splits_offsets: Any, *, stream: Any = None
+    ) -> Any:
+        """all_to_all with splits that live on the device, read when the kernel runs; returns recv.
+
+        The meaning is that of torch.ops.symm_mem.all_to_all_vdev, in any memory:
+        send, recv: [rows, ...], rows of equal shape and dtype; recv has room for whatever may come.
+        send_splits: int64 [size], rows of send for each rank, one after another.
+        recv_splits_offsets: int64 [2, size], written: rows from each rank, and where in recv they begin.
+
+        What is asked to be sent past the end of send is not sent. What does not fit into recv is not written, and
+        recv_splits_offsets still tells of it.
+        """
+        tensors = {
+            "send": arrays.as_tensor(send, "send"),
+            "recv": arrays.as_tensor(recv, "recv", written=True),
+            "send_splits": arrays.as_tensor(send_splits, "send_splits"),
+            "recv_splits_offsets": arrays.as_tensor(recv_splits_offsets, "recv_splits_offsets", written=True),
+        }
+        source, target, splits, received = (self._checked("all_to_all_vdev", *each) for each in tensors.items())
+        if source.dtype != target.dtype or not source.dim() or source.shape[1:] != target.shape[1:]:
+            raise ArgumentError(
+                f"all_to_all_vdev: send is {source.dtype} {tuple(source.shape)}, recv is {target.dtype} "
+                f"{tuple(target.shape)}; expected rows of equal dtype and shape"
+            )
+        row = math.prod(source.shape[1:]) * source.itemsize
+        if row == 0:
+            raise ArgumentError(f"all_to_all_vdev: send has shape {tuple(source.shape)}: rows without elements")
+        for name, count in (("send_splits", self.size), ("recv_splits_offsets", 2 * self.size)):
+            if tensors[name].dtype is not torch.int64 or tensors[name].numel() != count:
+                raise ArgumentError(
+                    f"all_to_all_vdev: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, expected int64 "
+                    f"with {count} elements"
+                )
+        if _overlap(source, target):
+            raise ArgumentError("all_to_all_vdev: recv overlaps send")
+        sizes = (row, source.numel() * source.itemsize, target.numel() * target.itemsize)
+        on_device = (splits.data_ptr(), received.data_ptr(), *sizes)
+        self._run("all_to_all_vdev", source, target, 0, stream=stream, on_device=on_device)
+        return recv
 
     def barrier(self, *, stream: Any = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
@@ -375,6 +433,7 @@ class Communicator:
         """Decides by another tuning table from the next call on; every rank has to be given the same."""
         self.table = table
         self._plans.clear()
+        self._calls.clear()
 
     def check(self) -> None:
         """Raises DestroyedError after `destroy`, and Timeout or Aborted once a wait has failed; every call does this
@@ -399,6 +458,7 @@ class Communicator:
         if bootstrap is not None:
             bootstrap.barrier()  # no peer's kernel writes here any more
         self._plans.clear()
+        self._calls.clear()
         for memory in [*self._segments, self._heap]:
             memory.release(bootstrap)
         self._segments.clear()
@@ -525,32 +585,60 @@ class Communicator:
         forced = self._forced.get(call.collective)
         return choose(ALGORITHMS[call.collective], call, self._context, self.table, forced)
 
-    def _run(self, collective, source, target, count, op=None, root=0, splits=None, stream=None) -> None:
-        if count == 0 and splits is None and collective != "barrier":
+    def _again(self, key: tuple, stream) -> bool:
+        """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
+        try:
+            ready = self._calls.get(key)
+        except TypeError:  # an op or a root that is no key: it will be refused
+            return False
+        if ready is None or self._regions.table is not self._calls_on:
+            return False
+        if self._destroyed or self._abort_word.value:
+            self.check()
+        self._start(*ready, stream)
+        return True
+
+    def _run(
+        self, collective, source, target, count,
+        op=None, root=0, splits=None, stream=None, key=None, on_device=None,
+    ) -> None:  # fmt: skip
+        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew."""
+        if count == 0 and splits is None and on_device is None and collective != "barrier":
             return
-        call = self._call(collective, source, target, count, op, root, splits)
+        call = self._call(collective, source, target, count, op, root, splits)._replace(on_device=on_device)
         with self._lock:
             plan = self._plans.get(call)
             if plan is None:
                 if len(self._plans) >= _MOST_PLANS:
                     self._plans.clear()  # split lists may differ in every call
-                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+                with self._on_device():
+                    plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+            ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
+            if key is not None and key[-1] is not None:
+                if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
+                    self._calls, self._calls_on = {}, self._regions.table
+                self._calls[key] = ready
+        self._start(*ready, stream)
+
+    def _start(self, collective: str, launch, send: int, recv: int, stream) -> None:
+        with self._lock:
             self._last = collective
-            if environment.emulated():
-                plan(source.data_ptr(), target.data_ptr(), 0)
+            if self._emulated:
+                launch(send, recv, 0)
                 self.check()
                 return
-            if torch._C._cuda_getDevice() != self.device.index:
-                with torch.cuda.device(self.device):
-                    self._launch(plan, source, target, stream)
+            index = self.device.index
+            handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
+            if handle != self._stream:
+                self._follow(handle)
+            if torch._C._cuda_getDevice() == index:
+                launch(send, recv, handle)
             else:
-                self._launch(plan, source, target, stream)
+                with self._on_device():
+                    launch(send, recv, handle)
 
-    def _launch(self, plan: Plan, source, target, stream) -> None:
-        handle = arrays.stream_handle(stream, self.device)
-        if handle != self._stream:
-            self._follow(handle)
-        plan(source.data_ptr(), target.data_ptr(), handle)
+    def _on_device(self):
+        return contextlib.nullcontext() if self._emulated else torch.cuda.device(self.device)
 
     def _follow(self, handle: int) -> None:
         """Calls on one communicator share scratch: one on a new stream waits for those on the last."""

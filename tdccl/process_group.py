@@ -16,8 +16,9 @@ from tdccl.errors import ArgumentError, DestroyedError, TdcclError
 from tdccl.transport.bootstrap import StoreBootstrap
 
 _OPS = {
-    ReduceOp.SUM.value: "sum", ReduceOp.AVG.value: "avg", ReduceOp.MIN.value: "min", ReduceOp.MAX.value: "max",
-    ReduceOp.PRODUCT.value: "prod", ReduceOp.BAND.value: "and", ReduceOp.BOR.value: "or", ReduceOp.BXOR.value: "xor",
+    ReduceOp(ReduceOp.SUM): "sum", ReduceOp(ReduceOp.AVG): "avg", ReduceOp(ReduceOp.MIN): "min",
+    ReduceOp(ReduceOp.MAX): "max", ReduceOp(ReduceOp.PRODUCT): "prod", ReduceOp(ReduceOp.BAND): "and",
+    ReduceOp(ReduceOp.BOR): "or", ReduceOp(ReduceOp.BXOR): "xor",
 }  # fmt: skip
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
@@ -166,7 +167,7 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
         op = _op("all_reduce", opts, tensor)
-        return self._run(opts, tensors, tensors, lambda comm: comm.all_reduce(tensor, tensor, op))
+        return self._run(opts, tensors, tensors, Communicator.all_reduce, tensor, tensor, op)
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
@@ -183,12 +184,12 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and tensor.is_cpu:
             return self._gloo().broadcast(tensors, opts)
         root = opts.rootRank
-        return self._run(opts, tensors, tensors, lambda comm: comm.broadcast(tensor, root))
+        return self._run(opts, tensors, tensors, Communicator.broadcast, tensor, root)
 
     def _allgather_base(self, output, input, opts=_ALLGATHER):
         if self._gpu and input.is_cpu:
             return self._gloo()._allgather_base(output, input, opts)
-        return self._run(opts, [input], [output], lambda comm: comm.all_gather(input, output))
+        return self._run(opts, [input], [output], Communicator.all_gather, input, output)
 
     def allgather_into_tensor_coalesced(self, outputs, inputs, opts=_ALLGATHER):
         if self._gpu and inputs[0].is_cpu:
@@ -217,7 +218,7 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and input.is_cpu:
             return self._gloo()._reduce_scatter_base(output, input, opts)
         op = _op("reduce_scatter", opts, input)
-        return self._run(opts, [input], [output], lambda comm: comm.reduce_scatter(input, output, op))
+        return self._run(opts, [input], [output], Communicator.reduce_scatter, input, output, op)
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
         if self._gpu and inputs[0].is_cpu:
@@ -247,10 +248,10 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and input.is_cpu:
             return self._gloo().alltoall_base(output, input, output_splits, input_splits, opts)
         if not (output_splits or input_splits):
-            return self._run(opts, [input], [output], lambda comm: comm.all_to_all(input, output))
+            return self._run(opts, [input], [output], Communicator.all_to_all, input, output)
         sends, receives = (list(splits) or self._equal_rows(t) for splits, t in
                            ((input_splits, input), (output_splits, output)))  # fmt: skip
-        return self._run(opts, [input], [output], lambda comm: comm.all_to_all(input, output, sends, receives))
+        return self._run(opts, [input], [output], Communicator.all_to_all, input, output, sends, receives)
 
     def alltoall(self, outputs, inputs, opts=_ALL_TO_ALL):
         if self._gpu and inputs[0].is_cpu:
@@ -300,19 +301,19 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- how a call is run ---------------------------------------------------------------------------
 
-    def _run(self, opts, inputs, outputs, call):
-        """Runs `call(communicator)` where `opts` says: on the current stream, or on the group's own."""
+    def _run(self, opts, inputs, outputs, call, *arguments):
+        """Runs `call(communicator, *arguments)` where `opts` says: on the current stream, or on the group's own."""
         communicator = self._communicator or self._connect(inputs[0].device)
         if not opts.asyncOp:
-            call(communicator)
+            call(communicator, *arguments)
             return _DONE
         stream = self._stream
         if stream is None:
-            call(communicator)
+            call(communicator, *arguments)
             return Work(list(outputs))
         stream.wait_stream(torch.cuda.current_stream(communicator.device))
         with torch.cuda.stream(stream):
-            call(communicator)
+            call(communicator, *arguments)
         for tensor in (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
         return Work(list(outputs), stream)
@@ -375,11 +376,11 @@ class ProcessGroup(dist.ProcessGroup):
 
 
 def _op(collective: str, opts, tensor: torch.Tensor) -> str:
-    kind = opts.reduceOp.op
-    name = _OPS.get(kind.value)
+    name = _OPS.get(opts.reduceOp)
     if name is None:
         raise ArgumentError(
-            f"{collective}: {kind.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR or BXOR"
+            f"{collective}: {opts.reduceOp.op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR or "
+            "BXOR"
         )
     return _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
 

@@ -238,15 +238,14 @@ torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 from tdccl import communicator
-from tdccl.runtime.algorithm import Call
+from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.plan import Plan, choose
 
 context = communicator.context_for(4)
-blocks, rings = context.tuning.heap_blocks, context.tuning.blocks
-team = communicator.layout.Team(0, 0, 0, 0, 0, 4, blocks, rings, context.ring_bytes, "cuda")
+table, team = communicator.table_for("another GPU", 4), team_of(context, "cuda")
 for count in (100, 1 << 20):
     call = Call("reduce_scatter", count, "bf16", "sum", 0, 16, None, (None, None), False)
-    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context), call, team)(0, 0, 0)
+    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context, table), call, team)(0, 0, 0)
 assert len(launches) == 2
 assert "triton" not in sys.modules
 """
@@ -265,19 +264,20 @@ def test_tables_are_the_same_without_triton(monkeypatch):
     assert tables.keys() == ALGORITHMS.keys()
     for collective, table in tables.items():
         op = "sum" if "reduce" in collective else None
-        call = Call(collective, 1 << 20, "fp32", op, 0, 16, None, (SEGMENT, SEGMENT), False)
+        on_device = (0, 0, 16, 64, 64) if collective == "all_to_all_vdev" else None
+        call = Call(collective, 1 << 20, "fp32", op, 0, 16, None, (SEGMENT, SEGMENT), False, on_device)
         for without, with_triton in zip(table, ALGORITHMS[collective]):
             assert isinstance(without.kernel, bare.BareKernel)
             assert bare.kernel_of(without.kernel) is with_triton.kernel
             assert without.kernel.arg_names == with_triton.kernel.arg_names
             assert without.geometry(call, context) == with_triton.geometry(call, context)
-            kept = [(a.name, a.limit, a.symmetric, a.splits, a.in_place) for a in (without, with_triton)]
+            kept = [(a.name, a.path, a.sent(4), a.symmetric, a.splits, a.in_place) for a in (without, with_triton)]
             assert kept[0] == kept[1]
 
 
 def check_team(comm):
     constants = comm._team[5:]
-    assert aot.team_for(comm._context)[5:-1] == constants[:-1]
+    assert aot.team_of(comm._context, "cuda")[5:-1] == constants[:-1]
     assert aot.context_for(comm.size) == comm._context
     assert constants[-1] == ("cuda" if comm.device.type == "cuda" else "emulation")
 

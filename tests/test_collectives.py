@@ -13,13 +13,13 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-3, tor
 @contextlib.contextmanager
 def only(comm, collective, algorithm):
     """Calls of `collective` take this algorithm."""
-    comm._plans.clear()
     comm._forced[collective] = algorithm
+    comm.use_table(comm.table)  # forgets what was planned
     try:
         yield
     finally:
-        comm._plans.clear()
         del comm._forced[collective]
+        comm.use_table(comm.table)
 
 
 class Buffers:
@@ -155,6 +155,47 @@ def check_splits(comm, seed):
         result = comm.all_to_all(sends[comm.rank].to(comm.device), None, send_splits, recv_splits)
         settle(comm)
         assert reference.same_bits(result.cpu(), expected), f"splits {rows} {dtype} seed {seed}"
+
+
+def check_device_splits(comm, seed):
+    """Random splits, changed between calls without the host's knowledge; more than fits into send and recv too."""
+    generator = torch.Generator().manual_seed(seed)
+    width, dtype = [(3, torch.float32), (16, torch.bfloat16), (5, torch.uint8), (2, torch.complex128)][seed]
+    room = 4000
+    recv = torch.empty(room, width, dtype=dtype, device=comm.device)
+    splits = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
+    answer = torch.full((2, comm.size), -7, dtype=torch.int64, device=comm.device)
+    for scale in (40, 900, 1, 3000):
+        matrix = torch.randint(0, scale, (comm.size, comm.size), generator=generator)
+        matrix[torch.rand(comm.size, comm.size, generator=generator) < 0.3] = 0
+        asked = matrix.tolist()
+        if scale == 1:
+            asked = [[-3] * comm.size] * comm.size  # nonsense is nothing
+        rows = torch.zeros_like(matrix).tolist()
+        for source, counts in enumerate(asked):
+            left = room
+            for rank, count in enumerate(counts):
+                rows[source][rank] = max(0, min(count, left))
+                left -= rows[source][rank]
+        sends = [reference.inputs(seed + rank, 1, room * width, dtype)[0].view(-1, width) for rank in range(comm.size)]
+        pieces = [values[: sum(rows[rank])].split(rows[rank]) for rank, values in enumerate(sends)]
+        expected = torch.cat([pieces[rank][comm.rank] for rank in range(comm.size)])[:room]
+        recv.view(torch.uint8).fill_(0x5A)
+        splits.copy_(torch.tensor(asked[comm.rank]))
+        settle(comm)
+        comm.all_to_all_vdev(sends[comm.rank].to(comm.device), recv, splits, answer)
+        settle(comm)
+        where = f"splits {asked} {dtype} seed {seed}"
+        counts = [rows[rank][comm.rank] for rank in range(comm.size)]
+        assert answer[0].tolist() == counts, where
+        assert answer[1].tolist() == [sum(counts[:rank]) for rank in range(comm.size)], where
+        assert reference.same_bits(recv[: len(expected)].cpu(), expected), where
+        assert (recv[len(expected) :].view(torch.uint8) == 0x5A).all(), where
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_to_all_with_splits_on_the_device(ranks, seed, world):
+    ranks.run(check_device_splits, world, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))

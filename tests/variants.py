@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.language import team as layout
-from tdccl.runtime.algorithm import Call, Context
+from tdccl.runtime.algorithm import Call, Context, team_of
 from tdccl.runtime.launch import Arguments, compile_kernel
 
 
@@ -24,12 +24,6 @@ def context_of(size: int, scratch: int = 64 << 20) -> Context:
     rules = tuning.GPU
     packets = layout.packets_a_rank(rules.packets, size)
     return Context(size, layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings), rules)
-
-
-def team_of(context: Context, backend: str) -> layout.Team:
-    rules, size = context.rules, context.size
-    packets = layout.packets_a_rank(rules.packets, size)
-    return layout.Team(0, 0, 0, 0, 0, size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, backend)
 
 
 def arguments_of(algorithm, call: Call, context: Context):
@@ -53,7 +47,8 @@ def calls_of(collective: str, algorithm):
         kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
     for dtype, op in kinds:
         itemsize = {"u8": 1, "i8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i64": 8}[dtype]
-        yield Call(collective, nbytes // itemsize, dtype, op, 0, 16, None, (object(), object()), False)
+        on_device = (1 << 20, 1 << 21, 64, 6400, 6400) if collective == "all_to_all_vdev" else None
+        yield Call(collective, nbytes // itemsize, dtype, op, 0, 16, None, (object(), object()), False, on_device)
 
 
 def sass_facts(sass: str) -> dict:

@@ -1,6 +1,14 @@
 """One file a collective: its kernels, then the table of its algorithms, the first that fits is taken."""
 
-from tdccl.collectives import all_gather, all_reduce, all_to_all, barrier, broadcast, reduce_scatter
+from tdccl.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    all_to_all_vdev,
+    barrier,
+    broadcast,
+    reduce_scatter,
+)
 
 ALGORITHMS = {
     "all_reduce": all_reduce.ALGORITHMS,
@@ -8,5 +16,6 @@ ALGORITHMS = {
     "reduce_scatter": reduce_scatter.ALGORITHMS,
     "broadcast": broadcast.ALGORITHMS,
     "all_to_all": all_to_all.ALGORITHMS,
+    "all_to_all_vdev": all_to_all_vdev.ALGORITHMS,
     "barrier": barrier.ALGORITHMS,
 }

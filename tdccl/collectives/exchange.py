@@ -76,7 +76,23 @@ def staged(
     team, send, recv, send_counts, send_offsets, recv_counts, recv_offsets,
     DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """Every chunk goes `through_rings`, of which see the waits, ordering and reuse."""
+    epoch = shmem.begin(team)
+    epoch = through_rings(
+        team, epoch, send, recv, send_counts, send_offsets, recv_counts, recv_counts, recv_offsets,
+        DTYPE, TILE, TILES, WHOLE,
+    )  # fmt: skip
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def through_rings(
+    team, epoch, send, recv, send_counts, send_offsets, sent_here, recv_counts, recv_offsets,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """At step s a block pushes span s of every chunk into a ring slot of its receiver, then takes in span s - 1.
+
+    sent_here: what each rank sends this one, of which `recv_counts` elements are written. Returns the epoch.
 
     Waits:    block b for block b of each peer, once a step; both directions of a pair take equally many
               steps, so two ranks agree on them from their own two counts alone.
@@ -84,18 +100,17 @@ def staged(
     Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peer's
               signal for span s - 2, so the peer is past its step s - 3 and has taken in span s - 4.
               Between calls the ring alternates by the parity of the epoch; pairs that exchange nothing
-              still hear of each other by the BARRIER signal. WHOLE: barriers instead, and twice the ring.
+              still hear of each other by the BARRIER signal. WHOLE: barriers instead, and all rings.
     """
-    epoch = shmem.begin(team)
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 1)
     else:
         shmem.signal_all(team, epoch, shmem.BARRIER, 1, "relaxed")
     span: tl.constexpr = TILE * TILES
     place = tl.arange(0, TILE)
-    with_peers = _steps_with_peers(send_counts, recv_counts, span)
+    with_peers = _steps_with_peers(send_counts, sent_here, span)
     steps = tl.max(with_peers)
-    own_count = shmem.pick(send_counts, team.rank)
+    own_count = shmem.pick(recv_counts, team.rank)
     own_source = send + shmem.pick(send_offsets, team.rank)
     own_target = recv + shmem.pick(recv_offsets, team.rank)
     for step in range(steps + 1):
@@ -128,4 +143,4 @@ def staged(
         epoch = shmem.barrier_block(team, epoch, 2)
     else:
         epoch = shmem.wait_all(team, epoch, shmem.BARRIER, 1)
-    shmem.end(team, epoch)
+    return epoch

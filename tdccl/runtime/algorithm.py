@@ -19,6 +19,7 @@ class Call(NamedTuple):
     splits     all_to_all only: (send counts, recv counts) of all ranks, or None for equal chunks
     segments   {"send": segment or None, "recv": ...} as a pair: where symmetric memory is involved
     in_place   send and recv overlap
+    on_device  all_to_all_vdev only: addresses of the split lists, bytes of a row, of send and of recv
     """
 
     collective: str
@@ -30,6 +31,7 @@ class Call(NamedTuple):
     splits: tuple[tuple[int, ...], tuple[int, ...]] | None
     segments: tuple[Any, Any]
     in_place: bool
+    on_device: tuple[int, int, int, int, int] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -56,6 +58,13 @@ class Context(NamedTuple):
     size: int
     ring_bytes: int
     rules: Rules
+
+
+def team_of(context: Context, backend: str):
+    """A team with the constants that go into kernels, and no addresses yet."""
+    rules, size = context.rules, context.size
+    packets = _layout.packets_a_rank(rules.packets, size)
+    return _layout.Team(0, 0, 0, 0, 0, size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, backend)
 
 
 @dataclass(frozen=True)
@@ -238,6 +247,24 @@ def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: i
         steps = walked // (geometry.grid * tile_bytes)
         tiles = max(1, min(room // tile_bytes, steps // rules.steps))
     return geometry.adding(constants={"TILES": tiles, "WHOLE": whole})
+
+
+def split_on_device(call: Call, context: Context, rings: int, depth: int) -> Geometry:
+    """Lays chunks out whose sizes only the device knows: in tiles that pass through `rings` rings, on all blocks."""
+    splits, received, *sizes = call.on_device
+    alignment = min(call.alignment, *map(_lowest_bit, sizes))
+    dtype = _UNITS[alignment]
+    largest = min(context.rules.tile, context.ring_bytes // (max(1, rings) * depth))
+    tile_bytes = 1 << (largest.bit_length() - 1)
+    row, send, recv = (nbytes // ITEMSIZE[dtype] for nbytes in sizes)
+    return Geometry(
+        dtype=dtype,
+        grid=context.rules.blocks,
+        warps=max(1, min(context.rules.warps, tile_bytes // 512)),
+        aligned=alignment == 16,
+        counts={"splits": splits, "received": received, "row": row, "send_count": send, "recv_count": recv},
+        constants={"TILE": tile_bytes // ITEMSIZE[dtype], "TILES": 1, "WHOLE": False},
+    )
 
 
 def copying(call: Call, context: Context, part_bytes: int | None = None) -> Geometry:

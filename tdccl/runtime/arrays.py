@@ -38,6 +38,20 @@ def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
     )
 
 
+def signature(send: Any, recv: Any) -> tuple | None:
+    """Equal for two pairs of arrays exactly if what holds for the one call holds for the other; None: look closer."""
+    if type(send) is not torch.Tensor or type(recv) is not torch.Tensor:
+        return None
+    dtype = send.dtype
+    if dtype.is_complex or send.is_neg() or not send.is_contiguous():
+        return None
+    if recv is send:
+        return send.data_ptr(), send.shape, dtype
+    if recv.dtype is not dtype or recv.is_neg() or not recv.is_contiguous():
+        return None
+    return send.data_ptr(), send.shape, dtype, recv.data_ptr(), recv.shape
+
+
 def like(tensor: torch.Tensor, array: Any) -> Any:
     """`tensor` as an array of the framework that `array` came from, over the same memory."""
     if isinstance(array, torch.Tensor):
@@ -52,10 +66,8 @@ def like(tensor: torch.Tensor, array: Any) -> Any:
     return tensor
 
 
-def stream_handle(stream: Any, device: torch.device) -> int:
-    """The raw handle of a stream: None (torch's current one), an int, a torch or a CuPy stream."""
-    if stream is None:
-        return torch._C._cuda_getCurrentRawStream(device.index)
+def stream_handle(stream: Any) -> int:
+    """The raw handle of a stream: an int, a torch or a CuPy stream."""
     if isinstance(stream, int):
         return stream
     for attribute in ("cuda_stream", "ptr"):

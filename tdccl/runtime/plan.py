@@ -60,7 +60,7 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 
 
 class Plan:
-    """Launches one kind of call; `send` and `recv` are addresses, `stream` a raw handle."""
+    """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
     def __init__(self, choice: Choice, call: Call, team: Team):
         self.choice = choice
@@ -71,7 +71,8 @@ class Plan:
         self._recv_origin = segments["recv"].address if "recv" in symmetric else 0
         kernel = choice.algorithm.kernel
         arguments = Arguments(kernel, choice.geometry, symmetric, call.op)
-        self._launch = bind(kernel, arguments, team, choice.geometry, tables)
+        self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
-    def __call__(self, send: int, recv: int, stream: int) -> None:
-        self._launch(send - self._send_origin, recv - self._recv_origin, stream)
+    def at(self, send: int, recv: int) -> tuple[int, int]:
+        """What `launch` takes for buffers at these addresses: the addresses, or offsets in symmetric memory."""
+        return send - self._send_origin, recv - self._recv_origin

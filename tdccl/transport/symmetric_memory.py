@@ -52,11 +52,12 @@ class Regions:
     """Disjoint regions, found by address. Threads may look while one adds."""
 
     def __init__(self):
-        self._table: tuple[list[int], list[Region]] = ([], [])  # starts, for bisect, and regions; replaced as one
+        # Starts, for bisect, and regions. Replaced as one: another table, other regions.
+        self.table: tuple[list[int], list[Region]] = ([], [])
 
     def add(self, region: Region) -> None:
         """Adds a region; one that goes on where another of the same memory ends becomes one with it."""
-        starts, regions = map(list, self._table)
+        starts, regions = map(list, self.table)
         index = bisect_right(starts, region.start)
         before = regions[index - 1] if index else None
         if before and before.end == region.start and before.memory is region.memory:
@@ -64,11 +65,11 @@ class Regions:
         else:
             starts.insert(index, region.start)
             regions.insert(index, region)
-        self._table = starts, regions
+        self.table = starts, regions
 
     def find(self, address: int, nbytes: int) -> SymmetricMemory | None:
         """The memory of the region in which all `nbytes` bytes at `address` lie."""
-        starts, regions = self._table
+        starts, regions = self.table
         index = bisect_right(starts, address) - 1
         if index >= 0 and address + nbytes <= regions[index].end:
             return regions[index].memory

@@ -1,0 +1,71 @@
+"""all_to_all_vdev: an all_to_all whose split lists live on the device, as torch.ops.symm_mem.all_to_all_vdev has it.
+
+Nothing depends on the host knowing them: routing may change from one replay of a graph to the next.
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.collectives import exchange
+from tdccl.runtime.algorithm import Algorithm, split_on_device
+
+
+@triton.jit
+def _counts_and_offsets(counts, room):
+    """For each rank its count, at most what is left of `room`, and the sum of those before it; two tuples."""
+    fitting, offsets, start = (), (), room - room
+    for rank in tl.static_range(len(counts)):
+        count = tl.minimum(tl.maximum(counts[rank], 0), room - start)
+        fitting, offsets = fitting + (count,), offsets + (start,)
+        start += count
+    return fitting, offsets
+
+
+@triton.jit
+def staged(
+    team, send, recv, splits, received, row, send_count, recv_count,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Every block tells its peers by packets how much it has for them; then as `exchange.staged`.
+
+    Waits:    block b for block b of every peer, for its count; then as `exchange.staged`.
+    Ordering: none needed for the counts, the flag travels in the word.
+    Reuse:    packet slots and rings alternate by the parity of the epoch; each rank hears from all in each call.
+              Counts from peers are cut to what fits into recv before anything is written by them.
+    """
+    epoch = shmem.begin(team)
+    wanted = ()
+    for rank in tl.static_range(team.size):
+        wanted = wanted + (tl.load(splits.to(tl.pointer_type(tl.int64)) + rank) * row,)
+    send_counts, send_offsets = _counts_and_offsets(wanted, send_count)
+    place = tl.arange(0, 2)
+    for distance in tl.static_range(1, team.size):
+        pe = (team.rank + distance) % team.size
+        count = tl.zeros([2], tl.int64) + shmem.pick(send_counts, pe)
+        shmem.put_words(team, epoch, count, place, place == 0, pe)
+    own = tl.zeros([2], tl.int64) + shmem.pick(send_counts, team.rank)
+    words = shmem.get_words(team, epoch, own, place, place == 0)
+    told = ()
+    for source in tl.static_range(team.size):
+        told = told + (tl.sum(tl.where(place == 0, words[source], 0)),)
+    recv_counts, recv_offsets = _counts_and_offsets(told, recv_count)
+    if tl.program_id(0) == 0:
+        answer = received.to(tl.pointer_type(tl.int64))
+        start = row - row
+        for source in tl.static_range(team.size):
+            rows = tl.maximum(told[source], 0) // row
+            tl.store(answer + source, rows)
+            tl.store(answer + team.size + source, start)
+            start += rows
+    epoch = exchange.through_rings(
+        team, epoch, send, recv, send_counts, send_offsets, told, recv_counts, recv_offsets, DTYPE, TILE, TILES, WHOLE
+    )
+    shmem.end(team, epoch)
+
+
+def _staged(call, context):
+    return split_on_device(call, context, rings=context.size - 1, depth=exchange.DEPTH.value)
+
+
+ALGORITHMS = [Algorithm("staged", staged, _staged, sent=lambda n: n - 1)]
