@@ -429,6 +429,17 @@ class Communicator:
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
         return Explanation(call, self._choose(call), self._heap.nbytes)
 
+    def limit_blocks(self, max_blocks: int | None) -> None:
+        """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
+        other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
+        try:
+            self._context = context_for(self.size, max_blocks)
+        except InitError as error:
+            raise ArgumentError(f"limit_blocks: {error}") from error
+        self.max_blocks = max_blocks
+        self._plans.clear()
+        self._calls.clear()
+
     def use_table(self, table: tuning.Table) -> None:
         """Decides by another tuning table from the next call on; every rank has to be given the same."""
         self.table = table
