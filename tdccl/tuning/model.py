@@ -47,14 +47,27 @@ def fit(points: list[tuple[int, float, float]]) -> Cost:
     return Cost(*found)
 
 
-def costs(tables: list[dict[str, Any]]) -> dict[tuple[str, str, str], Cost]:
-    """{(collective, placement, algorithm): cost} from the measurements that tables keep."""
-    points = defaultdict(list)
+class Rival(NamedTuple):
+    """An algorithm's cost, and the largest size at which it was worth measuring."""
+
+    cost: Cost
+    largest: int
+
+
+def rivals_in(tables: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Rival]]:
+    """{(collective, placement): {algorithm: rival}} from the measurements that tables keep."""
+    points: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for made in tables:
         for point in made["measured"]:
-            key = (point["collective"], point["placement"], point["algorithm"])
-            points[key].append((made["world"], point["sent"], point["time_us"]))
-    return {key: fit(found) for key, found in points.items()}
+            times = points[point["collective"], point["placement"]][point["algorithm"]]
+            times.append((point["bytes"], made["world"], point["sent"], point["time_us"]))
+    return {
+        key: {
+            algorithm: Rival(fit([time[1:] for time in times]), max(time[0] for time in times))
+            for algorithm, times in algorithms.items()
+        }
+        for key, algorithms in points.items()
+    }
 
 
 def table(gpu: str, world: int, sent: Sent) -> Table:
@@ -64,13 +77,18 @@ def table(gpu: str, world: int, sent: Sent) -> Table:
         return Table("nothing measured yet", {})
     nearest = min(tables, key=lambda made: (abs(made["world"] - world), made["world"]))
     shapes = parse(nearest, "nearest")
-    known = costs(tables)
+    known = rivals_in(tables)
     rows: dict[str, dict[str, list[Row]]] = {}
     for collective, placement in itertools.product(nearest["rows"], PLACEMENTS):
-        rivals = {a: cost for (c, p, a), cost in known.items() if (c, p) == (collective, placement)}
+        rivals = known[collective, placement]
+        limit = max(rival.largest for rival in rivals.values())
         modelled = []
         for nbytes in _SIZES:
-            times = {a: cost.microseconds(world, sent(collective, a, nbytes, world)) for a, cost in rivals.items()}
+            times = {
+                name: rival.cost.microseconds(world, sent(collective, name, nbytes, world))
+                for name, rival in rivals.items()
+                if rival.largest >= min(nbytes, limit)
+            }
             fastest = min(times, key=lambda algorithm: (times[algorithm], algorithm))
             modelled.append(Row(nbytes, fastest, _changes(shapes, collective, placement, nbytes, fastest)))
         rows.setdefault(collective, {})[placement] = merged(modelled)

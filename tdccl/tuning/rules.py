@@ -35,7 +35,7 @@ class Rules:
 
 GPU = Rules(
     heap_blocks=128,
-    packets=8192,
+    packets=4096,
     rings=128,
     blocks=128,
     packet_tile=256,
