@@ -34,10 +34,11 @@ class Candidate(NamedTuple):
 
 
 class Implementation(Protocol):
-    """What is measured by `clock` under `name`."""
+    """What is measured by `clock` under `name`, with grids of at most `max_blocks`; a peer's own are not capped."""
 
     name: str
     clock: HostClock
+    max_blocks: int | None
 
     def variants(self, collective: Collective) -> list[bool]:
         """The values of `in_place` that it has; empty if it lacks the collective."""
@@ -53,6 +54,10 @@ class Tdccl:
 
     def __init__(self, comm: Communicator, clock: HostClock):
         self._comm, self.clock = comm, clock
+
+    @property
+    def max_blocks(self) -> int | None:
+        return self._comm.max_blocks
 
     def variants(self, collective: Collective) -> list[bool]:
         return collective.variants
@@ -76,6 +81,8 @@ class Distributed:
 
     Its all_reduce and broadcast are in place only; the others are measured out of place.
     """
+
+    max_blocks = None
 
     def __init__(self, name: str, clock: HostClock, buffers: Buffers | None = None):
         self.name, self.clock, self._own = name, clock, buffers
@@ -101,6 +108,7 @@ class TorchSymmetric:
     place. Compared with tdccl's in place, whichever is the faster."""
 
     name = "symm"
+    max_blocks = None
 
     def __init__(self, clock: HostClock, nbytes: int, device: torch.device):
         import torch.distributed._symmetric_memory as symmetric_memory

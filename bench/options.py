@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-J", "--json", metavar="FILE", type=Path, help="also write the results to FILE")
     add("--placement", type=_list_of(PLACEMENTS), default="plain", help="where buffers lie: plain,symmetric")
     add("--vs", type=_list_of(PEERS), default="", help="time these beside tdccl: nccl,symm,gloo")
+    add("--max-blocks", type=_caps, metavar="N,N", help="time all once for each cap on a grid; peers only beside none")
     add("--ranks", type=_at_least(1), help="ranks to spawn without a launcher (default: the GPUs; in emulation 4)")
     parser.set_defaults(**defaults)
     return parser
@@ -85,6 +86,11 @@ def _at_least(least: int):
         return int(text)
 
     return number
+
+
+def _caps(text: str) -> list[int | None]:
+    number = _at_least(1)
+    return list(dict.fromkeys(None if cap == "none" else number(cap) for cap in text.split(",")))
 
 
 def _list_of(known: tuple[str, ...]):

@@ -29,6 +29,7 @@ class Result:
     algorithm: str
     mode: str
     placement: str
+    max_blocks: int | None
     time_us: float
     wrong: int | None
 
@@ -43,6 +44,7 @@ class Result:
             "mode": self.mode,
             "placement": self.placement,
             "in_place": case.in_place,
+            "max_blocks": self.max_blocks,
             "impl": self.impl,
             "algorithm": self.algorithm,
             "time_us": float(f"{self.time_us:.5g}"),
@@ -66,13 +68,14 @@ class Output:
         versions = ", ".join(f"{name} {version}" for name, version in self._run["versions"].items() if version)
         self._say(f"# {self._run['command']}\n# {self._run['host']}; {comm.size} ranks\n# {versions}")
 
-    def begin(self, collective: str, placement: str, mode: str, peers: list[str]) -> None:
+    def begin(self, collective: str, placement: str, mode: str, max_blocks: int | None, peers: list[str]) -> None:
         """Opens the table of one collective; `peers` get two columns each."""
         self._peers = peers
         variant = f"{'time':>9} {'algbw':>7} {'busbw':>7} {'#wrong':>6}"
         units = f"{'(us)':>9} {'(GB/s)':>7} {'(GB/s)':>7} {'':>6}"
         named = [f"{peer:>9} {'ratio':>6}" for peer in peers]
-        self._say(f"#\n# {collective}, {placement} buffers, {mode}\n#")
+        cap = "" if max_blocks is None else f", max_blocks {max_blocks}"
+        self._say(f"#\n# {collective}, {placement} buffers, {mode}{cap}\n#")
         self._line("#", _case("", "", "", "", ""), f"{'out-of-place':^32}", f"{'in-place':^32}")
         self._line("#", _case("size", "count", "type", "redop", "root"), variant, variant, f"{'algorithm':<20}", *named)
         unit = [f"{'(us)':>9} {'':>6}"] * len(peers)

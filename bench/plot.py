@@ -2,6 +2,7 @@
 
 import argparse
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from matplotlib.ticker import LogFormatter, LogLocator
 from PIL import Image
 
 from bench import reading
+from bench.collectives import COLLECTIVES
 from bench.reading import COLUMNS, PICTURES, Setup, Table
 
 _PANELS = {"time_us": "time, us", "busbw": "bus bandwidth, GB/s"}
@@ -21,12 +23,13 @@ _LOOKS = {  # colours of Okabe and Ito's palette: the colour-blind tell them apa
     "symm": {"color": "#CC79A7", "marker": "D"},
     "gloo": {"color": "#000000", "marker": "v"},
 }
+_COLLECTIVES = dict(zip(COLLECTIVES, _LOOKS.values(), strict=True))  # where each has a line
 _MAIN = {"linewidth": 1.6, "markersize": 4.5}
 _ASIDE = {"linewidth": 0.9, "markersize": 3, "linestyle": "--"}
 
 
 def main() -> None:
-    """Writes one picture a collective and number of ranks."""
+    """Writes one picture a collective and number of ranks, and one of bandwidth against blocks."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE`")
     parser.add_argument("--folder", type=Path, default=PICTURES, help=f"where pictures go (default {PICTURES})")
@@ -53,10 +56,11 @@ def figures(reports: Iterable[dict]) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for setup in reading.setups(reports):
         tables = sorted(setup.tables(), key=lambda table: table.mode == "graph")  # the last of one name counts
-        pictures = {setup.picture(table): table for table in tables}
+        shared = {setup.picture(table): table for table in tables}
+        pictures = {name: figure(setup, table) for name, table in shared.items()} | _blocks_figures(setup)
         if taken := found.keys() & pictures.keys():
             raise ValueError(f"{min(taken)} would show {setup.title}, and another host too: draw them in two folders")
-        found |= {name: figure(setup, table) for name, table in pictures.items()}
+        found |= pictures
     return found
 
 
@@ -72,6 +76,9 @@ def figure(setup: Setup, table: Table) -> Figure:
         for rows, look in lines:
             axes.plot([row["bytes"] for row in rows], [row[field] for row in rows], **look)
         _dress(axes, _PANELS[field])
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(base=32 if high / low > 1024 else 2))  # 1 KiB, 32 KiB, 1 MiB
+        axes.xaxis.set_major_formatter(lambda nbytes, _: reading.size(nbytes))
     times = panels["time_us"]
     times.set_yscale("log")
     times.yaxis.set_major_formatter("{x:g}")
@@ -79,6 +86,35 @@ def figure(setup: Setup, table: Table) -> Figure:
     times.tick_params(which="both", labelsize=8)
     times.legend(fontsize=8)
     return picture
+
+
+def blocks_figure(setup: Setup, lines: dict[tuple[Table, str], dict[int, dict]]) -> Figure:
+    """Bus bandwidth against the largest grid, one line a collective and placement."""
+    picture = Figure(figsize=(9, 4), layout="constrained")
+    axes = picture.subplots()
+    for (table, placement), rows in lines.items():
+        dashed = placement == "symmetric"
+        look = {**_COLLECTIVES[table.collective], **_MAIN, "linestyle": "--" if dashed else "-"}
+        label = f"{table.collective} symmetric" if dashed else table.collective
+        axes.plot([*rows], [row["busbw"] for row in rows.values()], **look, label=label)
+    table = max((table for table, _ in lines), key=lambda table: table.op or "")  # one with an op, if there is one
+    picture.suptitle(f"{table._replace(collective='bus bandwidth by blocks').title}\n{setup.title}", fontsize=10)
+    sizes = dict.fromkeys(reading.size(row["bytes"]) for rows in lines.values() for row in rows.values())
+    _dress(axes, f"bus bandwidth at {' or '.join(sizes)}, GB/s")
+    axes.set_xlabel("blocks, at most", fontsize=8)
+    caps = sorted(set().union(*lines.values()))
+    axes.set_xticks(caps, map(str, caps))
+    axes.set_ylim(bottom=0)
+    picture.legend(fontsize=8, loc="outside right center")
+    return picture
+
+
+def _blocks_figures(setup: Setup) -> dict[str, Figure]:
+    """{file name: picture of bandwidth against blocks}: what differs in op, dtype or mode lies apart."""
+    lines: dict[str, dict] = defaultdict(dict)
+    for (table, placement), rows in setup.by_blocks().items():
+        lines[setup.blocks_picture(table)][table, placement] = rows
+    return {name: blocks_figure(setup, shared) for name, shared in lines.items()}
 
 
 def _lines(setup: Setup, table: Table, look: dict, remark: str = "") -> Iterator[tuple[list[dict], dict]]:
@@ -92,9 +128,6 @@ def _lines(setup: Setup, table: Table, look: dict, remark: str = "") -> Iterator
 def _dress(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.set_xscale("log", base=2)
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(base=32 if high / low > 1024 else 2))  # 1 KiB, 32 KiB, 1 MiB
-    axes.xaxis.set_major_formatter(lambda nbytes, _: reading.size(nbytes))
     axes.tick_params(labelsize=8)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)

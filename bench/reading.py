@@ -11,8 +11,8 @@ from typing import NamedTuple
 PICTURES = Path("bench/plots")  # seen from README
 COLUMNS = {"plain": "tdccl", "symmetric": "tdccl symmetric", "nccl": "NCCL", "symm": "torch symm", "gloo": "Gloo"}
 
-_KEY = ("collective", "bytes", "dtype", "op", "mode", "placement", "in_place", "impl")
-_USUAL = ("sum", "bfloat16")  # the bench's defaults go unsaid in a picture's name
+_KEY = ("collective", "bytes", "dtype", "op", "mode", "placement", "in_place", "impl", "max_blocks")
+_USUAL = ("sum", "bfloat16", "graph")  # what goes unsaid in a picture's name
 
 
 class Table(NamedTuple):
@@ -32,10 +32,14 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What one kind of host measured with one number of ranks: the newest report, and of equal rows the newest."""
+    """What one kind of host measured with one number of ranks: the newest report, and of equal rows the newest.
+
+    capped: the rows with a cap on blocks, which are in no table by size
+    """
 
     report: dict
     rows: list[dict]
+    capped: list[dict]
 
     @property
     def title(self) -> str:
@@ -49,8 +53,7 @@ class Setup:
     def points(self, table: Table) -> dict[int, dict[str, dict]]:
         """{bytes: {one of COLUMNS: row}} by size, all in place or none: as the peers' are."""
         rows = [row for row in self.rows if _table_of(row) == table]
-        as_peers = {row["in_place"] for row in rows if row["impl"] != "tdccl"}
-        in_place = max(as_peers) if as_peers else min((row["in_place"] for row in rows), default=False)
+        in_place = _as_peers(rows)
         found: dict[int, dict[str, dict]] = {}
         # A peer's rows on plain buffers come last, and so they count if there are any.
         for row in sorted(rows, key=lambda row: row["placement"] == "plain"):
@@ -59,11 +62,30 @@ class Setup:
                 found.setdefault(row["bytes"], {})[column] = row
         return dict(sorted(found.items()))
 
+    def by_blocks(self) -> dict[tuple[Table, str], dict[int, dict]]:
+        """{(table, placement): {cap: row}} at the table's largest size with a cap; in place as `points` has it."""
+        found: dict[tuple[Table, str], dict[int, dict]] = {}
+        for table in dict.fromkeys(map(_table_of, self.capped)):
+            in_place = _as_peers([row for row in (*self.rows, *self.capped) if _table_of(row) == table])
+            rows = [row for row in self.capped if _table_of(row) == table and row["in_place"] is in_place]
+            largest = max((row["bytes"] for row in rows), default=0)
+            for row in sorted(rows, key=lambda row: row["max_blocks"]):
+                if row["bytes"] == largest:
+                    found.setdefault((table, row["placement"]), {})[row["max_blocks"]] = row
+        return found
+
     def picture(self, table: Table) -> str:
         """The file name of the picture in which the table is drawn; modes share one."""
+        return self._file(table.collective, table.op, table.dtype)
+
+    def blocks_picture(self, table: Table) -> str:
+        """The file name of the picture of bandwidth against blocks that has the table; collectives share one."""
+        return self._file("blocks", table.op, table.dtype, table.mode)
+
+    def _file(self, subject: str, *details: str | None) -> str:
         host = f"{self.report['world']}x{_model(self.report['gpu'])}"
-        unusual = [part for part in (table.op, table.dtype) if part and part not in _USUAL]
-        return "-".join((host, table.collective, *unusual)) + ".png"
+        unusual = [detail for detail in details if detail and detail not in _USUAL]
+        return "-".join((host, subject, *unusual)) + ".png"
 
 
 def setups(reports: Iterable[dict]) -> list[Setup]:
@@ -73,8 +95,10 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
     for report in sorted(reports, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
         newest[kind] = report
-        rows[kind] |= {tuple(row[name] for name in _KEY): {**row, "run": report["date"]} for row in report["rows"]}
-    return [Setup(report, list(rows[kind].values())) for kind, report in newest.items()]
+        for row in report["rows"]:
+            row = {"max_blocks": None, **row, "run": report["date"]}  # older reports have no caps
+            rows[kind][tuple(row[name] for name in _KEY)] = row
+    return [_setup(report, list(rows[kind].values())) for kind, report in newest.items()]
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
@@ -94,6 +118,17 @@ def _model(gpu: str | None) -> str:
     """The word that tells a GPU from others of its maker: H200, MI300X."""
     word = re.search(r"\w*\d\w*", gpu or "")
     return word[0] if word else "GPU" if gpu else "CPU"
+
+
+def _setup(report: dict, rows: list[dict]) -> Setup:
+    capped = [row for row in rows if row["max_blocks"] is not None]
+    return Setup(report, [row for row in rows if row["max_blocks"] is None], capped)
+
+
+def _as_peers(rows: list[dict]) -> bool:
+    """Whether a table's rows are compared in place: as the peers' are, else only where nothing is out of place."""
+    theirs = {row["in_place"] for row in rows if row["impl"] != "tdccl"}
+    return max(theirs) if theirs else min((row["in_place"] for row in rows), default=False)
 
 
 def _table_of(row: dict) -> Table:

@@ -1,6 +1,7 @@
 """Markdown tables from the bench's JSON: `python -m bench.report results/*.json [--readme README.md]`."""
 
 import argparse
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def replaced(document: str, text: str) -> str:
 
 
 def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
-    """All tables: for each kind of host and number of ranks, the collectives by size and then the bandwidths.
+    """All tables: for each kind of host and number of ranks, the collectives by size, the bandwidths, and
+    then these against the number of blocks.
 
     beside: the folder of a document that is to show the pictures that `python -m bench.plot` put there.
     """
@@ -51,7 +53,9 @@ def _section(setup: Setup, beside: Path | None) -> str:
     points = {table: _shown(setup.points(table)) for table in setup.tables()}
     for table, by_size in points.items():
         parts += [f"**{table.title}**", *_picture(setup, table, beside), _by_size(by_size)]
-    return "\n\n".join([*parts, "**busbw at the largest size, GB/s**", _bandwidths(points)])
+    if points:
+        parts += ["**busbw at the largest size, GB/s**", _bandwidths(points)]
+    return "\n\n".join(parts + _blocks(setup, beside))
 
 
 def _shown(points: dict[int, dict[str, dict]]) -> dict[int, dict[str, dict]]:
@@ -60,10 +64,14 @@ def _shown(points: dict[int, dict[str, dict]]) -> dict[int, dict[str, dict]]:
 
 
 def _picture(setup: Setup, table: Table, beside: Path | None) -> list[str]:
-    """The line that shows the picture, if there is one; it holds the eager calls too, so once is enough."""
-    path = PICTURES / setup.picture(table)
-    shown = table.mode == "graph" and beside is not None and (beside / path).exists()
-    return [f"![{table.collective}]({path.as_posix()})"] if shown else []
+    """The line that shows the table's picture; it holds the eager calls too, so once is enough."""
+    return _shows(table.collective, setup.picture(table), beside) if table.mode == "graph" else []
+
+
+def _shows(title: str, name: str, beside: Path | None) -> list[str]:
+    """The line that shows the picture of that name, if it is there."""
+    path = PICTURES / name
+    return [f"![{title}]({path.as_posix()})"] if beside is not None and (beside / path).exists() else []
 
 
 def _by_size(points: dict[int, dict[str, dict]]) -> str:
@@ -94,6 +102,27 @@ def _bandwidths(points: dict[Table, dict[int, dict[str, dict]]]) -> str:
     for table, (nbytes, row) in largest.items():
         lines.append([table.title, reading.size(nbytes), *_figures(row, columns, "busbw")])
     return _grid(["", "size", *(COLUMNS[column] for column in columns)], lines)
+
+
+def _blocks(setup: Setup, beside: Path | None) -> list[str]:
+    """What there is of bandwidth against the number of blocks: pictures and one table."""
+    found = setup.by_blocks()
+    if not found:
+        return []
+    caps = sorted(set().union(*found.values()))
+    lines = []
+    for (table, placement), rows in found.items():
+        size = reading.size(next(iter(rows.values()))["bytes"])
+        lines.append([f"{table.title}, {placement}", size, *_shares(rows, caps)])
+    names = dict.fromkeys(setup.blocks_picture(table) for table, _ in found)
+    pictures = itertools.chain(*(_shows("busbw by blocks", name, beside) for name in names))
+    title = "**busbw with at most so many blocks, GB/s and per cent of the row's best**"
+    return [title, *pictures, _grid(["", "size", *map(str, caps)], lines)]
+
+
+def _shares(rows: dict[int, dict], caps: list[int]) -> list[str]:
+    best = max(row["busbw"] for row in rows.values())
+    return [f"{_figure(rows[cap]['busbw'])} ({rows[cap]['busbw'] / best:.0%})" if cap in rows else "" for cap in caps]
 
 
 def _figures(row: dict[str, dict], columns: list[str], field: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One run: every collective, placement, size, dtype and op; tdccl and its peers one after another at each."""
+"""One run: every cap, collective, placement, size, dtype and op; tdccl and its peers one after another at each."""
 
 import argparse
 import itertools
@@ -25,19 +25,25 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
         torch.set_num_threads(1)  # ranks share the cores
     output = Output(options, comm)
     ours = implementations.ours(comm, bootstrap, options.graph)
-    peers, notes = implementations.peers(options.vs, comm, bootstrap, options.graph, options.maxbytes)
+    caps = options.max_blocks or [comm.max_blocks]  # TDCCL_MAX_BLOCKS is one too
+    rivals = options.vs if None in caps else []
+    if rivals != options.vs:
+        output.note("--vs takes a pass without a cap on blocks, and there is none: left out")
+    peers, notes = implementations.peers(rivals, comm, bootstrap, options.graph, options.maxbytes)
     for name, reason in notes.items():
         output.note(f"{name} {reason}: left out")
     meter = Meter(options, bootstrap, output)
     buffers = {placement: _allocate(comm, placement, options.maxbytes) for placement in options.placement}
-    for name, placement in itertools.product(options.collectives, options.placement):
+    for cap, name, placement in itertools.product(caps, options.collectives, options.placement):
+        comm.limit_blocks(cap)
+        beside = peers if cap is None else []  # theirs would be the same again
         collective = COLLECTIVES[name]
-        output.begin(name, placement, ours.clock.mode, [peer.name for peer in peers if peer.variants(collective)])
+        output.begin(name, placement, ours.clock.mode, cap, [peer.name for peer in beside if peer.variants(collective)])
         for cases in _cases(options, collective, comm):
             if cases[False].count == 0:
                 output.note(f"{cases[False].limit} bytes are less than 16 a rank: left out")
                 continue
-            output.row([meter.results(each, cases, placement, buffers[placement]) for each in (ours, *peers)])
+            output.row([meter.results(each, cases, placement, buffers[placement]) for each in (ours, *beside)])
     status = output.end()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -85,8 +91,8 @@ class Meter:
                     self._output.note(f"{implementation.name}: no {case.op or ''} {case.dtype_name}: {reason}")
                     continue
                 wrong, time = self._measure(case, candidate, implementation.clock)
-                mode = implementation.clock.mode
-                measured.append(Result(case, implementation.name, candidate.algorithm, mode, placement, time, wrong))
+                how = implementation.clock.mode, placement, implementation.max_blocks
+                measured.append(Result(case, implementation.name, candidate.algorithm, *how, time, wrong))
             if measured:
                 found.append(min(measured, key=lambda result: result.time_us))
         return found

@@ -74,12 +74,32 @@ def test_spawns_its_ranks_and_writes_tidy_json(tmp_path):
     assert "all_gather, bfloat16, eager" in report.markdown([found])
 
 
+def test_measures_all_once_for_each_cap_and_peers_without_one(tmp_path):
+    path = tmp_path / "results.json"
+    small = ("--ranks", "2", "-b", "64K", "-e", "64K", "-n", "1", "-w", "0", "-J", str(path))
+    done = bench("all_gather", *small, "--vs", "gloo", "--max-blocks", "2,none,1")
+    assert done.returncode == 0, done.stderr
+    heads = [line for line in done.stdout.splitlines() if "plain buffers" in line]
+    shared = "# all_gather, plain buffers, eager"
+    assert heads == [f"{shared}, max_blocks 2", shared, f"{shared}, max_blocks 1"]
+    rows = [(row["impl"], row["max_blocks"], row["in_place"]) for row in json.loads(path.read_text())["rows"]]
+    ours = [("tdccl", cap, in_place) for cap in (2, None, 1) for in_place in (False, True)]
+    assert rows == [*ours[:4], ("gloo", None, False), *ours[4:]]
+
+
+def test_caps_alone_leave_the_peers_out(capsys):
+    assert run_alone("--vs", "gloo", "--max-blocks", "1") == 0
+    said = capsys.readouterr().out
+    assert "# --vs takes a pass without a cap" in said and "max_blocks 1" in said and "ratio" not in said
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("-b 1M -e 1K", "expected -b <= -e"),
         ("-b 1X", "expected bytes as"),
         ("--vs mpi", "expected some of"),
+        ("--max-blocks 4,0", "'0', expected a whole number >= 1"),
         ("-G", "need a GPU"),
         ("-J missing/results.json", "there is no folder missing"),
     ],
@@ -161,20 +181,26 @@ def test_results_are_exact_in_every_dtype(op, dtype):
             assert torch.equal(result * ranks, sum(inputs))
 
 
-def test_a_wrong_result_fails_the_run(monkeypatch, tmp_path):
+def run_alone(*arguments: str) -> int:
+    """The exit status of a run on one rank, in this process."""
     import tdccl
     from bench import sweep
+
+    asked = options.parse(["all_reduce", "-e", "1K", "-n", "1", "-w", "0", *arguments])
+    store = torch.distributed.HashStore()
+    comm = tdccl.init(store=torch.distributed.PrefixStore("comm", store), rank=0, size=1)
+    return sweep.run(asked, comm, tdccl.transport.bootstrap.StoreBootstrap(store, 0, 1, 10))
+
+
+def test_a_wrong_result_fails_the_run(monkeypatch):
+    import tdccl
 
     def wrong_all_reduce(self, send, recv, op):
         recv.copy_(send)
         recv[3] = 99
 
     monkeypatch.setattr(tdccl.Communicator, "all_reduce", wrong_all_reduce)
-    asked = options.parse(["all_reduce", "-e", "1K", "-n", "1", "-w", "0"])
-    store = torch.distributed.HashStore()
-    comm = tdccl.init(store=torch.distributed.PrefixStore("comm", store), rank=0, size=1)
-    bootstrap = tdccl.transport.bootstrap.StoreBootstrap(store, 0, 1, 10)
-    assert sweep.run(asked, comm, bootstrap) == 1
+    assert run_alone() == 1
 
 
 def row(impl, time, **changed):
@@ -206,6 +232,32 @@ def test_report_has_a_column_for_torch_symmetric_memory_where_it_was_measured():
 def test_report_leaves_out_sizes_that_only_gloo_has():
     rows = [row("tdccl", 10.0, mode="eager"), row("gloo", 99.0, mode="eager", bytes=1 << 30)]
     assert "GiB" not in report.markdown([run_of(*rows)])
+
+
+def capped_run(date="2026-01-02T00:00:00"):
+    """all_reduce at two sizes with three caps, in plain memory and, with two of them, in symmetric; no peers."""
+    rows = [
+        row("tdccl", 30.0, placement=placement, max_blocks=cap, bytes=kilobytes << 10, busbw=kilobytes / 1024 * share)
+        for placement, shares in {"plain": {8: 200.0, 4: 150.0, 16: 180.0}, "symmetric": {4: 50.0, 8: 100.0}}.items()
+        for kilobytes, (cap, share) in itertools.product((1024, 1), shares.items())
+    ]
+    return run_of(*rows, *({**each, "in_place": False, "busbw": 1e3} for each in rows), date=date)
+
+
+def test_report_keeps_rows_with_a_cap_out_of_the_tables_by_size():
+    old = run_of(row("tdccl", 10.0), row("nccl", 25.0))  # a report from before there were caps
+    whole, _, capped = report.markdown([old, capped_run()]).partition("**busbw with at most so many blocks")
+    assert "| 1 MiB | 10 |  | 25 | 2.50 |" in whole and "| 1 KiB |" not in whole
+    named = "all_reduce, sum, bfloat16, in a CUDA graph"
+    assert "|  | size | 4 | 8 | 16 |" in capped
+    assert f"| {named}, plain | 1 MiB | 150 (75%) | 200 (100%) | 180 (90%) |" in capped
+    assert f"| {named}, symmetric | 1 MiB | 50 (50%) | 100 (100%) |  |" in capped
+    assert "blocks" not in report.markdown([old])
+
+
+def test_report_of_caps_alone_has_no_other_table():
+    found = report.markdown([capped_run()])
+    assert "largest size" not in found and found.count("| --- |") == 1
 
 
 def test_report_replaces_what_is_between_the_markers():
@@ -282,3 +334,18 @@ def test_plot_keeps_apart_what_differs(plot):
     assert plot.figures([run_of(*rows), emulated]).keys() == names | {"4xCPU-all_reduce.png"}
     with pytest.raises(ValueError, match="two folders"):
         plot.figures([run_of(*rows), run_of(*rows) | {"host": "8 x NVIDIA H200"}])
+
+
+def test_plot_draws_bandwidth_against_blocks_and_the_report_shows_it(plot, tmp_path):
+    reports = [run_of(row("tdccl", 10.0), row("nccl", 25.0)), capped_run()]
+    plot.draw(reports, tmp_path / "bench/plots")
+    names = {"4xH200-all_reduce.png", "4xH200-blocks.png"}
+    assert {path.name for path in (tmp_path / "bench/plots").iterdir()} == names
+    assert "![busbw by blocks](bench/plots/4xH200-blocks.png)" in report.markdown(reports, tmp_path)
+    (axes,) = plot.figures(reports)["4xH200-blocks.png"].axes
+    drawn = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+    assert drawn == {
+        "all_reduce": [[4, 8, 16], [150.0, 200.0, 180.0]],
+        "all_reduce symmetric": [[4, 8], [50.0, 100.0]],
+    }
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"] and axes.get_xscale() == "log"
