@@ -26,7 +26,7 @@ def test_command_of_readme(command, tmp_path):
         "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
     )
     (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     words[2] = str(pool.LARGEST_WORLD)  # on as many GPUs as there are
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
