@@ -18,7 +18,7 @@ import torch
 from tdccl import __version__, environment, transport, tuning
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.runtime import arrays, bare
-from tdccl.runtime.algorithm import Call, Context, team_of
+from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
@@ -58,11 +58,10 @@ def context_for(size: int, max_blocks: int | None = None) -> Context:
     """What algorithms know of a communicator of `size` ranks. Raises InitError if the scratch is too small for them."""
     rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
     scratch = environment.scratch_bytes()
-    packets = layout.packets_a_rank(rules.packets, size)
-    ring_bytes = layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings)
-    if ring_bytes < 16 << 10:
+    context = context_of(size, scratch, rules)
+    if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
-    return Context(size, ring_bytes, rules)
+    return context
 
 
 def table_for(gpu: str, size: int) -> tuning.Table:
@@ -119,10 +118,7 @@ class Communicator:
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
         self.table = table_for(self.gpu, self.size)
         self._agree()
-        rules, ring_bytes = self._context.rules, self._context.ring_bytes
-        packets = layout.packets_a_rank(rules.packets, self.size)
-        nbytes = layout.heap_bytes(self.size, rules.heap_blocks, packets, rules.rings, ring_bytes)
-        self._heap = transport.allocate(bootstrap, nbytes, self.device)
+        self._heap = transport.allocate(bootstrap, layout.heap_bytes(team_of(self._context, "")), self.device)
         pinned = not environment.emulated()
         self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
@@ -133,7 +129,7 @@ class Communicator:
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
         self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
-        self._stream: Any = None
+        self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._splits = 0
         self._last = "no call yet"
         self._destroyed = False
@@ -326,6 +322,68 @@ class Communicator:
         nothing = self._heap.local[:0]
         self._run("barrier", nothing, nothing, 0, stream=stream)
 
+    # ---- messages between two ranks ----------------------------------------------------------------
+
+    def send(self, send: Any, to: int, *, stream: Any = None) -> None:
+        """Sends an array of any shape and dtype to rank `to`, which calls `recv` for as many bytes.
+
+        Messages of one pair arrive in order. Only these two ranks take part; a large message waits for its receiver.
+        """
+        self.send_recv([(send, to)], [], stream=stream)
+
+    def recv(self, recv: Any, source: int, *, stream: Any = None) -> Any:
+        """Receives what rank `source` sends into `recv`; returns recv."""
+        self.send_recv([], [(recv, source)], stream=stream)
+        return recv
+
+    def send_recv(self, sends: list[tuple[Any, int]], recvs: list[tuple[Any, int]], *, stream: Any = None) -> None:
+        """Sends each array to its rank and receives each from its, all under way together, so that ranks may send to
+        each other at once. The k-th message to a rank is the k-th that this rank receives from here."""
+        out = self._messages("send", sends)
+        into = self._messages("recv", recvs, written=True)
+        local = zip(out.pop(self.rank, []), into.pop(self.rank, []))
+        rounds = max(map(len, [*out.values(), *into.values()]), default=0)
+        for source, target in local:
+            if source.numel() * source.itemsize != target.numel() * target.itemsize:
+                raise ArgumentError(f"send_recv: rank {self.rank} sends itself what it does not receive")
+            with self._on(stream):
+                target.view(-1).view(torch.uint8).copy_(source.view(-1).view(torch.uint8))
+        for number in range(rounds):
+            now = (
+                {rank: listed[number] for rank, listed in each.items() if number < len(listed)} for each in (out, into)
+            )
+            self._transfer(*now, stream)
+
+    def _messages(self, name: str, listed, written: bool = False) -> dict[int, list[torch.Tensor]]:
+        """The checked tensors of messages by the other rank, empty ones left out."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for array, rank in listed:
+            tensor = self._checked("send_recv", name, arrays.as_tensor(array, name, written=written))
+            if not hasattr(rank, "__index__") or not 0 <= operator.index(rank) < self.size:
+                raise ArgumentError(f"send_recv: the other rank is {rank!r}, expected one from 0 to {self.size - 1}")
+            if tensor.numel():
+                found.setdefault(operator.index(rank), []).append(tensor)
+        return found
+
+    def _transfer(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], stream) -> None:
+        """Launches one round of messages, at most one to and one from each rank."""
+        sizes = {id(tensor): tensor.numel() * tensor.itemsize for tensor in (*out.values(), *into.values())}
+        low = functools.reduce(operator.or_, (t.data_ptr() | sizes[id(t)] for t in (*out.values(), *into.values())))
+        alignment = min(16, low & -low)
+        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (None, None), False)
+        unit = min(8, alignment)
+
+        def column(messages, value):
+            return tuple(value(messages[rank]) if rank in messages else 0 for rank in range(self.size))
+
+        with self._lock:
+            launch = self._plan(call).launch
+            for name, messages in (("send", out), ("recv", into)):
+                launch.assign(f"{name}s", column(messages, torch.Tensor.data_ptr))
+                launch.assign(f"{name}_counts", column(messages, lambda tensor: sizes[id(tensor)] // unit))
+            lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
+            self._start("send_recv", launch, 0, 0, stream, lanes)
+
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
     def empty(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -498,7 +556,7 @@ class Communicator:
             raise TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
-        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", layout.PACKET_KIND.value: "packets"}
+        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
         raise Timeout(
             f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "
             f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
@@ -618,20 +676,25 @@ class Communicator:
             return
         call = self._call(collective, source, target, count, op, root, splits)._replace(on_device=on_device)
         with self._lock:
-            plan = self._plans.get(call)
-            if plan is None:
-                if len(self._plans) >= _MOST_PLANS:
-                    self._plans.clear()  # split lists may differ in every call
-                with self._on_device():
-                    plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+            plan = self._plan(call)
             ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
             if key is not None and key[-1] is not None:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready
-        self._start(*ready, stream)
+            self._start(*ready, stream)
 
-    def _start(self, collective: str, launch, send: int, recv: int, stream) -> None:
+    def _plan(self, call: Call) -> Plan:
+        plan = self._plans.get(call)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()  # split lists may differ in every call
+            with self._on_device():
+                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+        return plan
+
+    def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
+        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory."""
         with self._lock:
             self._last = collective
             if self._emulated:
@@ -640,8 +703,9 @@ class Communicator:
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
-            if handle != self._stream:
-                self._follow(handle)
+            for lane in lanes:
+                if self._streams.get(lane) != handle:
+                    self._follow(lane, handle)
             if torch._C._cuda_getDevice() == index:
                 launch(send, recv, handle)
             else:
@@ -651,15 +715,22 @@ class Communicator:
     def _on_device(self):
         return contextlib.nullcontext() if self._emulated else torch.cuda.device(self.device)
 
-    def _follow(self, handle: int) -> None:
-        """Calls on one communicator share scratch: one on a new stream waits for those on the last."""
+    def _on(self, stream):
+        """torch's context of a stream in any form."""
+        if self._emulated or stream is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.ExternalStream(arrays.stream_handle(stream), self.device))
+
+    def _follow(self, lane, handle: int) -> None:
+        """A call on a new stream waits for those on the last one in its lane."""
         if torch.cuda.is_current_stream_capturing():
             return  # a graph is ordered with other work where it is replayed
-        if self._stream is not None:
+        last = self._streams.get(lane)
+        if last is not None:
             event = torch.cuda.Event()
-            event.record(torch.cuda.ExternalStream(self._stream, self.device))
+            event.record(torch.cuda.ExternalStream(last, self.device))
             torch.cuda.ExternalStream(handle, self.device).wait_event(event)
-        self._stream = handle
+        self._streams[lane] = handle
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,13 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.language import team as layout
 from tdccl.runtime.algorithm import Call, Context, team_of
+from tdccl.runtime.algorithm import context_of as context_within
 from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    rules = tuning.GPU
-    packets = layout.packets_a_rank(rules.packets, size)
-    return Context(size, layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings), rules)
+    return context_within(size, scratch, tuning.GPU)
 
 
 def arguments_of(algorithm, call: Call, context: Context):

@@ -8,6 +8,7 @@ from tdccl.collectives import (
     barrier,
     broadcast,
     reduce_scatter,
+    send_recv,
 )
 
 ALGORITHMS = {
@@ -18,4 +19,5 @@ ALGORITHMS = {
     "all_to_all": all_to_all.ALGORITHMS,
     "all_to_all_vdev": all_to_all_vdev.ALGORITHMS,
     "barrier": barrier.ALGORITHMS,
+    "send_recv": send_recv.ALGORITHMS,
 }
