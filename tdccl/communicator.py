@@ -187,12 +187,17 @@ class Communicator:
         self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, key=key)
         return result
 
-    def all_gather(self, send: Any, recv: Any = None, *, stream: Any = None) -> Any:
+    def all_gather(
+        self, send: Any, recv: Any = None, recv_splits: list[int] | None = None, *, stream: Any = None
+    ) -> Any:
         """recv = all ranks' `send`, one after another in rank order; returns recv.
 
         send: [d, ...], any dtype. recv: [size * d, ...], or any shape with size times as many elements; send
-        may be this rank's piece of it (in place).
+        may be this rank's piece of it (in place). recv_splits: how many rows each rank sends, if not all equally many;
+        then recv: [sum(recv_splits), ...], and not in place.
         """
+        if recv_splits is not None:
+            return self._all_gather_uneven(send, recv, recv_splits, stream)
         key = ("all_gather", None, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
@@ -230,10 +235,8 @@ class Communicator:
         if self._again(key, stream):
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
-        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
-            raise ArgumentError(f"broadcast: root is {root!r}, expected a rank from 0 to {self.size - 1}")
+        root = self._checked_root("broadcast", root)
         if self.size > 1:
-            root = operator.index(root)
             self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, key=key)
         return buf
 
@@ -316,6 +319,73 @@ class Communicator:
         self._run("all_to_all_vdev", source, target, 0, stream=stream, on_device=on_device)
         return recv
 
+    def reduce(self, send: Any, recv: Any = None, op: str = "sum", root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank `root` = op over all ranks' `send`; the bits are those of `all_reduce`. Returns recv there, None
+        elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
+        root = self._checked_root("reduce", root)
+        if self.rank == root:
+            source, target, result = self._pair("reduce", send, recv, lambda shape: shape)
+        else:
+            source = target = self._checked("reduce", "send", arrays.as_tensor(send, "send"))
+            result = None
+        arrays.check_reduction("reduce", op, source.dtype)
+        self._run("reduce", source, target, source.numel(), op=op, root=root, stream=stream)
+        return result
+
+    def gather(self, send: Any, recv: Any = None, root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank `root` = all ranks' `send`, one after another; returns recv there, None elsewhere, where recv is
+        not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
+        root = self._checked_root("gather", root)
+        if self.rank == root:
+            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size))
+        else:
+            source = target = self._checked("gather", "send", arrays.as_tensor(send, "send"))
+            result = None
+        self._move_by_root("gather", source, target, source.numel(), root, stream)
+        return result
+
+    def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank i = piece i of rank root's `send`; returns recv. recv: [d, ...]; send: [size * d, ...] on rank
+        `root`, not overlapping recv; elsewhere it is not looked at."""
+        root = self._checked_root("scatter", root)
+        if self.rank == root:
+            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, shrinks=True)
+        else:
+            source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
+        self._move_by_root("scatter", source, target, target.numel(), root, stream)
+        return recv
+
+    def _checked_root(self, collective: str, root: Any) -> int:
+        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
+            raise ArgumentError(f"{collective}: root is {root!r}, expected a rank from 0 to {self.size - 1}")
+        return operator.index(root)
+
+    def _move_by_root(self, collective: str, source, target, count: int, root: int, stream) -> None:
+        """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
+        if source is not target and _overlap(source, target):
+            raise ArgumentError(f"{collective}: recv overlaps send")
+        one = tuple(count * (rank == root) for rank in range(self.size))
+        everyone = (count * (self.rank == root),) * self.size
+        splits = (one, everyone) if collective == "gather" else (everyone, one)
+        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+
+    def _all_gather_uneven(self, send, recv, recv_splits, stream):
+        counts = list(recv_splits)
+        source = self._checked("all_gather", "send", arrays.as_tensor(send, "send"))
+        if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
+            raise ArgumentError(f"all_gather: recv_splits is {counts}, expected {self.size} counts >= 0")
+        rows = source.shape[0] if source.dim() else 1
+        if counts[self.rank] != rows:
+            raise ArgumentError(f"all_gather: send has {rows} rows, recv_splits says {counts[self.rank]} of this rank")
+        row = math.prod(source.shape[1:])
+        shape = (sum(counts), *source.shape[1:])
+        source, target, result = self._pair("all_gather", send, recv, lambda _: shape, expected=math.prod(shape))
+        if _overlap(source, target):
+            raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
+        splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
+        self._run("all_gather", source, target, 0, splits=splits, stream=stream)
+        return result
+
     def barrier(self, *, stream: Any = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
         self.check()
@@ -354,6 +424,14 @@ class Communicator:
             )
             self._transfer(*now, stream)
 
+    def has_message_from(self, source: int) -> bool:
+        """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
+        self.check()
+        start = layout.heap_bytes(team_of(self._context, "")._replace(channels=0))
+        words = self._heap.local[start : start + 32 * layout.MAX_RANKS.value].view(torch.int64)
+        _, received, arrived, _ = words.view(4, -1)[:, source].tolist()
+        return arrived > received
+
     def _messages(self, name: str, listed, written: bool = False) -> dict[int, list[torch.Tensor]]:
         """The checked tensors of messages by the other rank, empty ones left out."""
         found: dict[int, list[torch.Tensor]] = {}
@@ -370,7 +448,10 @@ class Communicator:
         sizes = {id(tensor): tensor.numel() * tensor.itemsize for tensor in (*out.values(), *into.values())}
         low = functools.reduce(operator.or_, (t.data_ptr() | sizes[id(t)] for t in (*out.values(), *into.values())))
         alignment = min(16, low & -low)
-        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (None, None), False)
+        lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
+        # Lanes go on in threads of their own in emulation: each has a plan, so that none changes another's arguments.
+        lane = lanes[0] if len(lanes) == 1 else None
+        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (lane, None), False)
         unit = min(8, alignment)
 
         def column(messages, value):
@@ -381,8 +462,11 @@ class Communicator:
             for name, messages in (("send", out), ("recv", into)):
                 launch.assign(f"{name}s", column(messages, torch.Tensor.data_ptr))
                 launch.assign(f"{name}_counts", column(messages, lambda tensor: sizes[id(tensor)] // unit))
-            lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
-            self._start("send_recv", launch, 0, 0, stream, lanes)
+            if not self._emulated:
+                self._start("send_recv", launch, 0, 0, stream, lanes)
+                return
+        launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
+        self.check()
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -592,7 +676,7 @@ class Communicator:
                 )
             return source, target, recv
         small, large, names = (target, source, "send") if shrinks else (source, target, "recv")
-        ranks = 1 if collective in ("all_reduce", "all_to_all") else self.size
+        ranks = 1 if collective in ("all_reduce", "all_to_all", "reduce") else self.size
         if large.numel() != ranks * small.numel():
             times = f"{ranks} ranks x {small.numel()} = " if ranks > 1 else ""
             raise ArgumentError(
@@ -633,7 +717,7 @@ class Communicator:
         else:
             dtype = arrays.TRITON_NAMES[source.dtype]
         in_place = _overlap(source, target)
-        if in_place and collective != "broadcast":
+        if in_place and source is not target:
             self._check_in_place(collective, source, target)
         return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
 

@@ -41,7 +41,7 @@ def calls_of(collective: str, algorithm):
     """An aligned call of the size that the algorithm is for, with each dtype and op that makes another kernel."""
     nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
-    if collective in ("all_reduce", "reduce_scatter"):
+    if "reduce" in collective:
         kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
     for dtype, op in kinds:
         itemsize = {"u8": 1, "i8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i64": 8}[dtype]

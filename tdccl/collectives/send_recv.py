@@ -72,8 +72,9 @@ def transfer(
                 tl.store(target + index, tl.load(slot + place, mask=mask), mask=mask)
             shmem.count_for_peers(team, shmem.TAKEN, there, step - LAG < receiving * alive)
     tl.debug_barrier()
-    tl.store(shmem.channel_counts(team, shmem.SENT), sent + sending)
-    tl.store(shmem.channel_counts(team, shmem.RECEIVED), received + receiving)
+    # Only what this launch has moved: another may be under way with other peers, or the other way.
+    tl.store(shmem.channel_counts(team, shmem.SENT), sent + sending, mask=sending > 0)
+    tl.store(shmem.channel_counts(team, shmem.RECEIVED), received + receiving, mask=receiving > 0)
 
 
 ALGORITHMS = [Algorithm("transfer", transfer, between_pairs, sent=lambda n: 1)]
