@@ -54,10 +54,13 @@ def init(
     return communicator
 
 
-def context_for(size: int, max_blocks: int | None = None) -> Context:
-    """What algorithms know of a communicator of `size` ranks. Raises InitError if the scratch is too small for them."""
+def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None) -> Context:
+    """What algorithms know of a communicator of `size` ranks with so many bytes of scratch (None: as the environment
+    says). Raises InitError if it is too small for them."""
     rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
-    scratch = environment.scratch_bytes()
+    scratch = scratch or environment.scratch_bytes()
+    if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
+        rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
     context = context_of(size, scratch, rules)
     if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
@@ -103,6 +106,7 @@ class Communicator:
         device: torch.device | str | int | None,
         timeout: float,
         max_blocks: int | None = None,
+        scratch: int | None = None,
     ):
         _announce_emulation(bootstrap.rank)
         self.rank, self.size = bootstrap.rank, bootstrap.size
@@ -113,7 +117,8 @@ class Communicator:
         self._emulated = environment.emulated()
         self._forced = _forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
-        self._context = context_for(self.size, self.max_blocks)
+        self._scratch = scratch
+        self._context = context_for(self.size, self.max_blocks, scratch)
         self.device = _device(device, self.rank)
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
         self.table = table_for(self.gpu, self.size)
@@ -554,7 +559,7 @@ class Communicator:
             key=lambda rank: (everyone[rank][1], rank),
         )
         subgroup = self._bootstrap.subgroup(members, f"split{self._splits}/{color}")
-        return Communicator(subgroup, self.device, self.timeout, self.max_blocks)
+        return Communicator(subgroup, self.device, self.timeout, self.max_blocks, self._scratch)
 
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
@@ -575,7 +580,7 @@ class Communicator:
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
         try:
-            self._context = context_for(self.size, max_blocks)
+            self._context = context_for(self.size, max_blocks, self._scratch)
         except InitError as error:
             raise ArgumentError(f"limit_blocks: {error}") from error
         self.max_blocks = max_blocks

@@ -29,6 +29,11 @@ def scratch_bytes() -> int:
     return int(given) << 20
 
 
+def subgroup_scratch_bytes() -> int:
+    """Scratch of a process group that is not torch's default one: a quarter, for programs make them by the dozen."""
+    return max(scratch_bytes() // 4, 4 << 20)
+
+
 def rendezvous_address() -> str | None:
     """`TDCCL_INIT=tcp://host:port`: where the ranks meet when neither torchrun nor mpirun started them."""
     return os.environ.get("TDCCL_INIT")

@@ -190,6 +190,8 @@ class ProcessGroup(dist.ProcessGroup):
         self._name, self._timeout = options.group_id, options.timeout
         self._rank, self._ranks = rank, size
         self._gpu = not environment.emulated()
+        # The first group that torch makes is its default one.
+        self._scratch = environment.subgroup_scratch_bytes() if dist.is_initialized() else None
         self._lock = threading.Lock()
         self._communicator: Communicator | None = None
         self._stream = None
@@ -544,12 +546,12 @@ class ProcessGroup(dist.ProcessGroup):
                 seconds = self._timeout.total_seconds()
                 bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds)
                 if not self._gpu:
-                    self._communicator = Communicator(bootstrap, None, seconds)
+                    self._communicator = Communicator(bootstrap, None, seconds, scratch=self._scratch)
                     return self._communicator
                 device = self.bound_device_id or device or torch.device("cuda")
                 with torch.cuda.device(device):
                     device = torch.device("cuda", torch.cuda.current_device())
-                    communicator = Communicator(bootstrap, device, seconds)
+                    communicator = Communicator(bootstrap, device, seconds, scratch=self._scratch)
                     self._stream = torch.cuda.Stream(device)
                 self._communicator = communicator  # last: other threads look at it without the lock
             return self._communicator

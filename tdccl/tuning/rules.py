@@ -53,6 +53,9 @@ GPU = Rules(
     steps=6,
 )
 
+# With less scratch than this a communicator has smaller packet slots and fewer channels.
+LITTLE_SCRATCH = 32 << 20
+
 # The interpreter pays by the block, not by the byte: few blocks, large tiles.
 EMULATION = Rules(
     heap_blocks=32,
