@@ -255,7 +255,7 @@ def init_error(arguments, **environment):
 
 def test_init_names_the_ranks_that_do_not_come():
     message = init_error("rank=0, size=3, timeout=2", TDCCL_INIT="tcp://127.0.0.1:29641")
-    assert "ranks 1, 2 of 3 did not come within 2 s" in message
+    assert "ranks 1, 2 of 3 did not come within the timeout of 2 s" in message
 
 
 def test_init_without_a_launcher_says_what_to_do():
