@@ -31,6 +31,7 @@ def bad_calls(comm):
         (lambda: comm.reduce_scatter(make(size + 1) if size > 1 else make()), ["multiple of the"]),
         (lambda: comm.all_reduce(x, x.double()), ["float32", "float64", "equal dtypes"]),
         (lambda: comm.all_reduce(x.t()), ["not contiguous", "contiguous()"]),
+        (lambda: comm.all_reduce(x.to_sparse()), ["sparse", "to_dense()"]),
         (lambda: comm.all_reduce(elsewhere), ["meta", str(comm.device)]),
         (lambda: comm.all_reduce(x, op="median"), ["'median'", "sum"]),
         (lambda: comm.all_reduce(x, op="xor"), ["xor is not defined for torch.float32"]),
