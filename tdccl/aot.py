@@ -106,55 +106,62 @@ def _kinds(collective: str, dtypes: list[str], ops: list[str]) -> list[tuple[str
 
 def warm(job: Job) -> None:
     """Compiles the kernel into Triton's cache, where a process finds it that compiles it again."""
-    torch.set_num_threads(1)
-    (algorithm,) = (a for a in ALGORITHMS[job.collective] if a.name == job.algorithm)
-    arguments = Arguments(algorithm.kernel, job.geometry, algorithm.symmetric, job.op)
-    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    compile_kernel(algorithm.kernel, arguments, team_of(context_for(job.size), "cuda"), job.geometry.warps, target)
+    _compile(job)
 
 
 def compile_job(job: Job) -> tuple[pack.Kernel, bytes]:
     """What a pack says of the kernel, and its machine code."""
-    torch.set_num_threads(1)
-    context = context_for(job.size)
-    (algorithm,) = (a for a in ALGORITHMS[job.collective] if a.name == job.algorithm)
-    geometry = job.geometry
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op)
-    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
     triton.knobs.compilation.disable_line_info = True  # it names the folders of this machine
     with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
-        compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
-    metadata, function = compiled.metadata, algorithm.kernel.fn
+        compiled = _compile(job)
+    metadata, function = compiled.metadata, _algorithm(job).kernel.fn
     source = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
     threads = metadata.num_warps * 32
-    kernel = pack.Kernel(metadata.name, metadata.shared, threads, source, job.size, geometry.dtype, job.op)
+    kernel = pack.Kernel(metadata.name, metadata.shared, threads, source, job.size, job.geometry.dtype, job.op)
     return kernel, compiled.asm["cubin"]
 
 
-def _compile(item: tuple[str, Job]) -> tuple[str, str, tuple[pack.Kernel, bytes]]:
+def _algorithm(job: Job) -> Algorithm:
+    return next(algorithm for algorithm in ALGORITHMS[job.collective] if algorithm.name == job.algorithm)
+
+
+def _compile(job: Job):
+    torch.set_num_threads(1)
+    algorithm, geometry = _algorithm(job), job.geometry
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op)
+    target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
+    return compile_kernel(algorithm.kernel, arguments, team_of(context_for(job.size), "cuda"), geometry.warps, target)
+
+
+def _compile_item(item: tuple[str, Job]) -> tuple[str, str, tuple[pack.Kernel, bytes]]:
     key, job = item
     return job.arch, key, compile_job(job)
 
 
-def build(options: argparse.Namespace) -> None:
-    """Compiles what the options ask for on all cores, and writes the pack."""
+def write_pack(path: str, todo: list[tuple[str, Job]]) -> None:
+    """Compiles jobs, each with its key, on all cores, and writes them into a pack."""
     started, sources = time.monotonic(), pack.source_digest()
+    cores = min(len(todo), len(os.sched_getaffinity(0)))
+    _say(f"compiling {len(todo)} kernels on {cores} cores")
+    kernels = defaultdict(dict)
+    with multiprocessing.get_context("spawn").Pool(cores) as workers:
+        for done, (arch, key, compiled) in enumerate(workers.imap_unordered(_compile_item, todo), 1):
+            kernels[arch][key] = compiled
+            if sys.stderr.isatty():
+                _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
+    pack.write(path, sources, triton.__version__, kernels)
+    mebibytes, seconds = os.path.getsize(path) / 2**20, time.monotonic() - started
+    _say(f"{path}: {len(todo)} kernels, {mebibytes:.1f} MiB, in {seconds:.0f} s")
+
+
+def build(options: argparse.Namespace) -> None:
+    """Compiles what the options ask for, and writes the pack."""
     todo = [
         item
         for arch, size in itertools.product(options.arch, options.world)
         for item in jobs(arch, size, options.collective, options.dtype, options.op).items()
     ]
-    cores = min(len(todo), len(os.sched_getaffinity(0)))
-    _say(f"compiling {len(todo)} kernels on {cores} cores")
-    kernels = {arch: {} for arch in options.arch}
-    with multiprocessing.get_context("spawn").Pool(cores) as workers:
-        for done, (arch, key, compiled) in enumerate(workers.imap_unordered(_compile, todo), 1):
-            kernels[arch][key] = compiled
-            if sys.stderr.isatty():
-                _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
-    pack.write(options.out, sources, triton.__version__, kernels)
-    mebibytes, seconds = os.path.getsize(options.out) / 2**20, time.monotonic() - started
-    _say(f"{options.out}: {len(todo)} kernels, {mebibytes:.1f} MiB, in {seconds:.0f} s")
+    write_pack(options.out, todo)
 
 
 def _say(text: str, end: str = "\n") -> None:

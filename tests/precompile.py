@@ -1,18 +1,15 @@
-"""Fills Triton's cache with the kernels that the suite launches on GPUs, on all cores at once.
+"""A pack of the kernels that the suite launches on GPUs, compiled on all cores at once.
 
 Without it every rank would compile each kernel by itself, one after another.
 """
 
 import itertools
-import multiprocessing
-import os
 
 import cases
 import pool
 import torch
-from variants import arguments_of, compile_call, context_of
 
-from tdccl import environment
+from tdccl import aot
 from tdccl.collectives import ALGORITHMS
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.arrays import TRITON_NAMES
@@ -33,27 +30,17 @@ def _calls(collective: str, algorithm, size: int):
                 yield Call(collective, count, name, op, 0, min(16, alignment), None, segments, False)
 
 
-def everything() -> None:
+def write_pack(path: str) -> None:
     """Compiles each distinct kernel of `test_collectives` once, for every world."""
-    tasks = {}
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "sm_90"
+    jobs = {}
     for size, (collective, algorithms) in itertools.product(range(1, pool.LARGEST_WORLD + 1), ALGORITHMS.items()):
-        context = context_of(size, environment.scratch_bytes())
-        for algorithm in algorithms if collective not in ("barrier", "all_to_all_vdev", "reduce", "send_recv") else ():
+        context = aot.context_for(size)
+        for algorithm in algorithms if collective in {*cases.REDUCTIONS, *cases.MOVEMENTS} else ():
             if collective == "broadcast" and size == 1:
                 continue  # nothing is launched
             for call in _calls(collective, algorithm, size):
-                key = arguments_of(algorithm, call, context)[1].key()
-                tasks.setdefault((size, algorithm.kernel.fn.__module__, algorithm.name, key), (collective, call))
-    jobs = [(collective, name, call, size) for (size, _, name, _), (collective, call) in tasks.items()]
-    print(f"compiling {len(jobs)} kernels on {os.cpu_count()} cores", flush=True)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as workers:
-        workers.starmap(_compile, jobs, chunksize=4)
-
-
-def _compile(collective: str, name: str, call: Call, size: int) -> None:
-    import triton
-
-    torch.set_num_threads(1)
-    (algorithm,) = (algorithm for algorithm in ALGORITHMS[collective] if algorithm.name == name)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    compile_call(algorithm, call, context_of(size, environment.scratch_bytes()), target)
+                geometry = algorithm.geometry(call, context)
+                key = aot.key_of(algorithm, geometry, call.op, context)
+                jobs.setdefault(key, aot.Job(arch, size, collective, algorithm.name, geometry, call.op))
+    aot.write_pack(path, list(jobs.items()))
