@@ -308,8 +308,24 @@ class ProcessGroup(dist.ProcessGroup):
         return self._run(opts, inputs, pieces, call)
 
     def allgather_coalesced(self, outputs, inputs, opts=_ALLGATHER):
-        works = [self.allgather([pieces], [shard], opts) for pieces, shard in zip(outputs, inputs)]
-        return works[-1]  # they share a stream: the last one's end is the end of all
+        """`outputs` are lists, one for each rank, each with an output for every input."""
+        if self._gpu and inputs[0].is_cpu:
+            return self._gloo().allgather_coalesced(outputs, inputs, opts)
+        for rank, pieces in enumerate(outputs):
+            if len(pieces) != len(inputs):
+                raise ArgumentError(
+                    f"all_gather_coalesced: {len(pieces)} outputs for rank {rank}, expected one for each of "
+                    f"{len(inputs)} inputs"
+                )
+        by_input = [*zip(*outputs)]
+        for pieces, shard in zip(by_input, inputs):
+            self._check_pieces("all_gather_coalesced", "output", pieces, shard, shard.numel())
+
+        def call(comm):
+            for pieces, shard in zip(by_input, inputs):
+                _unpack(comm.all_gather(shard.contiguous().view(-1)), pieces)
+
+        return self._run(opts, inputs, [piece for pieces in outputs for piece in pieces], call)
 
     def _reduce_scatter_base(self, output, input, opts=_REDUCE_SCATTER):
         if self._gpu and input.is_cpu:
@@ -455,7 +471,10 @@ class ProcessGroup(dist.ProcessGroup):
         return lane.submit(call, tensor)
 
     def monitored_barrier(self, timeout=None, wait_all_ranks=False):
-        """A barrier on the host that names the ranks which do not come within `timeout` (default: the group's)."""
+        """A barrier on the host that names the ranks which do not come within `timeout` (default: the group's).
+
+        What it raises is in gloo's words, which programs look for.
+        """
         if isinstance(timeout, c10d.BarrierOptions) or timeout is None or timeout.total_seconds() < 0:
             timeout = self._timeout
         self._barriers += 1
@@ -474,20 +493,19 @@ class ProcessGroup(dist.ProcessGroup):
                         break
             store.set("missing", ",".join(map(str, missing)))
         else:
+            reached = f"Rank {self._rank} successfully reached monitoredBarrier, but received errors while waiting for"
             try:
                 store.wait(["missing"], timeout * 2)
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"Rank {self._rank} successfully reached monitoredBarrier, but rank 0 did not"
-                ) from error
+                raise RuntimeError(f"{reached} send/recv from rank 0: it did not come") from error
             if others := store.get("missing").decode():
-                raise RuntimeError(
-                    f"Rank {self._rank} successfully reached monitoredBarrier, but ranks {others} did not"
-                )
+                raise RuntimeError(f"{reached} send/recv from rank 0: it waited in vain for {others}")
         if missing:
             ranks = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
             milliseconds = int(timeout.total_seconds() * 1000)
-            raise RuntimeError(f"[Rank 0]: {ranks} failed to pass monitoredBarrier in {milliseconds} ms")
+            raise RuntimeError(
+                f"Rank 0 timed out in monitoredBarrier after {milliseconds} ms: {ranks} failed to pass monitoredBarrier"
+            )
 
     def barrier(self, opts=_BARRIER):
         device = opts.device

@@ -31,6 +31,7 @@ def bad_calls(comm):
         (lambda: comm.reduce_scatter(make(size + 1) if size > 1 else make()), ["multiple of the"]),
         (lambda: comm.all_reduce(x, x.double()), ["float32", "float64", "equal dtypes"]),
         (lambda: comm.all_reduce(x.t()), ["not contiguous", "contiguous()"]),
+        (lambda: comm.all_reduce(x.to_sparse()), ["sparse", "to_dense()"]),
         (lambda: comm.all_reduce(elsewhere), ["meta", str(comm.device)]),
         (lambda: comm.all_reduce(x, op="median"), ["'median'", "sum"]),
         (lambda: comm.all_reduce(x, op="xor"), ["xor is not defined for torch.float32"]),
@@ -255,7 +256,7 @@ def init_error(arguments, **environment):
 
 def test_init_names_the_ranks_that_do_not_come():
     message = init_error("rank=0, size=3, timeout=2", TDCCL_INIT="tcp://127.0.0.1:29641")
-    assert "ranks 1, 2 of 3 did not come within 2 s" in message
+    assert "ranks 1, 2 of 3 did not come within the timeout of 2 s" in message
 
 
 def test_init_without_a_launcher_says_what_to_do():

@@ -98,6 +98,11 @@ def all_gather():
     columns = full((2, SIZE), -1)  # views that torch's own callers hand in: strided, and unlike the input in shape
     dist.all_gather([columns[:, rank] for rank in range(SIZE)], full((4, 2), RANK)[:2, 0])
     same(columns, torch.arange(SIZE))
+    coalesced = [[full(2, -1), full((3, 2), -1)] for _ in range(SIZE)]
+    dist.all_gather_coalesced(coalesced, [full(2, RANK), full((3, 2), RANK + 10)])
+    for rank, (first, second) in enumerate(coalesced):
+        same(first, rank)
+        same(second, rank + 10)
     parameters = [torch.nn.Parameter(full(3, -1)) for _ in range(SIZE)]
     dist.all_gather(parameters, torch.nn.Parameter(full(3, RANK)))
     same(torch.stack(parameters).detach()[:, 0], torch.arange(SIZE))

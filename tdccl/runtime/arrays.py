@@ -20,6 +20,8 @@ def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
     """A torch tensor over the same memory: of a torch, CuPy or NumPy array, or by DLPack or
     `__cuda_array_interface__`. Raises ArgumentError for anything else, and if it is to be written but is read-only."""
     if isinstance(array, torch.Tensor):
+        if array.layout is not torch.strided:
+            raise ArgumentError(f"{name} is {array.layout}, expected a dense tensor; pass to_dense() of it")
         return array
     if min(getattr(array, "strides", None) or (0,)) < 0:
         raise ArgumentError(f"{name} has negative strides {array.strides}; pass a contiguous copy")

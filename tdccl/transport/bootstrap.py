@@ -39,7 +39,7 @@ class Bootstrap(ABC):
 def _missing(absent: list[int], size: int, seconds: float) -> InitError:
     ranks = ", ".join(map(str, absent))
     return InitError(
-        f"rank{'s' if len(absent) > 1 else ''} {ranks} of {size} did not come within {seconds:g} s. "
+        f"rank{'s' if len(absent) > 1 else ''} {ranks} of {size} did not come within the timeout of {seconds:g} s. "
         "Are all of them started, with the same size and the same address?"
     )
 
