@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import threading
+import types
 
 import torch
 import torch.distributed as dist
@@ -408,3 +409,18 @@ for _name in (
     "send", "recv", "recv_anysource", "reduce", "gather", "scatter", "allgather_coalesced", "monitored_barrier",
 ):  # fmt: skip
     setattr(ProcessGroup, _name, _refuse(_name))
+
+
+def _keep_from_compiler() -> None:
+    """torch.compile runs what C++ calls back, DDP's broadcast for one, under Dynamo, which cannot trace a backend.
+
+    torch.compiler.disable would do too, but imports the compiler, which takes seconds, and wraps every call.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
+    for member in (*vars(ProcessGroup).values(), *vars(Work).values(), *vars(BarrierWork).values()):
+        if isinstance(member, types.FunctionType):
+            dynamo.set_code_exec_strategy(member.__code__, skip)
+
+
+_keep_from_compiler()
