@@ -93,6 +93,23 @@ class BarrierWork(Work):
 _DONE = Work()
 
 
+class Backend:
+    """What torch gets when it asks a group for the backend of a device: the shim, which can allocate besides."""
+
+    def __init__(self, shim, group: "ProcessGroup"):
+        self._shim, self._group = shim, group
+
+    def __getattr__(self, name: str):
+        return getattr(self._shim, name)
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        return (device.type == "cuda") != environment.emulated()
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP2 draws its buffers here after `set_allocate_memory_from_process_group_for_comm(True)`."""
+        return self._group.communicator.lend(size, dtype)
+
+
 class ProcessGroup(dist.ProcessGroup):
     """A process group over a `Communicator`, which is made at the first collective, on its tensors' device.
 
@@ -138,6 +155,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def get_group_store(self):
         return self._store
+
+    def _get_backend(self, device: torch.device) -> Backend:
+        return Backend(super()._get_backend(device), self)
 
     @property
     def communicator(self) -> Communicator:
