@@ -14,9 +14,10 @@ def parallelize(model, options, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if options.bf16 else None
     shard = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
-    for block in model.blocks:
-        fully_shard(block, **shard)
-    return fully_shard(model, **shard)
+    for module in (*model.blocks, model):
+        fully_shard(module, **shard)
+        module.set_allocate_memory_from_process_group_for_comm(True)  # tdccl's collectives then copy nothing
+    return model
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def train(parallelize: Callable, options: argparse.Namespace, backend: str) -> l
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
         _say(f"{backend}, step {step}: loss {losses[-1]:.4f}")
+    dist.barrier()  # else Gloo's threads may still hold tensors, and its end hangs
     dist.destroy_process_group()
     return losses
 
