@@ -18,7 +18,7 @@ import torch
 from tdccl import __version__, environment, transport, tuning
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.runtime import arrays, bare
-from tdccl.runtime.algorithm import Call, Context, team_of
+from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
@@ -59,11 +59,10 @@ def context_for(size: int, max_blocks: int | None = None) -> Context:
     """What algorithms know of a communicator of `size` ranks. Raises InitError if the scratch is too small for them."""
     rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
     scratch = environment.scratch_bytes()
-    packets = layout.packets_a_rank(rules.packets, size)
-    ring_bytes = layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings)
-    if ring_bytes < 16 << 10:
+    context = context_of(size, scratch, rules)
+    if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
-    return Context(size, ring_bytes, rules)
+    return context
 
 
 def table_for(gpu: str, size: int) -> tuning.Table:
@@ -120,10 +119,7 @@ class Communicator:
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
         self.table = table_for(self.gpu, self.size)
         self._agree()
-        rules, ring_bytes = self._context.rules, self._context.ring_bytes
-        packets = layout.packets_a_rank(rules.packets, self.size)
-        nbytes = layout.heap_bytes(self.size, rules.heap_blocks, packets, rules.rings, ring_bytes)
-        self._heap = transport.allocate(bootstrap, nbytes, self.device)
+        self._heap = transport.allocate(bootstrap, layout.heap_bytes(team_of(self._context, "")), self.device)
         pinned = not environment.emulated()
         self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
@@ -135,7 +131,7 @@ class Communicator:
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
         self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
-        self._stream: Any = None
+        self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._splits = 0
         self._last = "no call yet"
         self._destroyed = False
@@ -193,12 +189,17 @@ class Communicator:
         self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, key=key)
         return result
 
-    def all_gather(self, send: Any, recv: Any = None, *, stream: Any = None) -> Any:
+    def all_gather(
+        self, send: Any, recv: Any = None, recv_splits: list[int] | None = None, *, stream: Any = None
+    ) -> Any:
         """recv = all ranks' `send`, one after another in rank order; returns recv.
 
         send: [d, ...], any dtype. recv: [size * d, ...], or any shape with size times as many elements; send
-        may be this rank's piece of it (in place).
+        may be this rank's piece of it (in place). recv_splits: how many rows each rank sends, if not all equally many;
+        then recv: [sum(recv_splits), ...], and not in place.
         """
+        if recv_splits is not None:
+            return self._all_gather_uneven(send, recv, recv_splits, stream)
         key = ("all_gather", None, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
@@ -236,10 +237,8 @@ class Communicator:
         if self._again(key, stream):
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
-        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
-            raise ArgumentError(f"broadcast: root is {root!r}, expected a rank from 0 to {self.size - 1}")
+        root = self._checked_root("broadcast", root)
         if self.size > 1:
-            root = operator.index(root)
             self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, key=key)
         return buf
 
@@ -322,11 +321,154 @@ class Communicator:
         self._run("all_to_all_vdev", source, target, 0, stream=stream, on_device=on_device)
         return recv
 
+    def reduce(self, send: Any, recv: Any = None, op: str = "sum", root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank `root` = op over all ranks' `send`; the bits are those of `all_reduce`. Returns recv there, None
+        elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
+        root = self._checked_root("reduce", root)
+        if self.rank == root:
+            source, target, result = self._pair("reduce", send, recv, lambda shape: shape)
+        else:
+            source = target = self._checked("reduce", "send", arrays.as_tensor(send, "send"))
+            result = None
+        arrays.check_reduction("reduce", op, source.dtype)
+        self._run("reduce", source, target, source.numel(), op=op, root=root, stream=stream)
+        return result
+
+    def gather(self, send: Any, recv: Any = None, root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank `root` = all ranks' `send`, one after another; returns recv there, None elsewhere, where recv is
+        not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
+        root = self._checked_root("gather", root)
+        if self.rank == root:
+            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size))
+        else:
+            source = target = self._checked("gather", "send", arrays.as_tensor(send, "send"))
+            result = None
+        self._move_by_root("gather", source, target, source.numel(), root, stream)
+        return result
+
+    def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None) -> Any:
+        """recv of rank i = piece i of rank root's `send`; returns recv. recv: [d, ...]; send: [size * d, ...] on rank
+        `root`, not overlapping recv; elsewhere it is not looked at."""
+        root = self._checked_root("scatter", root)
+        if self.rank == root:
+            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, shrinks=True)
+        else:
+            source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
+        self._move_by_root("scatter", source, target, target.numel(), root, stream)
+        return recv
+
+    def _checked_root(self, collective: str, root: Any) -> int:
+        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
+            raise ArgumentError(f"{collective}: root is {root!r}, expected a rank from 0 to {self.size - 1}")
+        return operator.index(root)
+
+    def _move_by_root(self, collective: str, source, target, count: int, root: int, stream) -> None:
+        """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
+        if source is not target and _overlap(source, target):
+            raise ArgumentError(f"{collective}: recv overlaps send")
+        one = tuple(count * (rank == root) for rank in range(self.size))
+        everyone = (count * (self.rank == root),) * self.size
+        splits = (one, everyone) if collective == "gather" else (everyone, one)
+        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+
+    def _all_gather_uneven(self, send, recv, recv_splits, stream):
+        counts = list(recv_splits)
+        source = self._checked("all_gather", "send", arrays.as_tensor(send, "send"))
+        if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
+            raise ArgumentError(f"all_gather: recv_splits is {counts}, expected {self.size} counts >= 0")
+        rows = source.shape[0] if source.dim() else 1
+        if counts[self.rank] != rows:
+            raise ArgumentError(f"all_gather: send has {rows} rows, recv_splits says {counts[self.rank]} of this rank")
+        row = math.prod(source.shape[1:])
+        shape = (sum(counts), *source.shape[1:])
+        source, target, result = self._pair("all_gather", send, recv, lambda _: shape, expected=math.prod(shape))
+        if _overlap(source, target):
+            raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
+        splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
+        self._run("all_gather", source, target, 0, splits=splits, stream=stream)
+        return result
+
     def barrier(self, *, stream: Any = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
         self.check()
         nothing = self._heap.local[:0]
         self._run("barrier", nothing, nothing, 0, stream=stream)
+
+    # ---- messages between two ranks ----------------------------------------------------------------
+
+    def send(self, send: Any, to: int, *, stream: Any = None) -> None:
+        """Sends an array of any shape and dtype to rank `to`, which calls `recv` for as many bytes.
+
+        Messages of one pair arrive in order. Only these two ranks take part; a large message waits for its receiver.
+        """
+        self.send_recv([(send, to)], [], stream=stream)
+
+    def recv(self, recv: Any, source: int, *, stream: Any = None) -> Any:
+        """Receives what rank `source` sends into `recv`; returns recv."""
+        self.send_recv([], [(recv, source)], stream=stream)
+        return recv
+
+    def send_recv(self, sends: list[tuple[Any, int]], recvs: list[tuple[Any, int]], *, stream: Any = None) -> None:
+        """Sends each array to its rank and receives each from its, all under way together, so that ranks may send to
+        each other at once. The k-th message to a rank is the k-th that this rank receives from here."""
+        out = self._messages("send", sends)
+        into = self._messages("recv", recvs, written=True)
+        local = zip(out.pop(self.rank, []), into.pop(self.rank, []))
+        rounds = max(map(len, [*out.values(), *into.values()]), default=0)
+        for source, target in local:
+            if source.numel() * source.itemsize != target.numel() * target.itemsize:
+                raise ArgumentError(f"send_recv: rank {self.rank} sends itself what it does not receive")
+            with self._on(stream):
+                target.view(-1).view(torch.uint8).copy_(source.view(-1).view(torch.uint8))
+        for number in range(rounds):
+            now = (
+                {rank: listed[number] for rank, listed in each.items() if number < len(listed)} for each in (out, into)
+            )
+            self._transfer(*now, stream)
+
+    def has_message_from(self, source: int) -> bool:
+        """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
+        self.check()
+        start = layout.heap_bytes(team_of(self._context, "")._replace(channels=0))
+        words = self._heap.local[start : start + 32 * layout.MAX_RANKS.value].view(torch.int64)
+        _, received, arrived, _ = words.view(4, -1)[:, source].tolist()
+        return arrived > received
+
+    def _messages(self, name: str, listed, written: bool = False) -> dict[int, list[torch.Tensor]]:
+        """The checked tensors of messages by the other rank, empty ones left out."""
+        found: dict[int, list[torch.Tensor]] = {}
+        for array, rank in listed:
+            tensor = self._checked("send_recv", name, arrays.as_tensor(array, name, written=written))
+            if not hasattr(rank, "__index__") or not 0 <= operator.index(rank) < self.size:
+                raise ArgumentError(f"send_recv: the other rank is {rank!r}, expected one from 0 to {self.size - 1}")
+            if tensor.numel():
+                found.setdefault(operator.index(rank), []).append(tensor)
+        return found
+
+    def _transfer(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], stream) -> None:
+        """Launches one round of messages, at most one to and one from each rank."""
+        sizes = {id(tensor): tensor.numel() * tensor.itemsize for tensor in (*out.values(), *into.values())}
+        low = functools.reduce(operator.or_, (t.data_ptr() | sizes[id(t)] for t in (*out.values(), *into.values())))
+        alignment = min(16, low & -low)
+        lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
+        # Lanes go on in threads of their own in emulation: each has a plan, so that none changes another's arguments.
+        lane = lanes[0] if len(lanes) == 1 else None
+        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (lane, None), False)
+        unit = min(8, alignment)
+
+        def column(messages, value):
+            return tuple(value(messages[rank]) if rank in messages else 0 for rank in range(self.size))
+
+        with self._lock:
+            launch = self._plan(call).launch
+            for name, messages in (("send", out), ("recv", into)):
+                launch.assign(f"{name}s", column(messages, torch.Tensor.data_ptr))
+                launch.assign(f"{name}_counts", column(messages, lambda tensor: sizes[id(tensor)] // unit))
+            if not self._emulated:
+                self._start("send_recv", launch, 0, 0, stream, lanes)
+                return
+        launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
+        self.check()
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -511,7 +653,7 @@ class Communicator:
             raise TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
-        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", layout.PACKET_KIND.value: "packets"}
+        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
         raise Timeout(
             f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "
             f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
@@ -547,7 +689,7 @@ class Communicator:
                 )
             return source, target, recv
         small, large, names = (target, source, "send") if shrinks else (source, target, "recv")
-        ranks = 1 if collective in ("all_reduce", "all_to_all") else self.size
+        ranks = 1 if collective in ("all_reduce", "all_to_all", "reduce") else self.size
         if large.numel() != ranks * small.numel():
             times = f"{ranks} ranks x {small.numel()} = " if ranks > 1 else ""
             raise ArgumentError(
@@ -588,7 +730,7 @@ class Communicator:
         else:
             dtype = arrays.TRITON_NAMES[source.dtype]
         in_place = _overlap(source, target)
-        if in_place and collective != "broadcast":
+        if in_place and source is not target:
             self._check_in_place(collective, source, target)
         return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
 
@@ -631,20 +773,25 @@ class Communicator:
             return
         call = self._call(collective, source, target, count, op, root, splits)._replace(on_device=on_device)
         with self._lock:
-            plan = self._plans.get(call)
-            if plan is None:
-                if len(self._plans) >= _MOST_PLANS:
-                    self._plans.clear()  # split lists may differ in every call
-                with self._on_device():
-                    plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+            plan = self._plan(call)
             ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
             if key is not None and key[-1] is not None:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready
-        self._start(*ready, stream)
+            self._start(*ready, stream)
 
-    def _start(self, collective: str, launch, send: int, recv: int, stream) -> None:
+    def _plan(self, call: Call) -> Plan:
+        plan = self._plans.get(call)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()  # split lists may differ in every call
+            with self._on_device():
+                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+        return plan
+
+    def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
+        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory."""
         with self._lock:
             self._last = collective
             if self._emulated:
@@ -653,8 +800,9 @@ class Communicator:
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
-            if handle != self._stream:
-                self._follow(handle)
+            for lane in lanes:
+                if self._streams.get(lane) != handle:
+                    self._follow(lane, handle)
             if torch._C._cuda_getDevice() == index:
                 launch(send, recv, handle)
             else:
@@ -664,15 +812,22 @@ class Communicator:
     def _on_device(self):
         return contextlib.nullcontext() if self._emulated else torch.cuda.device(self.device)
 
-    def _follow(self, handle: int) -> None:
-        """Calls on one communicator share scratch: one on a new stream waits for those on the last."""
+    def _on(self, stream):
+        """torch's context of a stream in any form."""
+        if self._emulated or stream is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.ExternalStream(arrays.stream_handle(stream), self.device))
+
+    def _follow(self, lane, handle: int) -> None:
+        """A call on a new stream waits for those on the last one in its lane."""
         if torch.cuda.is_current_stream_capturing():
             return  # a graph is ordered with other work where it is replayed
-        if self._stream is not None:
+        last = self._streams.get(lane)
+        if last is not None:
             event = torch.cuda.Event()
-            event.record(torch.cuda.ExternalStream(self._stream, self.device))
+            event.record(torch.cuda.ExternalStream(last, self.device))
             torch.cuda.ExternalStream(handle, self.device).wait_event(event)
-        self._stream = handle
+        self._streams[lane] = handle
 
 
 @dataclass(frozen=True)

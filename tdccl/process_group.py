@@ -1,9 +1,12 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
 import collections
+import concurrent.futures
 import contextlib
 import threading
+import time
 import types
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from torch.futures import Future
 
 from tdccl import environment
 from tdccl.communicator import Communicator
-from tdccl.errors import ArgumentError, DestroyedError, TdcclError
+from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.transport.bootstrap import StoreBootstrap
 
 _OPS = {
@@ -25,6 +28,7 @@ _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is 
 
 _ALLREDUCE, _COALESCED = c10d.AllreduceOptions(), c10d.AllreduceCoalescedOptions()
 _BROADCAST, _BARRIER = c10d.BroadcastOptions(), c10d.BarrierOptions()
+_REDUCE, _GATHER, _SCATTER = c10d.ReduceOptions(), c10d.GatherOptions(), c10d.ScatterOptions()
 _ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
 
 # How often this process made a group: a store outlives its groups, and one made again must not read old keys.
@@ -89,6 +93,83 @@ class BarrierWork(Work):
         return True
 
 
+class MessageWork(Work):
+    """A message on a GPU; on the receiver's side it knows the sender."""
+
+    source = -1
+
+    def _source_rank(self) -> int:
+        return self.source
+
+
+class HostWork(MessageWork):
+    """A message in emulation: a call that another thread makes."""
+
+    def __init__(self, pending, tensor):
+        super().__init__([tensor])
+        self._pending = pending
+
+    def wait(self, timeout=None) -> bool:
+        self._pending.result(timeout.total_seconds() if timeout else None)
+        return True
+
+    synchronize = block_current_stream = wait
+
+    def is_completed(self) -> bool:
+        return self._pending.done()
+
+    def is_success(self) -> bool:
+        return self._pending.done() and self._pending.exception() is None
+
+    def exception(self):
+        return self._pending.exception() if self._pending.done() else None
+
+    def get_future(self) -> Future:
+        future = Future()
+
+        def settle(pending):
+            # A future that failed crashes who is behind it in C++; one that raises in `then` does not.
+            error = pending.exception()
+            future.set_result(self._outputs) if error is None else future.set_exception(error)
+
+        self._pending.add_done_callback(settle)
+        return future
+
+
+class GpuLane:
+    """Messages to or from one rank, on a stream of their own: other ranks' messages do not wait for them."""
+
+    def __init__(self, communicator: Communicator):
+        self._communicator = communicator
+        self._stream = torch.cuda.Stream(communicator.device)
+
+    def submit(self, call, tensor) -> MessageWork:
+        self._stream.wait_stream(torch.cuda.current_stream(self._communicator.device))
+        with torch.cuda.stream(self._stream):
+            call(self._communicator)
+        tensor.record_stream(self._stream)
+        return MessageWork([tensor], self._stream)
+
+    def idle(self) -> bool:
+        return self._stream.query()
+
+
+class HostLane:
+    """The same in emulation, where a kernel that waits keeps its thread."""
+
+    def __init__(self, communicator: Communicator):
+        self._communicator = communicator
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "tdccl-message")
+        self._last = None
+
+    def submit(self, call, tensor) -> HostWork:
+        self._last = self._thread.submit(call, self._communicator)
+        return HostWork(self._last, tensor)
+
+    def idle(self) -> bool:
+        return self._last is None or self._last.done()
+
+
 # Work of synchronous calls: it is ordered on the caller's stream, so there is nothing to wait for.
 _DONE = Work()
 
@@ -131,6 +212,8 @@ class ProcessGroup(dist.ProcessGroup):
         self._communicator: Communicator | None = None
         self._stream = None
         self._gloo_group = None
+        self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
+        self._barriers = 0
         self._ended = False
         self._register_shim("cuda" if self._gpu else "cpu")
 
@@ -187,8 +270,8 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
-        op = _op("all_reduce", opts, tensor)
-        return self._run(opts, tensors, tensors, Communicator.all_reduce, tensor, tensor, op)
+        source, op = _reduced("all_reduce", opts, tensor)
+        return self._run(opts, tensors, tensors, Communicator.all_reduce, source, tensor, op)
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
@@ -196,7 +279,8 @@ class ProcessGroup(dist.ProcessGroup):
 
         def call(comm):
             for tensor in tensors:
-                comm.all_reduce(tensor, tensor, _op("all_reduce", opts, tensor))
+                source, op = _reduced("all_reduce", opts, tensor)
+                comm.all_reduce(source, tensor, op)
 
         return self._run(opts, tensors, tensors, call)
 
@@ -226,20 +310,31 @@ class ProcessGroup(dist.ProcessGroup):
         (pieces,), (shard,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().allgather(outputs, inputs, opts)
-        self._check_pieces("all_gather", "output", pieces, shard, shard.numel())
+        self._check_pieces("all_gather", "output", pieces, shard)
+        counts = [piece.numel() for piece in pieces]
+        if counts[self._rank] != shard.numel():
+            raise ArgumentError(
+                f"all_gather: output {self._rank} has {counts[self._rank]} elements, the input of that rank has "
+                f"{shard.numel()}"
+            )
 
         def call(comm):
-            gathered = torch.empty(self._ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
-            comm.all_gather(shard.contiguous(), gathered)
+            gathered = torch.empty(sum(counts), dtype=shard.dtype, device=shard.device)
+            even = len(set(counts)) == 1
+            comm.all_gather(shard.contiguous().view(-1), gathered, None if even else counts)
             _unpack(gathered, pieces)
 
         return self._run(opts, inputs, pieces, call)
 
+    def allgather_coalesced(self, outputs, inputs, opts=_ALLGATHER):
+        works = [self.allgather([pieces], [shard], opts) for pieces, shard in zip(outputs, inputs)]
+        return works[-1]  # they share a stream: the last one's end is the end of all
+
     def _reduce_scatter_base(self, output, input, opts=_REDUCE_SCATTER):
         if self._gpu and input.is_cpu:
             return self._gloo()._reduce_scatter_base(output, input, opts)
-        op = _op("reduce_scatter", opts, input)
-        return self._run(opts, [input], [output], Communicator.reduce_scatter, input, output, op)
+        source, op = _reduced("reduce_scatter", opts, input)
+        return self._run(opts, [input], [output], Communicator.reduce_scatter, source, output, op)
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
         if self._gpu and inputs[0].is_cpu:
@@ -247,7 +342,8 @@ class ProcessGroup(dist.ProcessGroup):
 
         def call(comm):
             for output, input in zip(outputs, inputs):
-                comm.reduce_scatter(input, output, _op("reduce_scatter", opts, input))
+                source, op = _reduced("reduce_scatter", opts, input)
+                comm.reduce_scatter(source, output, op)
 
         return self._run(opts, inputs, outputs, call)
 
@@ -255,12 +351,17 @@ class ProcessGroup(dist.ProcessGroup):
         (shard,), (pieces,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().reduce_scatter(outputs, inputs, opts)
-        self._check_pieces("reduce_scatter", "input", pieces, shard, shard.numel())
-        op = _op("reduce_scatter", opts, shard)
+        self._check_pieces("reduce_scatter", "input", pieces, shard)
+        counts = [piece.numel() for piece in pieces]
 
         def call(comm):
-            reduced = torch.empty(shard.numel(), dtype=shard.dtype, device=shard.device)
-            comm.reduce_scatter(_pack(pieces), reduced, op)
+            source, op = _reduced("reduce_scatter", opts, _pack(pieces))
+            if len(set(counts)) == 1:
+                reduced = comm.reduce_scatter(source, torch.empty_like(source[: counts[0]]), op)
+            else:  # one reduction a rank, as they are of different sizes
+                reduced = [comm.reduce(part, None, op, root) for root, part in enumerate(source.split(counts))][
+                    self._rank
+                ]
             _unpack(reduced, [shard])
 
         return self._run(opts, pieces, outputs, call)
@@ -290,6 +391,122 @@ class ProcessGroup(dist.ProcessGroup):
             _unpack(received, outputs)
 
         return self._run(opts, inputs, outputs, call)
+
+    def reduce(self, tensors, opts=_REDUCE):
+        (tensor,) = tensors
+        if self._gpu and tensor.is_cpu:
+            return self._gloo().reduce(tensors, opts)
+        source, op = _reduced("reduce", opts, tensor)
+        return self._run(opts, tensors, tensors, Communicator.reduce, source, tensor, op, opts.rootRank)
+
+    def gather(self, outputs, inputs, opts=_GATHER):
+        (shard,), root = inputs, opts.rootRank
+        if self._gpu and shard.is_cpu:
+            return self._gloo().gather(outputs, inputs, opts)
+        pieces = outputs[0] if self._rank == root else []
+        if pieces:
+            self._check_pieces("gather", "output", pieces, shard, shard.numel())
+
+        def call(comm):
+            gathered = comm.gather(shard.contiguous().view(-1), None, root)
+            if gathered is not None:
+                _unpack(gathered, pieces)
+
+        return self._run(opts, inputs, pieces, call)
+
+    def scatter(self, outputs, inputs, opts=_SCATTER):
+        (shard,), root = outputs, opts.rootRank
+        if self._gpu and shard.is_cpu:
+            return self._gloo().scatter(outputs, inputs, opts)
+        pieces = inputs[0] if self._rank == root else []
+        if pieces:
+            self._check_pieces("scatter", "input", pieces, shard, shard.numel())
+
+        def call(comm):
+            received = torch.empty(shard.numel(), dtype=shard.dtype, device=shard.device)
+            comm.scatter(_pack(pieces) if pieces else None, received, root)
+            _unpack(received, [shard])
+
+        return self._run(opts, [shard, *pieces], outputs, call)
+
+    # ---- messages between two ranks: always asynchronous, each peer and direction in a lane of its own ---
+
+    def send(self, tensors, to, tag=0):
+        (tensor,) = tensors
+        if self._gpu and tensor.is_cpu:
+            return self._gloo().send(tensors, to, tag)
+        return self._in_lane(("to", to), tensor, lambda comm: comm.send(tensor, to))
+
+    def recv(self, tensors, source, tag=0):
+        (tensor,) = tensors
+        if self._gpu and tensor.is_cpu:
+            return self._gloo().recv(tensors, source, tag)
+        return self._in_lane(("from", source), tensor, lambda comm: comm.recv(tensor, source))
+
+    def recv_anysource(self, tensors, tag=0):
+        (tensor,) = tensors
+        if self._gpu and tensor.is_cpu:
+            return self._gloo().recv_anysource(tensors, tag)
+        communicator = self._communicator or self._connect(tensor.device)
+        source = self._wait_for_message(communicator)
+        work = self.recv(tensors, source, tag)
+        work.source = source
+        return work
+
+    def _wait_for_message(self, communicator: Communicator) -> int:
+        """The rank whose message is there first, of those from which no `recv` is under way; blocks the host."""
+        others = [rank for rank in range(self._ranks) if rank != self._rank]
+        deadline = time.monotonic() + communicator.timeout
+        while time.monotonic() < deadline:
+            for source in others:
+                lane = self._lanes.get(("from", source))
+                if (lane is None or lane.idle()) and communicator.has_message_from(source):
+                    return source
+            time.sleep(1e-4)
+        raise Timeout(f"recv: rank {self._rank} waited {communicator.timeout:g} s for a message of any rank")
+
+    def _in_lane(self, key, tensor, call) -> Work:
+        communicator = self._communicator or self._connect(tensor.device)
+        with self._lock:
+            lane = self._lanes.get(key)
+            if lane is None:
+                lane = self._lanes[key] = GpuLane(communicator) if self._gpu else HostLane(communicator)
+        return lane.submit(call, tensor)
+
+    def monitored_barrier(self, timeout=None, wait_all_ranks=False):
+        """A barrier on the host that names the ranks which do not come within `timeout` (default: the group's)."""
+        if isinstance(timeout, c10d.BarrierOptions) or timeout is None or timeout.total_seconds() < 0:
+            timeout = self._timeout
+        self._barriers += 1
+        store = dist.PrefixStore(f"monitored/{self._barriers}", self._store)
+        store.set(str(self._rank), "here")
+        missing = []
+        if self._rank == 0:
+            deadline = time.monotonic() + timeout.total_seconds()
+            for rank in range(1, self._ranks):
+                left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+                try:
+                    store.wait([str(rank)], left)
+                except RuntimeError:
+                    missing.append(rank)
+                    if not wait_all_ranks:
+                        break
+            store.set("missing", ",".join(map(str, missing)))
+        else:
+            try:
+                store.wait(["missing"], timeout * 2)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"Rank {self._rank} successfully reached monitoredBarrier, but rank 0 did not"
+                ) from error
+            if others := store.get("missing").decode():
+                raise RuntimeError(
+                    f"Rank {self._rank} successfully reached monitoredBarrier, but ranks {others} did not"
+                )
+        if missing:
+            ranks = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
+            milliseconds = int(timeout.total_seconds() * 1000)
+            raise RuntimeError(f"[Rank 0]: {ranks} failed to pass monitoredBarrier in {milliseconds} ms")
 
     def barrier(self, opts=_BARRIER):
         device = opts.device
@@ -386,7 +603,7 @@ class ProcessGroup(dist.ProcessGroup):
                 )
             if numel is not None and piece.numel() != numel:
                 raise ArgumentError(
-                    f"{collective}: {role} {rank} has {piece.numel()} elements, expected {numel}: lists must be even"
+                    f"{collective}: {role} {rank} has {piece.numel()} elements, expected {numel}: they must be even"
                 )
 
     def _equal_rows(self, tensor) -> list[int]:
@@ -396,14 +613,19 @@ class ProcessGroup(dist.ProcessGroup):
         return [rows // self._ranks] * self._ranks
 
 
-def _op(collective: str, opts, tensor: torch.Tensor) -> str:
+def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """(input, op) as the communicator takes them: of a PREMUL_SUM the sum of the input times its factor."""
     name = _OPS.get(opts.reduceOp)
     if name is None:
-        raise ArgumentError(
-            f"{collective}: {opts.reduceOp.op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, BOR or "
-            "BXOR"
-        )
-    return _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
+        if opts.reduceOp != ReduceOp.PREMUL_SUM:
+            raise ArgumentError(
+                f"{collective}: {opts.reduceOp.op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, "
+                "BOR, BXOR or PREMUL_SUM"
+            )
+        # torch 2.13 has it as an attribute.
+        factor = opts.reduceOp.factor if hasattr(opts.reduceOp, "factor") else opts.reduceOp.__getstate__()[1]
+        return tensor * factor, "sum"
+    return tensor, _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
 
 
 def _pack(pieces) -> torch.Tensor:
@@ -415,20 +637,6 @@ def _unpack(flat: torch.Tensor, pieces) -> None:
     parts = flat.split([piece.numel() for piece in pieces])
     with torch.no_grad():
         torch._foreach_copy_(list(pieces), [part.view(piece.shape) for part, piece in zip(parts, pieces)])
-
-
-def _refuse(name: str):
-    def refuse(self, *args, **kwargs):
-        raise ArgumentError(f'{name}: the backend "tdccl" does not offer it yet; nothing was sent')
-
-    return refuse
-
-
-# Refused by name: torch would hand them to the shim, whose error says nothing of tdccl.
-for _name in (
-    "send", "recv", "recv_anysource", "reduce", "gather", "scatter", "allgather_coalesced", "monitored_barrier",
-):  # fmt: skip
-    setattr(ProcessGroup, _name, _refuse(_name))
 
 
 def _keep_from_compiler() -> None:

@@ -26,7 +26,9 @@ from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import discover
 from tdccl.tuning.table import PLACEMENTS, dumped, merged
 
-COLLECTIVES = [name for name in ALGORITHMS if name not in ("barrier", "all_to_all_vdev")]
+# These have but one algorithm.
+_UNTUNED = ("barrier", "all_to_all_vdev", "send_recv")
+COLLECTIVES = [name for name in ALGORITHMS if name not in _UNTUNED]
 # Chunk, not message, is what tables go by; these have a chunk a rank.
 _CHUNKED = ("all_gather", "reduce_scatter", "all_to_all")
 # A new choice has to beat the one before by this much, so that rows stay few and curves smooth.

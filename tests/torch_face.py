@@ -296,15 +296,108 @@ def data_parallel():
     torch.testing.assert_close(model.module.weight.grad, alone.weight.grad)
 
 
+def rooted():
+    """reduce, gather and scatter, with every rank as the root."""
+    for root in range(SIZE):
+        tensor = full(1000, RANK + 1)
+        dist.reduce(tensor, root, Op.SUM)
+        same(tensor, SIZE * (SIZE + 1) // 2 if root == RANK else RANK + 1)
+        work = dist.reduce(tensor.fill_(RANK), root, Op.MAX, async_op=True)
+        work.wait()
+        same(tensor, SIZE - 1 if root == RANK else RANK)
+        pieces = [full((3, 5), -1) for _ in range(SIZE)] if root == RANK else None
+        dist.gather(full((3, 5), RANK), pieces, root)
+        for rank, piece in enumerate(pieces or []):
+            same(piece, rank)
+        shares = [full((4, 2), 10 * root + rank) for rank in range(SIZE)] if root == RANK else None
+        share = full((4, 2), -1)
+        dist.scatter(share, shares, root)
+        same(share, 10 * root + RANK)
+
+
+def uneven_lists():
+    """all_gather and reduce_scatter of pieces of different sizes, one of them empty."""
+    gathered = [full((rank, 3), -1) for rank in range(SIZE)]
+    dist.all_gather(gathered, full((RANK, 3), RANK))
+    for rank, piece in enumerate(gathered):
+        same(piece, rank)
+    reduced = full(2 * RANK, -1)
+    dist.reduce_scatter(reduced, [full(2 * rank, RANK + rank) for rank in range(SIZE)])
+    same(reduced, SIZE * (SIZE - 1) // 2 + SIZE * RANK)
+
+
+def scaled_sums():
+    """PREMUL_SUM: the sum of the inputs times a factor, as FSDP divides gradients."""
+    tensor = full(100, RANK + 1.0)
+    dist.all_reduce(tensor, dist._make_nccl_premul_sum(0.5))
+    same(tensor, SIZE * (SIZE + 1) / 4)
+    shard = full(10, 0.0)
+    dist.reduce_scatter_tensor(shard, full(10 * SIZE, RANK + 1.0), dist._make_nccl_premul_sum(0.25))
+    same(shard, SIZE * (SIZE + 1) / 8)
+
+
+def messages():
+    """send and recv: in order, both ways at once, in batches, from whoever comes first, more than the channel holds."""
+    if SIZE == 1:
+        return
+    right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    for count in (1, 1000, 300_000):
+        into = full(count, -1)
+        if RANK == 0:
+            dist.send(full(count, RANK), right)
+            dist.recv(into, left)
+        else:
+            dist.recv(into, left)
+            dist.send(full(count, RANK), right)
+        same(into, left)
+        works = [dist.isend(full(count, RANK + 7), right), dist.irecv(into, left)]
+        for work in works:
+            work.wait()
+        same(into, left + 7)
+    others = [rank for rank in range(SIZE) if rank != RANK]
+    got = {rank: [full(50, -1), full(9, -1)] for rank in others}
+    batch = []
+    for rank in others:
+        batch += [dist.P2POp(dist.isend, full(50, 10 * RANK + rank), rank)]
+        batch += [dist.P2POp(dist.irecv, tensor, rank) for tensor in got[rank]]
+        batch += [dist.P2POp(dist.isend, full(9, RANK), rank)]
+    for work in dist.batch_isend_irecv(batch):
+        work.wait()
+    for rank, (large, small) in got.items():
+        same(large, 10 * rank + RANK)
+        same(small, rank)
+    if RANK == 0:
+        sources = set()
+        for _ in others:
+            tensor = full(20, -1)
+            source = dist.recv(tensor)
+            same(tensor, source)
+            sources.add(source)
+        assert sources == {*others}
+    else:
+        dist.send(full(20, RANK), 0)
+    dist.barrier()
+
+
+def monitored():
+    """A barrier of our own that names who is missing."""
+    group = dist.group.WORLD
+    group.monitored_barrier(timedelta(seconds=30))
+    if SIZE > 1:
+        if RANK == 0:
+            refused(lambda: group.monitored_barrier(timedelta(seconds=1)), f"Rank {SIZE - 1} failed")
+        elif RANK < SIZE - 1:
+            refused(lambda: group.monitored_barrier(timedelta(seconds=1)), "successfully reached")
+        else:
+            group._barriers += 1  # it never came
+    dist.barrier()
+
+
 def refusals():
     """What is not offered, or does not fit, is refused in words on every rank, and the group goes on."""
     tensor = full(12, 1)
-    refused(lambda: dist.reduce(tensor, 0), "reduce", "tdccl")
-    if SIZE > 1:
-        refused(lambda: dist.send(tensor, (RANK + 1) % SIZE), "send", "tdccl")
     refused(lambda: dist.all_reduce(full((4, 4), 1).t()[1:]), "contiguous")
     refused(lambda: dist.all_reduce(full(4, 1.0), Op.BAND), "and", "float32")
-    refused(lambda: dist.all_reduce(full(4, 1.0), dist._make_nccl_premul_sum(0.5)), "PREMUL_SUM")
     refused(lambda: dist.all_gather([full(2, 1)] * (SIZE + 1), full(2, 1)), str(SIZE))
     refused(lambda: dist.all_gather([full(3, 1)] * SIZE, full(2, 1)), "3", "2")
     refused(lambda: dist.all_to_all_single(full(SIZE, 1), full(SIZE, 1), [1] * (SIZE + 1), [1] * SIZE), "splits")
@@ -346,7 +439,8 @@ def cpu_tensors():
 
 EVERYWHERE = [
     all_reduce, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous, coalesced,
-    functionals, objects, groups, symmetric_memory, threads, data_parallel, refusals, groups_made_again,
+    functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted, uneven_lists,
+    scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 

@@ -15,15 +15,13 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.language import team as layout
 from tdccl.runtime.algorithm import Call, Context, team_of
+from tdccl.runtime.algorithm import context_of as context_within
 from tdccl.runtime.launch import Arguments, compile_kernel
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    rules = tuning.GPU
-    packets = layout.packets_a_rank(rules.packets, size)
-    return Context(size, layout.ring_bytes_within(scratch, size, rules.heap_blocks, packets, rules.rings), rules)
+    return context_within(size, scratch, tuning.GPU)
 
 
 def arguments_of(algorithm, call: Call, context: Context):
@@ -43,7 +41,7 @@ def calls_of(collective: str, algorithm):
     """An aligned call of the size that the algorithm is for, with each dtype and op that makes another kernel."""
     nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
-    if collective in ("all_reduce", "reduce_scatter"):
+    if "reduce" in collective:
         kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
     for dtype, op in kinds:
         itemsize = {"u8": 1, "i8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i64": 8}[dtype]

@@ -7,7 +7,9 @@ from tdccl.collectives import (
     all_to_all_vdev,
     barrier,
     broadcast,
+    reduce,
     reduce_scatter,
+    send_recv,
 )
 
 ALGORITHMS = {
@@ -18,4 +20,6 @@ ALGORITHMS = {
     "all_to_all": all_to_all.ALGORITHMS,
     "all_to_all_vdev": all_to_all_vdev.ALGORITHMS,
     "barrier": barrier.ALGORITHMS,
+    "reduce": reduce.ALGORITHMS,
+    "send_recv": send_recv.ALGORITHMS,
 }

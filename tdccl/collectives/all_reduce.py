@@ -26,17 +26,17 @@ DEPTH = tl.constexpr(3)
 
 @triton.jit
 def _one_shot(
-    team, epoch, send, recv, index, count,
+    team, epoch, send, recv, index, count, written,
     OP: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All-reduces the words `index` of `count` elements by packets; see `one_shot_ll`."""
+    """All-reduces the words `index` of `count` elements by packets, of which `written` elements are stored."""
     place = tl.arange(0, index.numel)
     mask = index < shmem.words_in(count, DTYPE, WIDE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
     words = shmem.get_words(team, epoch, own, place, mask)
-    shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
+    shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), written, DTYPE, WIDE)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def one_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
     """
     epoch = shmem.begin(team)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    _one_shot(team, epoch, send, recv, index, count, OP, DTYPE, WIDE)
+    _one_shot(team, epoch, send, recv, index, count, count, OP, DTYPE, WIDE)
     shmem.end(team, epoch)
 
 
@@ -92,10 +92,14 @@ def _of_part(part, place, TILE: tl.constexpr):
 
 
 @triton.jit
-def _reduce_tail(team, epoch, send, recv, count, tail, OP: tl.constexpr, DTYPE: tl.constexpr):
+def _reduce_tail(
+    team, epoch, send, recv, count, tail, root, OP: tl.constexpr, DTYPE: tl.constexpr, ROOTED: tl.constexpr
+):
     """Block 0 all-reduces the last `tail` elements, fewer than fill 16 bytes, by packets."""
     if tl.program_id(0) == 0:
-        _one_shot(team, epoch, send + count, recv + count, tl.arange(0, 16).to(tl.int64), tail, OP, DTYPE, False)
+        index = tl.arange(0, 16).to(tl.int64)
+        written = tl.where(team.rank == root, tail, 0) if ROOTED else tail
+        _one_shot(team, epoch, send + count, recv + count, index, tail, written, OP, DTYPE, False)
 
 
 @triton.jit
@@ -125,19 +129,21 @@ def two_shot_pull(
     if TAIL:
         own_send = shmem.symm_at(send, team.rank, DTYPE, ALIGN)
         own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
-        _reduce_tail(team, epoch, own_send, own_recv, count, tail, OP, DTYPE)
+        _reduce_tail(team, epoch, own_send, own_recv, count, tail, 0, OP, DTYPE, False)
     epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
 
 @triton.jit
 def two_shot_staged(
-    team, send, recv, count, part, tail,
+    team, send, recv, count, part, tail, root,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
-    TILES: tl.constexpr, WHOLE: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr, ROOTED: tl.constexpr,
 ):  # fmt: skip
     """At step s a block pushes span s of every part to the part's rank, reduces span s - 1 of its own part
     and pushes the result to all, and writes out span s - 2 of the others' results.
+
+    ROOTED: the results go to the root alone, the signals to all as ever; then it is a reduce.
 
     Waits:    block b for block b of every peer, twice a step: for their inputs, for their results.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
@@ -180,8 +186,8 @@ def two_shot_staged(
                     pe = (team.rank + distance) % team.size
                     ring = results + distance - 1
                     slot = shmem.remote_slot(team, epoch, ring, step - 1, pe, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(slot + tile * TILE + place, result, mask=mask)
-                tl.store(recv + index, result, mask=mask)
+                    tl.store(slot + tile * TILE + place, result, mask=mask & (pe == root) if ROOTED else mask)
+                tl.store(recv + index, result, mask=mask & (team.rank == root) if ROOTED else mask)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
         if step >= 2:
             epoch = shmem.wait_all(team, epoch, shmem.RESULT, step - 1)
@@ -192,11 +198,13 @@ def two_shot_staged(
                     source = (team.rank + team.size - distance) % team.size
                     index = source * part + within
                     mask = (within < part) & (index < count)
+                    if ROOTED:
+                        mask = mask & (team.rank == root)
                     ring = results + distance - 1
                     slot = shmem.local_slot(team, epoch, ring, step - 2, DTYPE, span, DEPTH, WHOLE)
                     tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
     if TAIL:
-        _reduce_tail(team, epoch, send, recv, count, tail, OP, DTYPE)
+        _reduce_tail(team, epoch, send, recv, count, tail, root, OP, DTYPE, ROOTED)
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
@@ -227,11 +235,16 @@ def _two_shot_pull(call, context):
     return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
 
 
-def _two_shot_staged(call, context):
+def staged(call, context):
+    """The layout of `two_shot_staged`; the caller adds the root."""
     bulk, tail = _bulk_and_tail(call)
     rings = 2 * (context.size - 1)
     geometry = tiles_in(bulk, context, rings, DEPTH.value, part_bytes=_part_bytes(bulk, context))
     return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
+
+
+def _two_shot_staged(call, context):
+    return staged(call, context).adding(scalars={"root": 0}, constants={"ROOTED": False})
 
 
 ALGORITHMS = [

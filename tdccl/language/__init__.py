@@ -6,6 +6,17 @@ The *shmem* layer is here: teams and epochs, symmetric addresses, signals and bo
 ring slots, ordered reductions. Each function states its memory ordering.
 """
 
+from tdccl.language.channels import (
+    ARRIVED,
+    RECEIVED,
+    SENT,
+    TAKEN,
+    channel_counts,
+    channel_slot,
+    channel_slot_at,
+    count_for_peers,
+    wait_counts,
+)
 from tdccl.language.packets import (
     exchange_words,
     fold_words,
@@ -31,11 +42,13 @@ from tdccl.language.signals import (
     signal_wait,
     symm_at,
     wait_all,
+    wait_counters,
     wait_peers,
 )
 from tdccl.language.target import clock
 from tdccl.language.team import (
     BARRIER,
+    CHANNEL_DEPTH,
     DATA,
     MAX_RANKS,
     RESULT,

@@ -194,10 +194,36 @@ def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = RELEAS
 
 
 @triton.jit
+def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch):
+    """Waits until the int64 counter that each rank in the mask `wanted` advances has reached its target, wrap-safe.
+
+    pointers, targets, wanted: [MAX_RANKS], counter and target of rank r at place r. One thread a counter polls, all at
+    once; the additions of zero give every thread the same values. Returns whether the wait succeeded.
+    Ordering: acquire at sys scope, then a block barrier: the block sees what those ranks released.
+    Bounded as `signal_wait`; a fault is recorded with KIND and epoch.
+    """
+    ranks = tl.arange(0, MAX_RANKS)
+    zero = tl.full([MAX_RANKS], 0, tl.int64)
+    seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
+    late = tl.max(tl.where(wanted & (seen - targets < 0), ranks, -1))
+    go = tl.full([], 1, tl.int1)
+    polls = 0
+    started = tl.full([], 0, tl.int64)
+    while (late >= 0) & go:
+        polls += 1
+        go, started = may_go_on(team, polls, started)
+        seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
+        late = tl.max(tl.where(wanted & (seen - targets < 0), ranks, -1))
+    if not go:
+        expected, found = tl.where(ranks == late, targets, 0), tl.where(ranks == late, seen, 0)
+        record_fault(team, late, KIND, epoch, tl.sum(expected), tl.sum(found))
+    tl.debug_barrier()
+    return go
+
+
+@triton.jit
 def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     """Waits until this block of every peer in the mask `wanted` ([MAX_RANKS]) has signalled `step` of `epoch`.
-
-    One thread a peer polls, all peers at once; the additions of zero give every thread the same values.
 
     Returns the epoch to go on with: the same, or after a failed wait one that is past, so that nothing this
     block signals from then on can pass for this call's: its peers fail too instead of taking garbage.
@@ -205,23 +231,9 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     Bounded as `signal_wait`.
     """
     ranks, peers = _peers(team)
-    wanted = wanted & peers
-    target = (epoch << 32) + step
+    target = tl.full([MAX_RANKS], 0, tl.int64) + ((epoch << 32) + step)
     mine = (team.local + signal_offset(team, KIND, ranks)).to(tl.pointer_type(tl.int64))
-    zero = tl.full([MAX_RANKS], 0, tl.int64)
-    seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
-    late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
-    go = tl.full([], 1, tl.int1)
-    polls = 0
-    started = tl.full([], 0, tl.int64)
-    while (late >= 0) & go:
-        polls += 1
-        go, started = may_go_on(team, polls, started)
-        seen = tl.atomic_add(mine, zero, mask=wanted, sem="acquire", scope="sys")
-        late = tl.max(tl.where(wanted & (seen - target < 0), ranks, -1))
-    if not go:
-        record_fault(team, late, KIND, epoch, target, tl.sum(tl.where(ranks == late, seen, 0)))
-    tl.debug_barrier()
+    go = wait_counters(team, mine, target, wanted & peers, KIND, epoch)
     return tl.where(go, epoch, epoch - DEAD)
 
 

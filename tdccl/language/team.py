@@ -7,6 +7,7 @@ with block b of its peers:
     signals   SIGNAL_KINDS x MAX_RANKS words of 8 bytes: where peers tell this block something
     packets   2 parities x ranks x team.packets words of 8 bytes: the slots of the LL protocol
     ring      2 parities x ring_bytes: scratch through which tiles of ordinary tensors pass
+    channel   4 x MAX_RANKS words, and ranks x CHANNEL_DEPTH slots: what passes between two ranks alone
 
 An *epoch* counts the calls of one block. It lives in the heap and the kernel itself advances it, so a
 captured graph replays correctly. Packets and ring are doubled by the parity of the epoch. Why that is
@@ -26,6 +27,7 @@ MAX_RANKS = tl.constexpr(8)
 STATE_BYTES = tl.constexpr(128)
 SIGNAL_KINDS = tl.constexpr(4)
 SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
+CHANNEL_DEPTH = tl.constexpr(4)
 
 # Kinds of signal. The first three belong to tdccl's own collectives; the fourth is free for users.
 DATA = tl.constexpr(0)
@@ -49,6 +51,8 @@ class Team(NamedTuple):
     packets  words of 8 bytes in the LL slot that a block has for each rank
     rings    how many blocks have a ring; a kernel that uses rings launches no more
     ring_bytes   bytes of such a block's ring for each parity
+    channels     how many blocks have a channel
+    slot_bytes   bytes of a slot of a channel
     backend  "cuda", "hip" or "emulation"
     """
 
@@ -62,10 +66,12 @@ class Team(NamedTuple):
     packets: tl.constexpr
     rings: tl.constexpr
     ring_bytes: tl.constexpr
+    channels: tl.constexpr
+    slot_bytes: tl.constexpr
     backend: tl.constexpr
 
 
-TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 6)
+TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 8)
 
 
 class Symmetric(NamedTuple):
@@ -81,6 +87,7 @@ SYMMETRIC_TYPES = Symmetric("*i64", "i64")
 FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen")
 ABORTED, TIMED_OUT, GRID_TOO_LARGE = 1, 2, 3
 PACKET_KIND = tl.constexpr(4)
+CHANNEL_KIND = tl.constexpr(5)
 TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)
 GRID_CODE = tl.constexpr(GRID_TOO_LARGE)
 
@@ -90,16 +97,18 @@ def packets_a_rank(packets: int, size: int) -> int:
     return 1 << ((packets // size).bit_length() - 1)
 
 
-def heap_bytes(size: int, blocks: int, packets: int, rings: int, ring_bytes: int) -> int:
-    """Bytes of heap that a team of `size` ranks needs on each rank; the first `rings` blocks have a ring."""
-    slots = 2 * size * packets * 8
-    return blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + slots) + rings * 2 * ring_bytes
+def heap_bytes(team) -> int:
+    """Bytes of heap that a team with these constants needs on each rank."""
+    slots = 2 * team.size * team.packets * 8
+    channel = 4 * MAX_RANKS.value * 8 + team.size * CHANNEL_DEPTH.value * team.slot_bytes
+    blocks = team.blocks * (STATE_BYTES.value + SIGNAL_BYTES.value + slots)
+    return blocks + team.rings * 2 * team.ring_bytes + team.channels * channel
 
 
-def ring_bytes_within(scratch: int, size: int, blocks: int, packets: int, rings: int) -> int:
-    """The largest ring (a multiple of 1 KiB) for which the heap stays within `scratch` bytes."""
-    left = scratch - heap_bytes(size, blocks, packets, 0, 0)
-    return left // (2 * rings) // 1024 * 1024
+def ring_bytes_within(scratch: int, team) -> int:
+    """The largest ring (a multiple of 1 KiB) for which the team's heap stays within `scratch` bytes."""
+    left = scratch - heap_bytes(team._replace(ring_bytes=0))
+    return left // (2 * team.rings) // 1024 * 1024
 
 
 def whole_ring_bytes(ring_bytes: int, rings: int, blocks: int) -> int:
@@ -139,6 +148,15 @@ def ring_offset(team, epoch, WHOLE: tl.constexpr):
         return start + block * share
     else:
         return start + (block * 2 + epoch % 2) * team.ring_bytes
+
+
+@triton.jit
+def channel_offset(team):
+    """Byte offset of this block's channel; a kernel that uses channels launches at most `team.channels` blocks."""
+    packets: tl.constexpr = 2 * team.size * team.packets * 8
+    start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES + packets) + team.rings * 2 * team.ring_bytes
+    block = tl.minimum(tl.program_id(0), team.channels - 1).to(tl.int64)
+    return start + block * (4 * MAX_RANKS * 8 + team.size * CHANNEL_DEPTH * team.slot_bytes)
 
 
 @triton.jit

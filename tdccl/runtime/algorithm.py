@@ -60,11 +60,26 @@ class Context(NamedTuple):
     rules: Rules
 
 
+def context_of(size: int, scratch: int, rules: Rules) -> Context:
+    """The context of a communicator of `size` ranks with so many bytes of scratch; ring_bytes says how much is left."""
+    ring_bytes = _layout.ring_bytes_within(scratch, team_of(Context(size, 0, rules), ""))
+    return Context(size, ring_bytes, rules)
+
+
 def team_of(context: Context, backend: str):
     """A team with the constants that go into kernels, and no addresses yet."""
     rules, size = context.rules, context.size
-    packets = _layout.packets_a_rank(rules.packets, size)
-    return _layout.Team(0, 0, 0, 0, 0, size, rules.heap_blocks, packets, rules.rings, context.ring_bytes, backend)
+    return _layout.Team(
+        heap=0, local=0, rank=0, control=0, timeout=0,
+        size=size,
+        blocks=rules.heap_blocks,
+        packets=_layout.packets_a_rank(rules.packets, size),
+        rings=rules.rings,
+        ring_bytes=context.ring_bytes,
+        channels=rules.channels,
+        slot_bytes=rules.slot_bytes,
+        backend=backend,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -264,6 +279,20 @@ def split_on_device(call: Call, context: Context, rings: int, depth: int) -> Geo
         aligned=alignment == 16,
         counts={"splits": splits, "received": received, "row": row, "send_count": send, "recv_count": recv},
         constants={"TILE": tile_bytes // ITEMSIZE[dtype], "TILES": 1, "WHOLE": False},
+    )
+
+
+def between_pairs(call: Call, context: Context) -> Geometry:
+    """Lays messages between pairs out, in tiles of a channel's slot; addresses and counts come with each call."""
+    dtype = _UNITS[call.alignment]
+    nobody = (0,) * context.size
+    return Geometry(
+        dtype=dtype,
+        grid=context.rules.channels,
+        warps=context.rules.warps,
+        aligned=call.alignment == 16,
+        counts={"sends": nobody, "recvs": nobody, "send_counts": nobody, "recv_counts": nobody},
+        constants={"TILE": context.rules.slot_bytes // ITEMSIZE[dtype], "ALIGN": call.alignment},
     )
 
 

@@ -103,6 +103,7 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
 def bind(kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]) -> Callable:
     """Binds all values once; returns launch(send, recv, stream) for fresh addresses (or offsets) of send and recv.
 
+    `launch.assign(name, values)` changes the tuple of counts that the next launches take.
     tables: for each symmetric argument, the address of its table of segment bases.
     """
     values = dict(arguments.values, team=team)
@@ -147,11 +148,13 @@ def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
     from cuda.bindings import driver
 
     loaded = _load(kernel, arguments, values["team"], geometry.warps)
-    cells, fresh = [], {}
+    cells, fresh, tuples = [], {}, {}
     for name, types in arguments.types.items():
         for _, leaf, value in _leaves(types, values[name]):
             if leaf != "constexpr":
                 cells.append(_C_TYPES.get(leaf, ctypes.c_void_p)(value))
+        if isinstance(types, tuple):
+            tuples[name] = cells[-len(types) :]
         if name in ("send", "recv"):
             fresh[name] = cells[-1]  # the address itself, or the offset that a Symmetric ends with
     cells += [ctypes.c_void_p(0), ctypes.c_void_p(0)]  # Triton's two scratch pointers, unused here
@@ -170,6 +173,11 @@ def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
         if status:
             raise RuntimeError(f"cuLaunchKernel of {kernel.fn.__name__}: {status}")
 
+    def assign(name: str, values: tuple[int, ...]) -> None:
+        for cell, value in zip(tuples[name], values):
+            cell.value = value
+
+    launch.assign = assign
     return launch
 
 
@@ -188,4 +196,5 @@ def _bind_emulated(kernel, arguments: Arguments, values, geometry: Geometry):
             bound.append(as_argument(types, value))
         interpret(kernel, bound, (geometry.grid, 1, 1))
 
+    launch.assign = values.__setitem__
     return launch

@@ -10,6 +10,8 @@ class Rules:
     heap_blocks    largest grid of any kernel, users' too
     packets        32-bit words in the LL slots of a block, those of all ranks together
     rings          how many blocks have scratch of their own; the largest grid of tdccl's own kernels
+    channels       how many blocks send and receive between two ranks
+    slot_bytes     bytes of a tile there
     blocks         largest grid, at most `rings`
     packet_tile    32-bit words of a chunk that one block of an LL kernel handles, while blocks last
     packet_warps   warps of such a block
@@ -23,6 +25,8 @@ class Rules:
     heap_blocks: int
     packets: int
     rings: int
+    channels: int
+    slot_bytes: int
     blocks: int
     packet_tile: int
     packet_warps: int
@@ -37,6 +41,8 @@ GPU = Rules(
     heap_blocks=128,
     packets=4096,
     rings=128,
+    channels=16,
+    slot_bytes=16 << 10,
     blocks=128,
     packet_tile=256,
     packet_warps=4,
@@ -52,6 +58,8 @@ EMULATION = Rules(
     heap_blocks=32,
     packets=2048,
     rings=2,
+    channels=2,
+    slot_bytes=8 << 10,
     blocks=2,
     packet_tile=512,
     packet_warps=1,

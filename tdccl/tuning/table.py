@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent / "tables"
 EMULATED = "emulation"  # in place of the name of a GPU
 PLACEMENTS = ("plain", "symmetric")
 # Those that say how large the heap is cannot change from call to call.
-_CHANGEABLE = {field.name for field in fields(Rules)} - {"heap_blocks", "packets", "rings"}
+_CHANGEABLE = {field.name for field in fields(Rules)} - {"heap_blocks", "packets", "rings", "channels", "slot_bytes"}
 
 
 class Row(NamedTuple):
