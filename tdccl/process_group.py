@@ -646,7 +646,8 @@ def _keep_from_compiler() -> None:
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
-    for member in (*vars(ProcessGroup).values(), *vars(Work).values(), *vars(BarrierWork).values()):
+    classes = [ProcessGroup, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    for member in (member for each in classes for member in vars(each).values()):
         if isinstance(member, types.FunctionType):
             dynamo.set_code_exec_strategy(member.__code__, skip)
 
