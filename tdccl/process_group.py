@@ -175,13 +175,22 @@ _DONE = Work()
 
 
 class Backend:
-    """What torch gets when it asks a group for the backend of a device: the shim, which can allocate besides."""
+    """What torch gets when it asks a group for the backend of a device: the shim, with what it has not."""
+
+    # Where init_process_group was given a device, meshes of several dimensions want the default group split.
+    supports_splitting = True
+    options = None
 
     def __init__(self, shim, group: "ProcessGroup"):
         self._shim, self._group = shim, group
 
     def __getattr__(self, name: str):
         return getattr(self._shim, name)
+
+    def _nothing_to_do(self, device=None) -> None:
+        """Groups connect at their first call, need none but their members for it, and have no sequence numbers."""
+
+    eager_connect_single_device = perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:
         return (device.type == "cuda") != environment.emulated()
@@ -201,7 +210,7 @@ class ProcessGroup(dist.ProcessGroup):
     def __init__(self, options, pg_options=None):
         rank, size = options.group_rank, options.group_size
         super().__init__(rank, size)
-        members = tuple(options.global_ranks_in_group)
+        members = self._members = tuple(options.global_ranks_in_group)
         _lives[options.group_id, members] += 1
         life = "-".join(map(str, ("tdccl", _lives[options.group_id, members], *members)))
         self._store = dist.PrefixStore(life, options.store)
@@ -246,6 +255,17 @@ class ProcessGroup(dist.ProcessGroup):
     def communicator(self) -> Communicator:
         """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
         return self._communicator or self._connect(None)
+
+    def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
+        """The group of these ranks of this one; None on ranks that are not among them."""
+        if self._rank not in ranks:
+            return None
+        options = c10d._DistributedBackendOptions()
+        options.store = dist.PrefixStore(group_name, self._store)
+        options.timeout, options.group_id = timeout or self._timeout, group_name
+        options.group_rank, options.group_size = ranks.index(self._rank), len(ranks)
+        options.global_ranks_in_group = [self._members[rank] if self._members else rank for rank in ranks]
+        return ProcessGroup(options, opts)
 
     def shutdown(self) -> None:
         """Ends the group; collective, unless its communicator has failed: then nobody is waited for."""

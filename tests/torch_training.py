@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -252,6 +253,22 @@ def hsdp():
     return trained(sharded(net(), mesh=mesh))
 
 
+def hsdp_on_split_groups():
+    """Where init_process_group was given a device, which it takes on GPUs only, a mesh splits the default group."""
+    world = dist.group.WORLD
+    if dist.get_backend() != "tdccl":
+        return hsdp()
+    world.bound_device_id = torch.device(DEVICE.type, DEVICE.index or 0)
+    accelerator = {"is_available": lambda: True, "current_accelerator": lambda: world.bound_device_id}
+    with (
+        mock.patch.multiple(torch.accelerator, **accelerator),
+        mock.patch("torch.distributed.device_mesh.new_group", side_effect=AssertionError("not split")),
+    ):
+        mesh = init_device_mesh(DEVICE.type, (SIZE // 2, 2), mesh_dim_names=("copies", "shards"))
+    world.bound_device_id = None
+    return trained(sharded(net(), mesh=mesh))
+
+
 def fsdp2_state_dict_of_rank_0():
     """Rank 0's full state goes to all ranks' shards, and back."""
     from torch.distributed.checkpoint.state_dict import (
@@ -486,7 +503,7 @@ CASES = {
     ],
     "collectives": [functional_eager, functional_compiled, collectives_compiled, autograd_collectives],
     "compiled": [ddp_compiled, tensor_parallel_compiled],
-    "two_dimensions": [hsdp, tensor_parallel_inside_fsdp2],  # an even number of ranks, from 4 on
+    "two_dimensions": [hsdp, hsdp_on_split_groups, tensor_parallel_inside_fsdp2],  # an even number of ranks, from 4 on
 }  # fmt: skip
 
 
