@@ -12,11 +12,14 @@ LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long
 REFERENCE = "nccl" if torch.cuda.is_available() and os.environ.get("TDCCL_EMULATE", "0") == "0" else "gloo"
 
 
-def torchrun(ranks: int, program: str, *arguments, path=(CHECKOUT,)) -> str:
+EVERYWHERE = ["data_parallel", "sharded", "spread", "pipelines", "collectives", "compiled"]
+
+
+def torchrun(ranks: int, program: str, *arguments, path=(CHECKOUT,), **variables) -> str:
     if ranks > pool.LARGEST_WORLD:
         pytest.skip(f"{pool.LARGEST_WORLD} GPUs")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return run(*launcher, str(CHECKOUT / program), *arguments, path=path)
+    return run(*launcher, str(CHECKOUT / program), *arguments, path=path, **variables)
 
 
 @pytest.mark.parametrize(
@@ -37,12 +40,18 @@ def test_example_has_the_loss_curve_of_another_backend(program, ranks, options, 
 @pytest.mark.parametrize(
     "ranks, kinds",
     [
-        (2, ["data_parallel", "sharded", "spread", "collectives", "compiled"]),
+        (2, EVERYWHERE),
         (3, ["spread"]),
         (4, ["two_dimensions"]),
-        pytest.param(3, ["data_parallel", "sharded", "collectives", "compiled"], marks=LONG),
-        pytest.param(4, ["data_parallel", "sharded", "spread", "collectives", "compiled"], marks=LONG),
+        pytest.param(3, EVERYWHERE, marks=LONG),
+        pytest.param(4, EVERYWHERE, marks=LONG),
     ],
 )
 def test_training(ranks, kinds):
     assert torchrun(ranks, "tests/torch_training.py", *kinds).count(" ok") == ranks
+
+
+@LONG
+def test_training_compiled_by_inductor():
+    cases = ["functional_compiled", "collectives_compiled", "compiled"]
+    assert torchrun(2, "tests/torch_training.py", *cases, COMPILER="inductor").count(" ok") == 2

@@ -40,6 +40,7 @@ if not hasattr(dist.Backend, "TDCCL"):  # run from a checkout: no entry point is
     tdccl.torch_entry.register()
 
 GPU = torch.cuda.is_available() and os.environ.get("TDCCL_EMULATE", "0") == "0"
+COMPILER = os.environ.get("COMPILER", "inductor" if GPU else "aot_eager")  # Inductor compiles C++ for CPUs: slowly
 WIDTH = 12  # divides by 2, 3 and 4 ranks
 
 
@@ -211,6 +212,17 @@ def fsdp1():
     return results
 
 
+def fsdp1_hybrid():
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    mesh = init_device_mesh(DEVICE.type, (SIZE // 2, 2))
+    options = {"device_mesh": mesh, "sharding_strategy": ShardingStrategy.HYBRID_SHARD, "use_orig_params": True}
+    model = FullyShardedDataParallel(net(), device_id=DEVICE, **options)
+    losses = trained(model)[:3]
+    with FullyShardedDataParallel.summon_full_params(model):
+        return losses + list(map(whole, model.parameters()))
+
+
 def fsdp2():
     return trained(sharded(net()))
 
@@ -361,17 +373,20 @@ def tensor_parallel_inside_fsdp2():
 
 def pipeline():
     """Layers one after another on the ranks, which send each other activations and gradients."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
     results = []
-    for schedule in (ScheduleGPipe, Schedule1F1B):
-        layer = net(SIZE)[RANK]
-        stage = PipelineStage(layer, RANK, SIZE, DEVICE)
-        run = schedule(stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
+    for schedule in (ScheduleGPipe, Schedule1F1B, ScheduleInterleaved1F1B):
+        rounds = 2 if schedule is ScheduleInterleaved1F1B else 1  # layers a rank has
+        numbers = range(RANK, rounds * SIZE, SIZE)
+        layers = [net(rounds * SIZE)[number] for number in numbers]
+        stages = [PipelineStage(layer, number, rounds * SIZE, DEVICE) for layer, number in zip(layers, numbers)]
+        run = schedule(stages if rounds > 1 else stages[0], 4, loss_fn=lambda out, to: (out - to).square().mean())
         losses = []
         inputs = [batch(0, rank=0)] if RANK == 0 else []
         run.step(*inputs, **({"target": batch(1, rank=0), "losses": losses} if RANK == SIZE - 1 else {}))
-        results += [parameter.grad.clone() for parameter in layer.parameters()] + list(map(whole, losses))
+        results += [parameter.grad.clone() for layer in layers for parameter in layer.parameters()]
+        results += map(whole, losses)
     return results
 
 
@@ -422,7 +437,7 @@ def functional_eager():
 
 
 def functional_compiled():
-    compiled = torch.compile(functional_round, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(functional_round, backend=COMPILER, fullgraph=True)
     x = batch(0).repeat(3, 1)
     result = compiled(x)
     torch.testing.assert_close(result, functional_round(x))
@@ -441,12 +456,16 @@ def collectives_compiled():
         dist.reduce_scatter_tensor(scattered, gathered)
         return scattered + 1
 
-    return [torch.compile(body, backend="aot_eager", fullgraph=True)(batch(0))]
+    return [torch.compile(body, backend=COMPILER, fullgraph=True)(batch(0))]
 
 
 def ddp_compiled():
-    model = torch.compile(ddp(), backend="aot_eager")
+    model = torch.compile(ddp(), backend=COMPILER)
     return trained(model)
+
+
+def fsdp2_compiled():
+    return trained(torch.compile(sharded(net()), backend=COMPILER))
 
 
 def tensor_parallel_compiled():
@@ -454,7 +473,7 @@ def tensor_parallel_compiled():
     model = net()
     for layer in model:
         parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=COMPILER, fullgraph=True)
     return trained(compiled, inputs=lambda step: batch(step, rank=0))
 
 
@@ -481,6 +500,9 @@ def autograd_collectives():
     )
     if GPU:  # Gloo has no backward for it
         check(lambda x: differentiable._all_gather_base(x.new_empty(SIZE * len(x)), x), x)
+    check(lambda x: differentiable.reduce(x, SIZE - 1) * (RANK == SIZE - 1), x)  # elsewhere it may be anything
+    check(lambda x: differentiable.gather(x, SIZE - 1), x)
+    check(lambda x: differentiable.scatter(list(x.chunk(SIZE)), SIZE - 1), x)
     check(lambda x: functional.all_gather_tensor_autograd(x, 0, dist.group.WORLD), x)
     check(lambda x: functional.reduce_scatter_tensor_autograd(x, "sum", 0, dist.group.WORLD), x)
     splits = [len(x) // SIZE] * SIZE
@@ -498,12 +520,12 @@ CASES = {
         fsdp1, fsdp2, fsdp2_mixed_precision, fsdp2_kept_after_forward, fsdp2_gradient_divide_factor,
         fsdp2_in_symmetric_memory, fsdp2_cpu_offload, fsdp2_state_dict_of_rank_0, checkpoint_of_fsdp2,
     ],
-    "spread": [
-        tensor_parallel, sequence_parallel, parallel_cross_entropy, dtensor_placements, dtensor_operators, pipeline,
-    ],
+    "spread": [tensor_parallel, sequence_parallel, parallel_cross_entropy, dtensor_placements, dtensor_operators],
+    "pipelines": [pipeline],
     "collectives": [functional_eager, functional_compiled, collectives_compiled, autograd_collectives],
-    "compiled": [ddp_compiled, tensor_parallel_compiled],
-    "two_dimensions": [hsdp, hsdp_on_split_groups, tensor_parallel_inside_fsdp2],  # an even number of ranks, from 4 on
+    "compiled": [ddp_compiled, fsdp2_compiled, tensor_parallel_compiled],
+    # An even number of ranks, from 4 on.
+    "two_dimensions": [fsdp1_hybrid, hsdp, hsdp_on_split_groups, tensor_parallel_inside_fsdp2],
 }  # fmt: skip
 
 
