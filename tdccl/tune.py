@@ -45,7 +45,7 @@ def shapes(algorithm: Algorithm) -> list[dict[str, int]]:
     tiles = [(8, 8), (16, 16), (32, 16), (64, 16)]
     found = [
         {"tile": tile << 10, "warps": warps, "blocks": blocks}
-        for (tile, warps), blocks in itertools.product(tiles, (32, 128))
+        for (tile, warps), blocks in itertools.product(tiles, (32, 64, 128))
     ]
     if algorithm.path == "symmetric":
         return found

@@ -34,7 +34,9 @@ def ordered(values: list[torch.Tensor], op: str) -> torch.Tensor:
         total = _step(total, value.to(total.dtype), op)
     if op == "avg":
         size = len(values)
-        total = total / size if dtype.is_floating_point else torch.div(total, size, rounding_mode="trunc")
+        # By a tensor: by a number torch multiplies with the reciprocal on GPUs, which rounds twice.
+        divisor = torch.full_like(total, size)
+        total = total / divisor if dtype.is_floating_point else torch.div(total, divisor, rounding_mode="trunc")
     return total.to(dtype)
 
 

@@ -1,5 +1,6 @@
 """Packs of kernels compiled ahead of time: they hold what the runtime asks for, and a bad one does no harm."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -90,10 +91,10 @@ def call_of(count, dtype="bf16", op="sum", alignment=16, segments=(None, None)):
     return Call("reduce_scatter", count, dtype, op, 0, alignment, None, segments, False)
 
 
-def launch_call(call):
+def launch_call(call, table=None):
     """Plans and launches a call as a communicator does; returns its choice."""
-    context = context_of(RANKS)
-    choice = choose(ALGORITHMS[call.collective], call, context, aot.table_for("another GPU", RANKS))
+    context, table = context_of(RANKS), table or aot.table_for("another GPU", RANKS)
+    choice = choose(ALGORITHMS[call.collective], call, context, table)
     plan = Plan(choice, call, team_of(context, "cuda"))
     plan.launch(*plan.at(1 << 34, 1 << 35), 0)
     return choice
@@ -110,8 +111,8 @@ def every_call():
 
 def test_every_size_is_launched_from_the_pack(built, driver, monkeypatch):
     use(monkeypatch, built)
-    for call in every_call():
-        geometry = launch_call(call).geometry
+    for table, call in itertools.product(aot._tables(RANKS), every_call()):
+        geometry = launch_call(call, table).geometry
         cubin, grid, _, _, threads, *_ = driver.launches[-1]
         assert (grid, threads) == (geometry.grid, geometry.warps * 32)
         assert cubin in driver.modules

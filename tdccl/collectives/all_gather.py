@@ -19,7 +19,7 @@ def _staged(call, context):
     else:
         unit = ITEMSIZE[geometry.dtype]
         send, recv = (tuple(count * call.itemsize // unit for count in counts) for counts in call.splits)
-    return geometry.splitting(send, recv, same=True)
+    return geometry.splitting(send, recv, same=True).adding(constants={"SAME": True})
 
 
 ALGORITHMS = [

@@ -19,7 +19,7 @@ def _staged(call, context):
     splits = call.splits or ((call.count,) * context.size,) * 2
     unit = ITEMSIZE[geometry.dtype]
     send, recv = (tuple(count * call.itemsize // unit for count in counts) for counts in splits)
-    return geometry.splitting(send, recv)
+    return geometry.splitting(send, recv).adding(constants={"SAME": False})
 
 
 ALGORITHMS = [

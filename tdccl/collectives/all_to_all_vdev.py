@@ -59,7 +59,20 @@ def staged(
             tl.store(answer + team.size + source, start)
             start += rows
     epoch = exchange.through_rings(
-        team, epoch, send, recv, send_counts, send_offsets, told, recv_counts, recv_offsets, DTYPE, TILE, TILES, WHOLE
+        team,
+        epoch,
+        send,
+        recv,
+        send_counts,
+        send_offsets,
+        told,
+        recv_counts,
+        recv_offsets,
+        DTYPE,
+        TILE,
+        TILES,
+        WHOLE,
+        False,
     )
     shmem.end(team, epoch)
 

@@ -74,13 +74,13 @@ def _steps_with_peers(send_counts, recv_counts, SPAN: tl.constexpr):
 @triton.jit
 def staged(
     team, send, recv, send_counts, send_offsets, recv_counts, recv_offsets,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Every chunk goes `through_rings`, of which see the waits, ordering and reuse."""
     epoch = shmem.begin(team)
     epoch = through_rings(
         team, epoch, send, recv, send_counts, send_offsets, recv_counts, recv_counts, recv_offsets,
-        DTYPE, TILE, TILES, WHOLE,
+        DTYPE, TILE, TILES, WHOLE, SAME,
     )  # fmt: skip
     shmem.end(team, epoch)
 
@@ -88,11 +88,12 @@ def staged(
 @triton.jit
 def through_rings(
     team, epoch, send, recv, send_counts, send_offsets, sent_here, recv_counts, recv_offsets,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """At step s a block pushes span s of every chunk into a ring slot of its receiver, then takes in span s - 1.
 
-    sent_here: what each rank sends this one, of which `recv_counts` elements are written. Returns the epoch.
+    sent_here: what each rank sends this one, of which `recv_counts` elements are written. SAME: every rank is sent the
+    same chunk, which is read once. Returns the epoch.
 
     Waits:    block b for block b of each peer, once a step; both directions of a pair take equally many
               steps, so two ranks agree on them from their own two counts alone.
@@ -117,10 +118,13 @@ def through_rings(
         for tile in range(TILES):
             within = tile * TILE + place
             index = shmem.span_start(step, span) + within
+            if SAME:
+                chunk = tl.load(send + index, mask=index < send_counts[0])
             for distance in tl.static_range(1, team.size):
                 pe = (team.rank + distance) % team.size
                 mask = index < shmem.pick(send_counts, pe)
-                chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
+                if not SAME:
+                    chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
                 slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
                 tl.store(slot + within, chunk, mask=mask)
         shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
