@@ -20,6 +20,7 @@ from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Tdcc
 from tdccl.runtime import arrays, bare
 from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
+from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.transport.bootstrap import Bootstrap, discover
 
@@ -130,6 +131,7 @@ class Communicator:
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
         self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
+        self._loans = Loans(bootstrap, self.device, self.empty)
         self._plans: dict[Call, Plan] = {}
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
         self._calls_on: Any = None  # and while symmetric memory was this
@@ -493,6 +495,17 @@ class Communicator:
         segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
         self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
+
+    def lend(self, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone.
+
+        All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
+        and in every 64th call, to compare where their tensors lay.
+
+        Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ.
+        """
+        self.check()
+        return self._loans.tensor(numel, dtype)
 
     def register(self, pool: "torch.cuda.MemPool") -> None:
         """Makes a torch memory pool symmetric memory: what it holds now, and tensors that go there later; collective.

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import threading
 import time
+import types
 from datetime import timedelta
 
 import torch
@@ -173,6 +174,32 @@ class HostLane:
 _DONE = Work()
 
 
+class Backend:
+    """What torch gets when it asks a group for the backend of a device: the shim, with what it has not."""
+
+    # Where init_process_group was given a device, meshes of several dimensions want the default group split.
+    supports_splitting = True
+    options = None
+
+    def __init__(self, shim, group: "ProcessGroup"):
+        self._shim, self._group = shim, group
+
+    def __getattr__(self, name: str):
+        return getattr(self._shim, name)
+
+    def _nothing_to_do(self, device=None) -> None:
+        """Groups connect at their first call, need none but their members for it, and have no sequence numbers."""
+
+    eager_connect_single_device = perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        return (device.type == "cuda") != environment.emulated()
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP2 draws its buffers here after `set_allocate_memory_from_process_group_for_comm(True)`."""
+        return self._group.communicator.lend(size, dtype)
+
+
 class ProcessGroup(dist.ProcessGroup):
     """A process group over a `Communicator`, which is made at the first collective, on its tensors' device.
 
@@ -183,7 +210,7 @@ class ProcessGroup(dist.ProcessGroup):
     def __init__(self, options, pg_options=None):
         rank, size = options.group_rank, options.group_size
         super().__init__(rank, size)
-        members = tuple(options.global_ranks_in_group)
+        members = self._members = tuple(options.global_ranks_in_group)
         _lives[options.group_id, members] += 1
         life = "-".join(map(str, ("tdccl", _lives[options.group_id, members], *members)))
         self._store = dist.PrefixStore(life, options.store)
@@ -223,10 +250,24 @@ class ProcessGroup(dist.ProcessGroup):
     def get_group_store(self):
         return self._store
 
+    def _get_backend(self, device: torch.device) -> Backend:
+        return Backend(super()._get_backend(device), self)
+
     @property
     def communicator(self) -> Communicator:
         """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
         return self._communicator or self._connect(None)
+
+    def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
+        """The group of these ranks of this one; None on ranks that are not among them."""
+        if self._rank not in ranks:
+            return None
+        options = c10d._DistributedBackendOptions()
+        options.store = dist.PrefixStore(group_name, self._store)
+        options.timeout, options.group_id = timeout or self._timeout, group_name
+        options.group_rank, options.group_size = ranks.index(self._rank), len(ranks)
+        options.global_ranks_in_group = [self._members[rank] if self._members else rank for rank in ranks]
+        return ProcessGroup(options, opts)
 
     def shutdown(self) -> None:
         """Ends the group; collective, unless its communicator has failed: then nobody is waited for."""
@@ -636,3 +677,19 @@ def _unpack(flat: torch.Tensor, pieces) -> None:
     parts = flat.split([piece.numel() for piece in pieces])
     with torch.no_grad():
         torch._foreach_copy_(list(pieces), [part.view(piece.shape) for part, piece in zip(parts, pieces)])
+
+
+def _keep_from_compiler() -> None:
+    """torch.compile runs what C++ calls back, DDP's broadcast for one, under Dynamo, which cannot trace a backend.
+
+    torch.compiler.disable would do too, but imports the compiler, which takes seconds, and wraps every call.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
+    classes = [ProcessGroup, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    for member in (member for each in classes for member in vars(each).values()):
+        if isinstance(member, types.FunctionType):
+            dynamo.set_code_exec_strategy(member.__code__, skip)
+
+
+_keep_from_compiler()

@@ -23,6 +23,17 @@ def ranks(request, tmp_path_factory):
     shared.close()
 
 
+@pytest.fixture
+def installed(tmp_path):
+    """A path on which tdccl is as if installed: torch finds entry points by this folder alone."""
+    (tmp_path / "tdccl-0.dist-info").mkdir()
+    (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
+    (tmp_path / "tdccl-0.dist-info" / "entry_points.txt").write_text(
+        "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
+    )
+    return tmp_path
+
+
 def pytest_generate_tests(metafunc):
     """`world` runs over every size of the pool."""
     if "world" in metafunc.fixturenames:

@@ -52,17 +52,6 @@ def test_under_mpirun():
     assert mpirun(2, sys.executable, BODY).count(": ok") == 2
 
 
-@pytest.fixture
-def installed(tmp_path):
-    """A path on which tdccl is as if installed: torch finds entry points by this folder alone."""
-    (tmp_path / "tdccl-0.dist-info").mkdir()
-    (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
-    (tmp_path / "tdccl-0.dist-info" / "entry_points.txt").write_text(
-        "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
-    )
-    return tmp_path
-
-
 def test_entry_point_registers_and_stays_light(installed):
     program = """
 import sys

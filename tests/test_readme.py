@@ -18,25 +18,21 @@ COMMANDS = [line.removeprefix("./run ") for line in LINES if line.startswith((".
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_of_readme(command, tmp_path):
+def test_command_of_readme(command, installed):
     for name, text in PROGRAMS.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "tdccl-0.dist-info").mkdir()  # what `pip install` would leave: torch finds the backend by it
-    (tmp_path / "tdccl-0.dist-info" / "entry_points.txt").write_text(
-        "[torch.backends]\ntdccl = tdccl.torch_entry:register\n"
-    )
-    (tmp_path / "tdccl-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tdccl\nVersion: 0\n")
+        (installed / name).write_text(text)
+    (installed / "examples").symlink_to(ROOT / "examples")
     words = shlex.split(command, comments=True)
     words[2] = str(pool.LARGEST_WORLD)  # on as many GPUs as there are
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
-    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", OMP_NUM_THREADS="1")
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{installed}", OMP_NUM_THREADS="1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for layer in ("OMPI", "PRTE"):
         environment[f"{layer}_ALLOW_RUN_AS_ROOT"] = environment[f"{layer}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     if words[0] == "mpirun":
         words.insert(1, "--oversubscribe")
-    run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
+    run = subprocess.run(words, cwd=installed, env=environment, capture_output=True, text=True, timeout=150)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 

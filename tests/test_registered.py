@@ -409,3 +409,33 @@ def check_graph(comm):
 @needs_gpu
 def test_a_graph_over_registered_memory(ranks, world):
     ranks.run(check_graph, world)
+
+
+def check_loans(comm):
+    with group_of(comm) as own:
+        first, second = own.lend(COUNT), own.lend(COUNT)
+        assert is_symmetric(own, first) and is_symmetric(own, second)
+        check_sum(own, first)
+        home, view = first.data_ptr(), first[5:]
+        del first
+        assert own.lend(COUNT).data_ptr() not in (home, second.data_ptr()), "a view is left on the first"
+        del view
+        assert own.lend(2 * COUNT, torch.bfloat16).data_ptr() == home, "only the size in bytes counts"
+    assert (second.fill_(3) == 3).all(), "loans outlive their communicator"
+
+
+def test_lent_memory_is_lent_again_when_it_is_free(ranks, world):
+    ranks.run(check_loans, world)
+
+
+def check_loans_that_differ(comm):
+    with group_of(comm) as own:
+        kept = [own.lend(10), own.lend(10)]
+        kept.pop(comm.rank % 2)  # another on every other rank
+        with pytest.raises(tdccl.ArgumentError, match="different places"):
+            for _ in range(100):
+                own.lend(10)
+
+
+def test_ranks_that_free_differently_are_found_out(ranks):
+    ranks.run(check_loans_that_differ, 2)
