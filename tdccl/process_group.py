@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import queue
 import threading
 import time
 import types
@@ -125,15 +126,14 @@ class HostWork(MessageWork):
         return self._pending.exception() if self._pending.done() else None
 
     def get_future(self) -> Future:
-        future = Future()
+        ended = Future()
+        self._pending.add_done_callback(lambda _: ended.set_result(None))
 
-        def settle(pending):
-            # A future that failed crashes who is behind it in C++; one that raises in `then` does not.
-            error = pending.exception()
-            future.set_result(self._outputs) if error is None else future.set_exception(error)
+        def outcome(_):
+            self._pending.result()  # raises what the call raised: a future that was given an error crashes C++
+            return self._outputs
 
-        self._pending.add_done_callback(settle)
-        return future
+        return ended.then(outcome)
 
 
 class GpuLane:
@@ -153,21 +153,39 @@ class GpuLane:
     def idle(self) -> bool:
         return self._stream.query()
 
+    def close(self) -> None:
+        """Nothing to do: a stream ends with its last reference."""
+
 
 class HostLane:
     """The same in emulation, where a kernel that waits keeps its thread."""
 
     def __init__(self, communicator: Communicator):
         self._communicator = communicator
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "tdccl-message")
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._last = None
+        # A daemon, unlike an executor's: a message that never comes must not hold up the end of the process.
+        threading.Thread(target=self._serve, name="tdccl-message", daemon=True).start()
 
     def submit(self, call, tensor) -> HostWork:
-        self._last = self._thread.submit(call, self._communicator)
+        self._last = concurrent.futures.Future()
+        self._calls.put((call, self._last))
         return HostWork(self._last, tensor)
 
     def idle(self) -> bool:
         return self._last is None or self._last.done()
+
+    def close(self) -> None:
+        """Ends the thread once it has made what was submitted."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, pending = item
+            try:
+                pending.set_result(call(self._communicator))
+            except BaseException as error:
+                pending.set_exception(error)
 
 
 # Work of synchronous calls: it is ordered on the caller's stream, so there is nothing to wait for.
@@ -271,8 +289,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     def shutdown(self) -> None:
         """Ends the group; collective, unless its communicator has failed: then nobody is waited for."""
-        with self._lock:
-            communicator, self._communicator, self._gloo_group, self._ended = self._communicator, None, None, True
+        communicator = self._end()
         if communicator is None:
             return
         try:
@@ -283,8 +300,17 @@ class ProcessGroup(dist.ProcessGroup):
 
     def abort(self) -> None:
         """Ends the group on this rank, at once."""
+        self._end()
+
+    def _end(self) -> Communicator | None:
+        """Lets go of everything; returns the communicator, if there was one."""
         with self._lock:
+            communicator, lanes = self._communicator, list(self._lanes.values())
             self._communicator, self._gloo_group, self._ended = None, None, True
+            self._lanes.clear()
+        for lane in lanes:
+            lane.close()
+        return communicator
 
     # ---- collectives ---------------------------------------------------------------------------------
 

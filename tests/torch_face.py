@@ -356,8 +356,8 @@ def messages():
             dist.send(full(count, RANK), right)
         same(into, left)
         works = [dist.isend(full(count, RANK + 7), right), dist.irecv(into, left)]
-        for work in works:
-            work.wait()
+        same(works[1].get_future().then(lambda future: future.value()[0]).wait(), left + 7)
+        works[0].wait()
         same(into, left + 7)
     others = [rank for rank in range(SIZE) if rank != RANK]
     got = {rank: [full(50, -1), full(9, -1)] for rank in others}
