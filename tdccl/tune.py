@@ -42,7 +42,7 @@ def shapes(algorithm: Algorithm) -> list[dict[str, int]]:
     if algorithm.path == "packets":
         tried = [(32, 1), (64, 1), (128, 2), (256, 4), (512, 8), (1024, 8), (1024, 16), (2048, 16), (4096, 16)]
         return [{"packet_tile": tile, "packet_warps": warps} for tile, warps in tried]
-    tiles = [(8, 8), (16, 16), (32, 16), (64, 16)]
+    tiles = [(4, 8), (8, 8), (16, 16), (32, 16), (64, 16)]
     found = [
         {"tile": tile << 10, "warps": warps, "blocks": blocks}
         for (tile, warps), blocks in itertools.product(tiles, (32, 64, 128))

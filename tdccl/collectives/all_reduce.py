@@ -4,6 +4,7 @@ one_shot_ll   every rank sends its whole message to all and reduces all   small 
 two_shot      every rank reduces its part and sends the result to all:
   _ll         by packets both times                                       middle sizes
   _pull       straight from and to the peers' symmetric buffers           bandwidth, symmetric memory
+  _push       inputs through rings, results straight to symmetric buffers bandwidth, symmetric memory
   _staged     tiles through rings in scratch, pipelined                   bandwidth, any memory
 """
 
@@ -22,6 +23,8 @@ from tdccl.runtime.algorithm import (
 
 # See `two_shot_staged`: how many slots make it safe to reuse one without asking.
 DEPTH = tl.constexpr(3)
+# See `two_shot_push`.
+INPUT_DEPTH = tl.constexpr(4)
 
 
 @triton.jit
@@ -135,6 +138,58 @@ def two_shot_pull(
 
 
 @triton.jit
+def two_shot_push(
+    team, send, recv, count, part, tail,
+    DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
+    TILES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """At step s a block pushes span s of every part to the part's rank, reduces span s - 1 of its own part, and stores
+    the result into all ranks' buffers. Stores over a link are faster than loads.
+
+    Waits:    block b for block b of every peer, on entry, once a step for their inputs, and at the end.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    slots as `exchange.through_rings`, INPUT_DEPTH of them between barriers. A result is written only after
+              every rank has sent its input for that place, so send may be recv.
+    """
+    epoch = shmem.begin(team)
+    epoch = shmem.barrier_block(team, epoch, 1)
+    span: tl.constexpr = TILE * TILES
+    place = tl.arange(0, TILE)
+    steps = shmem.steps_of(part, span)
+    for step in range(steps + 1):
+        if step < steps:
+            for tile in range(TILES):
+                inside = tile * TILE + place
+                within = shmem.span_start(step, span) + inside
+                for distance in tl.static_range(1, team.size):
+                    pe = (team.rank + distance) % team.size
+                    index = pe * part + within
+                    mask = (within < part) & (index < count)
+                    slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, INPUT_DEPTH, WHOLE)
+                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+            shmem.signal_all(team, epoch, shmem.DATA, step + 1)
+        if step >= 1:
+            epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
+            for tile in range(TILES):
+                start = shmem.span_start(step - 1, span) + tile * TILE
+                index = team.rank * part + start + place
+                mask = (start + place < part) & (index < count)
+                own = send + team.rank * part + start
+                values = shmem.load_ranks(
+                    team, epoch, own, step - 1, tile * TILE, mask, DTYPE, TILE, span, INPUT_DEPTH, WHOLE, ALIGN
+                )
+                result = shmem.fold(values, OP, DTYPE)
+                for distance in tl.static_range(1, team.size + 1):
+                    pe = (team.rank + distance) % team.size
+                    tl.store(shmem.symm_at(recv, pe, DTYPE, ALIGN) + index, result, mask=mask)
+    if TAIL:
+        own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
+        _reduce_tail(team, epoch, send, own_recv, count, tail, 0, OP, DTYPE, False)
+    epoch = shmem.barrier_block(team, epoch, 2)
+    shmem.end(team, epoch)
+
+
+@triton.jit
 def two_shot_staged(
     team, send, recv, count, part, tail, root,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
@@ -235,6 +290,13 @@ def _two_shot_pull(call, context):
     return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
 
 
+def _two_shot_push(call, context):
+    bulk, tail = _bulk_and_tail(call)
+    part_bytes = _part_bytes(bulk, context)
+    geometry = tiles_in(bulk, context, context.size - 1, INPUT_DEPTH.value, part_bytes, always_whole=True)
+    return geometry.adding(scalars={"tail": tail}, constants={"TAIL": tail > 0})
+
+
 def staged(call, context):
     """The layout of `two_shot_staged`; the caller adds the root."""
     bulk, tail = _bulk_and_tail(call)
@@ -251,5 +313,6 @@ ALGORITHMS = [
     Algorithm("one_shot_ll", one_shot_ll, packets_in, sent=lambda n: 2 * (n - 1), packets=one_shot),
     Algorithm("two_shot_ll", two_shot_ll, _two_shot_ll, sent=lambda n: 4 * (n - 1) / n, packets=two_shot),
     Algorithm("two_shot_pull", two_shot_pull, _two_shot_pull, sent=_sent_in_two_shots, symmetric=("send", "recv")),
+    Algorithm("two_shot_push", two_shot_push, _two_shot_push, sent=_sent_in_two_shots, symmetric=("recv",)),
     Algorithm("two_shot_staged", two_shot_staged, _two_shot_staged, sent=_sent_in_two_shots),
 ]

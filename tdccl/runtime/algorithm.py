@@ -242,15 +242,17 @@ def packets_in(call: Call, context: Context, shots: int = 1) -> Geometry:
     )
 
 
-def tiles_in(call: Call, context: Context, rings: int, depth: int, part_bytes: int | None = None) -> Geometry:
+def tiles_in(
+    call: Call, context: Context, rings: int, depth: int, part_bytes: int | None = None, always_whole: bool = False
+) -> Geometry:
     """Lays chunks, or parts of `part_bytes` bytes, out in spans that pass through `rings` rings of `depth` slots.
 
-    Large ones take the ring WHOLE, at the price of two barriers, in spans of several tiles: the longer a span, the
-    less its signals cost, but the longer the pipeline takes to fill.
+    Large ones (always_whole: all) take the ring WHOLE, at the price of two barriers, in spans of several tiles: the
+    longer a span, the less its signals cost, but the longer the pipeline takes to fill.
     """
     rules, slots = context.rules, max(1, rings) * depth
     walked = call.nbytes if part_bytes is None else part_bytes
-    whole = call.splits is None and walked >= rules.whole_from
+    whole = always_whole or (call.splits is None and walked >= rules.whole_from)
     ring_bytes = context.ring_bytes
     if whole:
         ring_bytes = _layout.whole_ring_bytes(ring_bytes, rules.rings, rules.blocks)
