@@ -34,6 +34,13 @@ def _bf16_bits_of(values: np.ndarray) -> np.ndarray:
 
 
 _thread = threading.local()
+_rewriting = threading.Lock()
+
+
+def _rewritten(function: InterpretedFunction):
+    """The function as the interpreter runs it, made at its first call: by one thread, as Python's parser wants."""
+    with _rewriting:
+        return function.rewrite()
 
 
 class _Builder(type(_builder)):
@@ -154,7 +161,7 @@ def _contiguous(pointers: np.ndarray, mask, itemsize: int):
 
 
 def _call_device_function(self, *args, **kwargs):
-    return self.rewrite()(*args, **kwargs)
+    return _rewritten(self)(*args, **kwargs)
 
 
 def _interpreted(function: JITFunction) -> InterpretedFunction:
@@ -228,7 +235,7 @@ def as_argument(types, value):
 
 def interpret(kernel, arguments: list, grid: tuple[int, int, int]) -> None:
     """Runs the blocks of a grid one after another, on arguments made by `as_argument`."""
-    _run_blocks(kernel.rewrite(), arguments, {}, grid)
+    _run_blocks(_rewritten(kernel), arguments, {}, grid)
 
 
 def _run_blocks(function, args, kwargs, grid: tuple[int, int, int]) -> None:
