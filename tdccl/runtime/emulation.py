@@ -175,7 +175,7 @@ def _run_kernel(self, *args, grid, warmup=False, **kwargs):
     """Replaces the launch of `kernel[grid](...)`, for kernels of users."""
     if warmup:
         return
-    function = self.rewrite()
+    function = _rewritten(self)
     names = self.arg_names
     constexprs = {name for name, kind in function.__annotations__.items() if "constexpr" in str(kind)}
     bound = dict(zip(names, args))
