@@ -138,6 +138,24 @@ def two_shot_pull(
 
 
 @triton.jit
+def _push_span(
+    team, epoch, send, part, count, step,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Stores the span of this step of every part into a ring slot of the part's rank. Ordering: none; signal it."""
+    span: tl.constexpr = TILE * TILES
+    for tile in range(TILES):
+        inside = tile * TILE + tl.arange(0, TILE)
+        within = shmem.span_start(step, span) + inside
+        for distance in tl.static_range(1, team.size):
+            pe = (team.rank + distance) % team.size
+            index = pe * part + within
+            mask = (within < part) & (index < count)
+            slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
+            tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+
+
+@triton.jit
 def two_shot_push(
     team, send, recv, count, part, tail,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
@@ -158,15 +176,7 @@ def two_shot_push(
     steps = shmem.steps_of(part, span)
     for step in range(steps + 1):
         if step < steps:
-            for tile in range(TILES):
-                inside = tile * TILE + place
-                within = shmem.span_start(step, span) + inside
-                for distance in tl.static_range(1, team.size):
-                    pe = (team.rank + distance) % team.size
-                    index = pe * part + within
-                    mask = (within < part) & (index < count)
-                    slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, INPUT_DEPTH, WHOLE)
-                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+            _push_span(team, epoch, send, part, count, step, DTYPE, TILE, TILES, INPUT_DEPTH, WHOLE)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
@@ -216,15 +226,7 @@ def two_shot_staged(
     steps = shmem.steps_of(part, span)
     for step in range(steps + 2):
         if step < steps:
-            for tile in range(TILES):
-                inside = tile * TILE + place
-                within = shmem.span_start(step, span) + inside
-                for distance in tl.static_range(1, team.size):
-                    pe = (team.rank + distance) % team.size
-                    index = pe * part + within
-                    mask = (within < part) & (index < count)
-                    slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+            _push_span(team, epoch, send, part, count, step, DTYPE, TILE, TILES, DEPTH, WHOLE)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (step >= 1) & (step <= steps):
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
