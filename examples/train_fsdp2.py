@@ -16,7 +16,8 @@ def parallelize(model, options, device):
     shard = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
     for module in (*model.blocks, model):
         fully_shard(module, **shard)
-        module.set_allocate_memory_from_process_group_for_comm(True)  # tdccl's collectives then copy nothing
+        if dist.get_backend() == "tdccl":  # its collectives then copy nothing
+            module.set_allocate_memory_from_process_group_for_comm(True)
     return model
 
 

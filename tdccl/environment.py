@@ -31,7 +31,7 @@ def scratch_bytes() -> int:
 
 def subgroup_scratch_bytes() -> int:
     """Scratch of a process group that is not torch's default one: a quarter, for programs make them by the dozen."""
-    return max(scratch_bytes() // 4, 4 << 20)
+    return max(scratch_bytes() // 4, min(scratch_bytes(), 16 << 20))
 
 
 def rendezvous_address() -> str | None:

@@ -318,8 +318,24 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
+        if tensor.is_sparse:
+            return self._allreduce_sparse(tensor, opts)
         source, op = _reduced("all_reduce", opts, tensor)
         return self._run(opts, tensors, tensors, Communicator.all_reduce, source, tensor, op)
+
+    def _allreduce_sparse(self, tensor, opts):
+        """The union of all ranks' elements, those at the same place added in rank order. Always on the current stream:
+        the host has to wait for the number of each rank's elements, on which the shape of the result depends."""
+        if opts.reduceOp != ReduceOp.SUM:
+            raise ArgumentError("all_reduce: a sparse tensor takes SUM alone")
+        comm = self._communicator or self._connect(tensor.device)
+        own = tensor.detach().coalesce()
+        counts = comm.all_gather(torch.tensor([own._nnz()], device=own.device)).tolist()
+        indices = comm.all_gather(own.indices().t().contiguous(), None, counts)
+        values = comm.all_gather(own.values(), None, counts)
+        with torch.no_grad():
+            tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
+        return Work([tensor], torch.cuda.current_stream(comm.device) if self._gpu else None)
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:

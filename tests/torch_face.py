@@ -74,6 +74,24 @@ def all_reduce():
     same(complexes.imag, SIZE * (SIZE - 1) / 2)
 
 
+def sparse():
+    """Rank r has r + 1 rows; rows at the same place add up."""
+    for async_op in (False, True):
+        places = torch.arange(RANK + 1, device=DEVICE).view(1, -1)
+        tensor = torch.sparse_coo_tensor(places, full((RANK + 1, 3), RANK + 1.0), (SIZE + 2, 3))
+        work = dist.all_reduce(tensor, async_op=async_op)
+        if async_op:
+            work.wait()
+        expected = torch.zeros(SIZE + 2, 3)
+        for rank in range(SIZE):
+            expected[: rank + 1] += rank + 1
+        same(tensor.to_dense(), expected.to(DEVICE))
+    nobody = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(0), (4,)).to(DEVICE)
+    dist.all_reduce(nobody)
+    same(nobody.to_dense(), 0)
+    refused(lambda: dist.all_reduce(nobody, dist.ReduceOp.MAX), "sparse", "SUM")
+
+
 def bools_are_truth_values():
     alone, odd = SIZE == 1, SIZE % 2 == 1
     table = {Op.SUM: (True, True), Op.MAX: (True, True), Op.MIN: (alone, True), Op.PRODUCT: (alone, True),
@@ -443,8 +461,8 @@ def cpu_tensors():
 
 
 EVERYWHERE = [
-    all_reduce, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous, coalesced,
-    functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted, uneven_lists,
+    all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
+    coalesced, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted, uneven_lists,
     scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip

@@ -71,7 +71,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def trained(model, optimizer=None, steps: int = 3, loss_of=lambda model, x: model(x).square().mean(), inputs=batch):
     """Losses and parameters of a few steps of training."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    # Not foreach, which will not mix DTensors with the tensors of layers that are not parallel.
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, foreach=False)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
