@@ -20,10 +20,10 @@ from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.transport.bootstrap import StoreBootstrap
 
+# By number: a ReduceOp takes a microsecond to look up.
 _OPS = {
-    ReduceOp(ReduceOp.SUM): "sum", ReduceOp(ReduceOp.AVG): "avg", ReduceOp(ReduceOp.MIN): "min",
-    ReduceOp(ReduceOp.MAX): "max", ReduceOp(ReduceOp.PRODUCT): "prod", ReduceOp(ReduceOp.BAND): "and",
-    ReduceOp(ReduceOp.BOR): "or", ReduceOp(ReduceOp.BXOR): "xor",
+    ReduceOp.SUM.value: "sum", ReduceOp.AVG.value: "avg", ReduceOp.MIN.value: "min", ReduceOp.MAX.value: "max",
+    ReduceOp.PRODUCT.value: "prod", ReduceOp.BAND.value: "and", ReduceOp.BOR.value: "or", ReduceOp.BXOR.value: "xor",
 }  # fmt: skip
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
@@ -34,6 +34,39 @@ _ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceS
 
 # How often this process made a group: a store outlives its groups, and one made again must not read old keys.
 _lives: collections.Counter = collections.Counter()
+
+
+class OnStream:
+    """`with torch.cuda.stream(stream)` in a tenth of its time, which is longer than a small collective takes."""
+
+    __slots__ = ("_before", "_device", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        stream = self._stream
+        self._device = torch._C._cuda_getDevice()
+        self._before = torch._C._cuda_getCurrentStream(stream.device_index)
+        torch._C._cuda_setStream(stream.stream_id, stream.device_index, stream.device_type)
+
+    def __exit__(self, *_) -> None:
+        torch._C._cuda_setStream(*self._before)
+        if self._device != self._before[1]:
+            torch._C._cuda_setDevice(self._device)
+
+
+_known_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
+
+
+def _current_stream(index: int) -> torch.cuda.Stream:
+    """torch.cuda.current_stream, likewise."""
+    data = torch._C._cuda_getCurrentStream(index)
+    stream = _known_streams.get(data)
+    if stream is None:
+        number, index, kind = data
+        stream = _known_streams[data] = torch.cuda.Stream(stream_id=number, device_index=index, device_type=kind)
+    return stream
 
 
 class Work(dist.Work):
@@ -49,7 +82,7 @@ class Work(dist.Work):
     def wait(self, timeout=None) -> bool:
         """Makes the current stream wait, not the host."""
         if self._event is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+            _current_stream(self._stream.device_index).wait_event(self._event)
         return True
 
     synchronize = block_current_stream = wait
@@ -72,7 +105,7 @@ class Work(dist.Work):
             outputs = self.result()
             devices, context = [], contextlib.nullcontext()
             if self._stream is not None:
-                devices, context = [self._stream.device], torch.cuda.stream(self._stream)
+                devices, context = [self._stream.device], OnStream(self._stream)
             future = Future(devices=devices)
             with context:  # the result is ready where this stream is now
                 future.set_result(outputs)
@@ -144,8 +177,8 @@ class GpuLane:
         self._stream = torch.cuda.Stream(communicator.device)
 
     def submit(self, call, tensor) -> MessageWork:
-        self._stream.wait_stream(torch.cuda.current_stream(self._communicator.device))
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(_current_stream(self._stream.device_index))
+        with OnStream(self._stream):
             call(self._communicator)
         tensor.record_stream(self._stream)
         return MessageWork([tensor], self._stream)
@@ -335,7 +368,7 @@ class ProcessGroup(dist.ProcessGroup):
         values = comm.all_gather(own.values(), None, counts)
         with torch.no_grad():
             tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
-        return Work([tensor], torch.cuda.current_stream(comm.device) if self._gpu else None)
+        return Work([tensor], _current_stream(comm.device.index) if self._gpu else None)
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
@@ -598,7 +631,7 @@ class ProcessGroup(dist.ProcessGroup):
         if not self._gpu:
             communicator.barrier()
             return BarrierWork(communicator)
-        stream = torch.cuda.current_stream(communicator.device)
+        stream = _current_stream(communicator.device.index)
         if opts.asyncOp:
             self._stream.wait_stream(stream)
             stream = self._stream
@@ -631,10 +664,10 @@ class ProcessGroup(dist.ProcessGroup):
         if stream is None:
             call(communicator, *arguments)
             return Work(list(outputs))
-        stream.wait_stream(torch.cuda.current_stream(communicator.device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(_current_stream(stream.device_index))
+        with OnStream(stream):
             call(communicator, *arguments)
-        for tensor in (*inputs, *outputs):
+        for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
         return Work(list(outputs), stream)
 
@@ -697,11 +730,12 @@ class ProcessGroup(dist.ProcessGroup):
 
 def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
     """(input, op) as the communicator takes them: of a PREMUL_SUM the sum of the input times its factor."""
-    name = _OPS.get(opts.reduceOp)
+    op = opts.reduceOp.op
+    name = _OPS.get(op.value)
     if name is None:
-        if opts.reduceOp != ReduceOp.PREMUL_SUM:
+        if op != ReduceOp.PREMUL_SUM:
             raise ArgumentError(
-                f"{collective}: {opts.reduceOp.op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, "
+                f"{collective}: {op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, "
                 "BOR, BXOR or PREMUL_SUM"
             )
         # torch 2.13 has it as an attribute.
@@ -728,7 +762,7 @@ def _keep_from_compiler() -> None:
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
-    classes = [ProcessGroup, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    classes = [ProcessGroup, OnStream, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
     for member in (member for each in classes for member in vars(each).values()):
         if isinstance(member, types.FunctionType):
             dynamo.set_code_exec_strategy(member.__code__, skip)

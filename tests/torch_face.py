@@ -483,6 +483,8 @@ def main():
                 check()
             except Exception as error:
                 raise AssertionError(f"rank {RANK} of {SIZE}, {check.__name__}: {error}") from error
+            if RANK == 0:
+                print(f"works: {check.__name__}", flush=True)
         if not GLOO:
             dist.barrier()
         dist.destroy_process_group()
