@@ -75,9 +75,9 @@ def table_for(gpu: str, size: int) -> tuning.Table:
         return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
 
     table = tuning.table_for(gpu, size, sent)
-    for collective, placements in table.rows.items():
+    for collective in table.rows:
         known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
-        if unknown := {row.algorithm for rows in placements.values() for row in rows} - {*known}:
+        if unknown := table.algorithms(collective) - {*known}:
             raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
     return table
 

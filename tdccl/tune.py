@@ -33,19 +33,25 @@ COLLECTIVES = [name for name in ALGORITHMS if name not in _UNTUNED]
 _CHUNKED = ("all_gather", "reduce_scatter", "all_to_all")
 # A new choice has to beat the one before by this much, so that rows stay few and curves smooth.
 _WORTH = 0.98
+# Of those that are as fast but for this much, the one on the fewest blocks is chosen: others compute beside it.
+_AS_GOOD = 0.99
 # Packets this many times slower than the best are not tried at larger sizes.
 _HOPELESS = 3.0
+# Under a cap messages are tuned from this size on.
+_LARGE = 1 << 20
 
 
-def shapes(algorithm: Algorithm) -> list[dict[str, int]]:
-    """What is tried of the rules: on few blocks and on many, in short tiles and in long."""
+def shapes(algorithm: Algorithm, cap: int | None = None) -> list[dict[str, int]]:
+    """What is tried of the rules: on few blocks and on many, in short tiles and in long; under a cap in longer ones."""
     if algorithm.path == "packets":
         tried = [(32, 1), (64, 1), (128, 2), (256, 4), (512, 8), (1024, 8), (1024, 16), (2048, 16), (4096, 16)]
         return [{"packet_tile": tile, "packet_warps": warps} for tile, warps in tried]
     tiles = [(4, 8), (8, 8), (16, 16), (32, 16), (64, 16)]
+    if cap is not None:
+        tiles = [(16, 16), (32, 16), (32, 32), (64, 16), (64, 32), (128, 32)]
     found = [
         {"tile": tile << 10, "warps": warps, "blocks": blocks}
-        for (tile, warps), blocks in itertools.product(tiles, (32, 64, 128))
+        for (tile, warps), blocks in itertools.product(tiles, (32, 64, 128) if cap is None else (cap,))
     ]
     if algorithm.path == "symmetric":
         return found
@@ -64,8 +70,9 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One collective in one placement at one size; `nbytes` is what tables go by."""
+    """One collective in one placement at one size, on at most `cap` blocks; `nbytes` is what tables go by."""
 
+    cap: int | None
     collective: str
     placement: str
     nbytes: int
@@ -83,13 +90,15 @@ class Task:
         return tuning.Table("tried", {self.collective: {placement: [row] for placement in PLACEMENTS}})
 
 
-def tasks(comm: tdccl.Communicator, collectives: list[str], sizes: list[int]) -> Iterator[Task]:
-    """Every task, sizes growing."""
+def tasks(comm: tdccl.Communicator, collectives: list[str], sizes: list[int], caps: list[int]) -> Iterator[Task]:
+    """Every task, sizes growing; under the caps only large ones, for small ones take few blocks anyway."""
     memory = {
         "plain": [torch.zeros(sizes[-1], dtype=torch.uint8, device=comm.device) for _ in range(2)],
         "symmetric": [comm.empty(sizes[-1], torch.uint8) for _ in range(2)],
     }
-    for collective, placement, size in itertools.product(collectives, PLACEMENTS, sizes):
+    large = [size for size in sizes if size >= _LARGE][::-2][::-1]
+    rounds = [(None, size) for size in sizes] + [(cap, size) for cap in caps for size in large]
+    for (cap, size), collective, placement in itertools.product(rounds, collectives, PLACEMENTS):
         send, recv = (buffer[:size].view(torch.bfloat16) for buffer in memory[placement])
         chunk = size
         if collective in _CHUNKED:
@@ -99,7 +108,7 @@ def tasks(comm: tdccl.Communicator, collectives: list[str], sizes: list[int]) ->
             send = send[: chunk // 2]
         if collective == "reduce_scatter":
             recv = recv[: chunk // 2]
-        yield Task(collective, placement, chunk, send, recv)
+        yield Task(cap, collective, placement, chunk, send, recv)
 
 
 class Candidate(NamedTuple):
@@ -122,14 +131,15 @@ class Tuner:
     def candidates(self, task: Task) -> list[Candidate]:
         """The present choice, then all else that fits, each geometry once."""
         self._comm.use_table(self._given)
+        self._comm.limit_blocks(task.cap)
         present = self._comm.explain(task.collective, task.send, task.recv).choice
-        row = self._given.row(task.collective, task.placement, task.nbytes)
+        row = self._given.row(task.collective, task.placement, task.nbytes, task.cap)
         changes = row.changes if row is not None and row.algorithm == present.algorithm.name else {}
         found = [Candidate(present.algorithm, changes, present.geometry)]
         for algorithm in ALGORITHMS[task.collective]:
             if algorithm.path == "symmetric" and task.placement == "plain":
                 continue
-            for shape in shapes(algorithm):
+            for shape in shapes(algorithm, task.cap):
                 self._comm.use_table(task.table(algorithm.name, shape))
                 choice = self._comm.explain(task.collective, task.send, task.recv).choice
                 known = any((each.algorithm, each.geometry) == (algorithm, choice.geometry) for each in found)
@@ -159,6 +169,7 @@ class Tuner:
     def measure(self, task: Task, candidates: list[Candidate]) -> list[Measured]:
         """The times of the candidates, the present choice first, less those that have become hopeless."""
         found: list[Measured] = []
+        self._comm.limit_blocks(task.cap)
         for algorithm, changes, _ in candidates:
             if found and (task.collective, task.placement, algorithm.name) in self._hopeless:
                 continue
@@ -181,11 +192,16 @@ class Tuner:
         return Effort(iters=int(min(20, max(2, 1000 / expected))), warmup=1, repetitions=5)
 
 
+# What was measured, sizes growing, by cap, collective and placement.
+Points = dict[tuple[int | None, str, str], list[tuple[int, list[Measured]]]]
+
+
 def rows_of(points: list[tuple[int, list[Measured]]]) -> list[tuning.Row]:
     """The rows for one collective and placement, from what was measured at growing sizes."""
     rows: list[tuning.Row] = []
     for i, (nbytes, found) in enumerate(points):
-        best = min(found, key=lambda each: each.time_us)
+        fastest = min(each.time_us for each in found)
+        best = min((each for each in found if each.time_us * _AS_GOOD <= fastest), key=_blocks_and_time)
         if rows:
             last = rows[-1]
             same = [each for each in found if (each.algorithm, each.changes) == (last.algorithm, last.changes)]
@@ -196,6 +212,10 @@ def rows_of(points: list[tuple[int, list[Measured]]]) -> list[tuning.Row]:
     return merged(rows)
 
 
+def _blocks_and_time(each: Measured) -> tuple[int, float]:
+    return each.changes.get("blocks", tuning.GPU.blocks), each.time_us
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tdccl.tune", description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -203,6 +223,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("-b", "--smallest", type=int, default=10, help="log2 of the smallest message in bytes (default 10)")
     add("-e", "--largest", type=int, default=30, help="log2 of the largest message in bytes (default 30)")
     add("-f", "--factor", type=int, default=1, help="log2 of the step from one size to the next (default 1)")
+    add("-c", "--caps", type=_numbers, default="16,32", help="also tune for at most so many blocks (default 16,32)")
     add("-o", "--output", type=Path, help="the file to write (default: GPU-RANKS.json here)")
     options = parser.parse_args(arguments)
     if unknown := set(options.collectives) - set(COLLECTIVES):
@@ -218,12 +239,12 @@ def main(arguments: list[str]) -> None:
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, options.factor)]
     log = print if comm.rank == 0 else lambda *_, **__: None
     tuner = Tuner(comm, bootstrap)
-    everything = [(task, tuner.candidates(task)) for task in tasks(comm, options.collectives, sizes)]
+    everything = [(task, tuner.candidates(task)) for task in tasks(comm, options.collectives, sizes, options.caps)]
     log(f"compiled {tuner.compile(everything)} kernels", flush=True)
-    points: dict[tuple[str, str], list[tuple[int, list[Measured]]]] = {}
+    points: Points = {}
     for task, candidates in everything:
         found = tuner.measure(task, candidates)
-        points.setdefault((task.collective, task.placement), []).append((task.nbytes, found))
+        points.setdefault((task.cap, task.collective, task.placement), []).append((task.nbytes, found))
         log(_line(task, found), flush=True)
     if comm.rank == 0:
         output = options.output or Path(f"{comm.gpu.replace(' ', '-')}-{comm.size}.json")
@@ -235,35 +256,56 @@ def main(arguments: list[str]) -> None:
 def _line(task: Task, found: list[Measured]) -> str:
     """What was found at one size, and what it changes."""
     before, best = found[0], min(found, key=lambda each: each.time_us)
-    head = f"{task.collective:15}{task.placement:10}{task.nbytes:>12} B  {best.time_us:9.2f} us  {best.algorithm:22}"
+    head = f"{task.cap or 'any':>3} blocks  " if task.cap else ""
+    head += f"{task.collective:15}{task.placement:10}{task.nbytes:>12} B  {best.time_us:9.2f} us  {best.algorithm:22}"
     head += " ".join(f"{name}={value}" for name, value in best.changes.items())
     if best.time_us < before.time_us * _WORTH:
         head += f"  (was {before.algorithm}, {before.time_us:.2f} us)"
     return head
 
 
-def _dumped(comm: tdccl.Communicator, points, arguments: list[str]) -> str:
+def _dumped(comm: tdccl.Communicator, points: Points, arguments: list[str]) -> str:
     """The table as JSON, a row a line."""
-    rows: dict[str, dict[str, list]] = {}
     measured = []
-    for (collective, placement), found in points.items():
-        listed = [{**row._asdict()} for row in rows_of(found)]
-        rows.setdefault(collective, {})[placement] = listed
-        for nbytes, each in found:
+    for (cap, collective, placement), found in points.items():
+        for nbytes, each in found if cap is None else ():
             for name in dict.fromkeys(one.algorithm for one in each):
                 best = min((one for one in each if one.algorithm == name), key=lambda one: one.time_us)
                 point = {"collective": collective, "placement": placement, "algorithm": name, "bytes": nbytes}
                 measured.append({**point, "sent": best.sent, "time_us": best.time_us})
+    caps = dict.fromkeys(cap for cap, _, _ in points if cap is not None)
     made = {
         "gpu": comm.gpu,
         "world": comm.size,
         "versions": {"tdccl": tdccl.__version__, "torch": torch.__version__, "triton": triton.__version__},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([f"mpirun -n {comm.size} python -m tdccl.tune", *arguments]),
-        "rows": rows,
+        "command": " ".join([f"mpirun -n {comm.size} python -m tdccl.tune", *_without_path(arguments)]),
+        "rows": _section(points, None),
+        "capped": {str(cap): _section(points, cap) for cap in caps},
         "measured": measured,
     }
     return dumped(made)
+
+
+def _section(points: Points, cap: int | None) -> dict[str, dict[str, list]]:
+    """The rows under a cap; at sizes that were not tuned under it, those without one."""
+    rows: dict[str, dict[str, list]] = {}
+    for collective, placement in [(collective, placement) for any, collective, placement in points if any is None]:
+        found = points[None, collective, placement]
+        capped = points.get((cap, collective, placement), found)
+        smaller = [point for point in found if point[0] < capped[0][0]]
+        listed = [row._asdict() for row in rows_of([*smaller, *capped])]
+        rows.setdefault(collective, {})[placement] = listed
+    return rows
+
+
+def _without_path(arguments: list[str]) -> list[str]:
+    """The arguments with the output's bare name: folders are of no interest to others."""
+    return [Path(argument).name if "/" in argument else argument for argument in arguments]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
 
 
 if __name__ == "__main__":

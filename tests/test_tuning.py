@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tdccl
-from tdccl import tuning
+from tdccl import tune, tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.communicator import table_for
 from tdccl.runtime.algorithm import Call, Context
@@ -121,7 +121,8 @@ def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path):
     path = tmp_path / "mine.json"
     program = (
         "import sys, torch.distributed as dist, tdccl; from tdccl import tune\n"
-        f"tune.main(['all_gather', '-b', '10', '-e', '12', '-f', '2', '-o', {str(path)!r}])"
+        "tune._LARGE = 1 << 12\n"
+        f"tune.main(['all_gather', '-b', '10', '-e', '12', '-f', '2', '--caps', '1', '-o', {str(path)!r}])"
     )
     environment = {**os.environ, "PYTHONPATH": str(pool.ROOT), "TDCCL_INIT": "tcp://127.0.0.1:29617", "WORLD_SIZE": "2"}
     ranks = [
@@ -132,11 +133,30 @@ def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path):
     ]
     said, _ = ranks[0].communicate(timeout=200)
     assert [rank.wait(60) for rank in ranks] == [0, 0]
-    assert f"wrote {path}" in said and said.count("all_gather") == 4
+    assert f"wrote {path}" in said and said.count("all_gather") == 6
     made = table.read(path)
     assert (made["world"], {*made["rows"]["all_gather"]}) == (2, {"plain", "symmetric"})
+    capped = made["capped"]["1"]["all_gather"]["plain"]  # only large messages are tuned for that
+    assert [row["changes"].get("blocks") for row in capped] == [None, 1], capped
     assert all(point["time_us"] > 0 for point in made["measured"])
     assert {point["algorithm"] for point in made["measured"]} == {"push_ll", "push", "staged"}
+
+
+def test_under_a_cap_its_own_rows_decide():
+    rows, capped = rows_of((None, "push_ll", {})), rows_of((None, "staged", {}))
+    found = tuning.Table("a test", rows, {16: capped, 32: rows})
+    names = [found.row("all_gather", "plain", 1 << 20, blocks).algorithm for blocks in (None, 128, 33, 32, 17, 16, 1)]
+    assert names == ["push_ll"] * 5 + ["staged"] * 2
+    assert found.digest() != tuning.Table("a test", rows).digest()
+
+
+def test_the_tuner_prefers_few_blocks_where_they_are_as_fast():
+    def measured(blocks, time_us):
+        return tune.Measured("staged", {"blocks": blocks}, 0.0, time_us)
+
+    close, apart = ([measured(128, 10.0), measured(32, other)] for other in (10.05, 11.0))
+    points = [(1 << 20, close), (1 << 24, apart)]
+    assert [row.changes["blocks"] for row in tune.rows_of(points)] == [32, 128]
 
 
 def check_cap(comm):

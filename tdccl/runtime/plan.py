@@ -33,7 +33,7 @@ def choose(
     if forced in unfit:
         raise ArgumentError(f"{call.collective}: {forced} cannot take this call: {unfit[forced]}")
     fit = {algorithm.name: algorithm for algorithm in algorithms if algorithm.name not in unfit}
-    named = [row.algorithm for row in _rows(call, table) if row.algorithm in fit]
+    named = [row.algorithm for row in _rows(call, context, table) if row.algorithm in fit]
     if forced:
         chosen, source = fit[forced], "asked for"
     elif named:
@@ -44,16 +44,17 @@ def choose(
     return Choice(chosen, chosen.geometry(call, contexts[chosen.name]), source, passed_over)
 
 
-def _rows(call: Call, table: Table) -> list[Row]:
+def _rows(call: Call, context: Context, table: Table) -> list[Row]:
     """What the table says of the call, the best first: of symmetric memory only if the call has any."""
     placements = ("symmetric", "plain") if call.symmetric else ("plain",)
-    rows = (table.row(call.collective, placement, call.nbytes) for placement in placements)
+    blocks = context.rules.blocks
+    rows = (table.row(call.collective, placement, call.nbytes, blocks) for placement in placements)
     return [row for row in rows if row is not None]
 
 
 def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) -> Context:
     """The context with what the table's row for the algorithm changes of the rules."""
-    changes = next((row.changes for row in _rows(call, table) if row.algorithm == algorithm.name), {})
+    changes = next((row.changes for row in _rows(call, context, table) if row.algorithm == algorithm.name), {})
     rules = replace(context.rules, **changes)
     rules = replace(rules, blocks=min(rules.blocks, context.rules.blocks))  # a cap stays one
     return context._replace(rules=rules)

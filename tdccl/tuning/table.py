@@ -7,7 +7,7 @@ cost model that is fitted to all measured tables makes one (`tdccl.tuning.model`
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,21 +30,33 @@ class Row(NamedTuple):
     changes: dict[str, int]
 
 
+Rows = dict[str, dict[str, list[Row]]]  # {collective: {placement: rows by growing size}}
+
+
 @dataclass(frozen=True)
 class Table:
-    """rows: {collective: {placement: rows by growing size}}; source says in words where they come from."""
+    """rows; in their place, for grids of at most so many blocks, `capped`; source says in words where all come from."""
 
     source: str
-    rows: dict[str, dict[str, list[Row]]]
+    rows: Rows
+    capped: dict[int, Rows] = field(default_factory=dict)
 
-    def row(self, collective: str, placement: str, nbytes: int) -> Row | None:
-        """The row for a chunk (or message) of `nbytes`, or None if the table knows nothing of such calls."""
-        rows = self.rows.get(collective, {}).get(placement, ())
+    def row(self, collective: str, placement: str, nbytes: int, blocks: int | None = None) -> Row | None:
+        """The row for a chunk (or message) of `nbytes` on at most `blocks` blocks (None: any number), or None if the
+        table knows nothing of such calls."""
+        caps = [cap for cap in self.capped if blocks is not None and blocks <= cap]
+        section = self.capped[min(caps)] if caps else self.rows
+        rows = section.get(collective, {}).get(placement, ())
         return next((row for row in rows if row.upto is None or nbytes <= row.upto), None)
+
+    def algorithms(self, collective: str) -> set[str]:
+        """Names of all that it may choose."""
+        sections = (self.rows, *self.capped.values())
+        return {row.algorithm for section in sections for rows in section.get(collective, {}).values() for row in rows}
 
     def digest(self) -> str:
         """Equal on two ranks exactly if they decide alike."""
-        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.rows, self.capped], sort_keys=True).encode()).hexdigest()[:16]
 
 
 # (collective, algorithm, bytes of a chunk, ranks) -> bytes that the busiest rank sends
@@ -113,16 +125,19 @@ def dumped(made: dict[str, Any]) -> str:
         opening, closing = "{}" if isinstance(value, dict) else "[]"
         return opening + "\n" + ",\n".join(listed) + "\n" + closing
 
-    return lines(made, 4) + "\n"
+    return lines(made, 5) + "\n"
 
 
 def parse(made: dict[str, Any], source: str) -> Table:
     """The table in a table's JSON. Raises ValueError, KeyError or TypeError if it is not one."""
-    rows = {
+    return Table(source, _rows(made["rows"]), {int(cap): _rows(rows) for cap, rows in made.get("capped", {}).items()})
+
+
+def _rows(made: dict[str, Any]) -> Rows:
+    return {
         collective: {placement: [_row(row) for row in listed] for placement, listed in placements.items()}
-        for collective, placements in made["rows"].items()
+        for collective, placements in made.items()
     }
-    return Table(source, rows)
 
 
 def _row(row: dict[str, Any]) -> Row:
