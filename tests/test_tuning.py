@@ -136,8 +136,7 @@ def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path):
     assert f"wrote {path}" in said and said.count("all_gather") == 6
     made = table.read(path)
     assert (made["world"], {*made["rows"]["all_gather"]}) == (2, {"plain", "symmetric"})
-    capped = made["capped"]["1"]["all_gather"]["plain"]  # only large messages are tuned for that
-    assert [row["changes"].get("blocks") for row in capped] == [None, 1], capped
+    assert {*made["capped"]["1"]["all_gather"]} == {"plain", "symmetric"}
     assert all(point["time_us"] > 0 for point in made["measured"])
     assert {point["algorithm"] for point in made["measured"]} == {"push_ll", "push", "staged"}
 
