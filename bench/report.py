@@ -29,13 +29,13 @@ def main() -> None:
         parser.error(f"{options.readme}: {error}")
 
 
-def replaced(document: str, text: str) -> str:
+def replaced(document: str, text: str, first: str = _BEGIN, last: str = _END) -> str:
     """The document with `text` between the markers. Raises ValueError unless both are there once, in order."""
-    before, begin, rest = document.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end or _BEGIN in rest or _END in after:
-        raise ValueError(f"expected {_BEGIN} and, after it, {_END}, each once")
-    return f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}"
+    before, begin, rest = document.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in rest or last in after:
+        raise ValueError(f"expected {first} and, after it, {last}, each once")
+    return f"{before}{first}\n\n{text}\n\n{last}{after}"
 
 
 def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
