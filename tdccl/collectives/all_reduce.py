@@ -147,12 +147,15 @@ def _push_span(
     for tile in range(TILES):
         inside = tile * TILE + tl.arange(0, TILE)
         within = shmem.span_start(step, span) + inside
+        tiles = ()
+        for distance in tl.static_range(1, team.size):  # all loads are under way before a store
+            index = (team.rank + distance) % team.size * part + within
+            tiles = tiles + (tl.load(send + index, mask=(within < part) & (index < count)),)
         for distance in tl.static_range(1, team.size):
             pe = (team.rank + distance) % team.size
-            index = pe * part + within
-            mask = (within < part) & (index < count)
+            mask = (within < part) & (pe * part + within < count)
             slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-            tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+            tl.store(slot + inside, tiles[distance - 1], mask=mask)
 
 
 @triton.jit
@@ -251,15 +254,18 @@ def two_shot_staged(
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step - 2, span) + inside
+                here = within < part
+                if ROOTED:
+                    here = here & (team.rank == root)
+                tiles = ()
                 for distance in tl.static_range(1, team.size):
-                    source = (team.rank + team.size - distance) % team.size
-                    index = source * part + within
-                    mask = (within < part) & (index < count)
-                    if ROOTED:
-                        mask = mask & (team.rank == root)
+                    index = (team.rank + team.size - distance) % team.size * part + within
                     ring = results + distance - 1
                     slot = shmem.local_slot(team, epoch, ring, step - 2, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
+                    tiles = tiles + (tl.load(slot + inside, mask=here & (index < count)),)
+                for distance in tl.static_range(1, team.size):
+                    index = (team.rank + team.size - distance) % team.size * part + within
+                    tl.store(recv + index, tiles[distance - 1], mask=here & (index < count))
     if TAIL:
         _reduce_tail(team, epoch, send, recv, count, tail, root, OP, DTYPE, ROOTED)
     if WHOLE:

@@ -81,6 +81,14 @@ def scatter_gather_direct(
 
 
 @triton.jit
+def _of_source(team, root, distance, within, part, count):
+    """(index, mask) of what this rank takes in from the rank at `distance`: nothing from the root, nor at the root."""
+    source = (team.rank + team.size - distance) % team.size
+    index = ((source + team.size - root - 1) % team.size) * part + within
+    return index, (within < part) & (index < count) & (source != root) & (team.rank != root)
+
+
+@triton.jit
 def scatter_gather_staged(
     team, send, recv, count, part, root,
     DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
@@ -113,12 +121,15 @@ def scatter_gather_staged(
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step, span) + inside
-                for other in tl.static_range(team.size - 1):
+                tiles = ()
+                for other in tl.static_range(team.size - 1):  # all loads are under way before a store
                     index = other * part + within
-                    mask = (within < part) & (index < count)
+                    tiles = tiles + (tl.load(send + index, mask=(within < part) & (index < count)),)
+                for other in tl.static_range(team.size - 1):
+                    mask = (within < part) & (other * part + within < count)
                     pe = (root + 1 + other) % team.size
                     slot = shmem.remote_slot(team, epoch, scattered, step, pe, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(slot + inside, tl.load(send + index, mask=mask), mask=mask)
+                    tl.store(slot + inside, tiles[other], mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (team.rank != root) & (step >= 1) & (step <= steps):
             epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, ranks == root)
@@ -140,12 +151,14 @@ def scatter_gather_staged(
             for tile in range(TILES):
                 inside = tile * TILE + place
                 within = shmem.span_start(step - 2, span) + inside
+                tiles = ()
                 for distance in tl.static_range(1, team.size):
-                    source = (team.rank + team.size - distance) % team.size
-                    index = ((source + team.size - root - 1) % team.size) * part + within
-                    mask = (within < part) & (index < count) & (source != root) & (team.rank != root)
+                    index, mask = _of_source(team, root, distance, within, part, count)
                     slot = shmem.local_slot(team, epoch, distance - 1, step - 2, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(recv + index, tl.load(slot + inside, mask=mask), mask=mask)
+                    tiles = tiles + (tl.load(slot + inside, mask=mask),)
+                for distance in tl.static_range(1, team.size):
+                    index, mask = _of_source(team, root, distance, within, part, count)
+                    tl.store(recv + index, tiles[distance - 1], mask=mask)
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 2)
     else:

@@ -48,14 +48,14 @@ def push(
     for step in range(shmem.steps_of(count, TILE)):
         index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
-        if SAME:
-            chunk = tl.load(send + index, mask=mask)
+        chunks = ()
+        for distance in tl.static_range(1, 2 if SAME else team.size + 1):  # all loads are under way before a store
+            pe = (team.rank + distance) % team.size
+            chunks = chunks + (tl.load(send + pe * send_stride + index, mask=mask),)
         for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
             pe = (team.rank + distance) % team.size
-            if not SAME:
-                chunk = tl.load(send + pe * send_stride + index, mask=mask)
             target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + team.rank * count
-            tl.store(target + index, chunk, mask=mask)
+            tl.store(target + index, chunks[0 if SAME else distance - 1], mask=mask)
     epoch = shmem.barrier_block(team, epoch, 2)
     shmem.end(team, epoch)
 
@@ -118,31 +118,34 @@ def through_rings(
         for tile in range(TILES):
             within = tile * TILE + place
             index = shmem.span_start(step, span) + within
-            if SAME:
-                chunk = tl.load(send + index, mask=index < send_counts[0])
+            own = tl.load(own_source + index, mask=index < own_count)
+            chunks = ()
+            if not SAME:
+                for distance in tl.static_range(1, team.size):  # all loads are under way before a store
+                    pe = (team.rank + distance) % team.size
+                    chunk = send + shmem.pick(send_offsets, pe) + index
+                    chunks = chunks + (tl.load(chunk, mask=index < shmem.pick(send_counts, pe)),)
             for distance in tl.static_range(1, team.size):
                 pe = (team.rank + distance) % team.size
-                mask = index < shmem.pick(send_counts, pe)
-                if not SAME:
-                    chunk = tl.load(send + shmem.pick(send_offsets, pe) + index, mask=mask)
                 slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-                tl.store(slot + within, chunk, mask=mask)
-        shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
-        for tile in range(TILES):
-            index = shmem.span_start(step, span) + tile * TILE + place
-            own = tl.load(own_source + index, mask=index < own_count)
+                chunk = own if SAME else chunks[distance - 1]
+                tl.store(slot + within, chunk, mask=index < shmem.pick(send_counts, pe))
             tl.store(own_target + index, own, mask=index < own_count)
+        shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
         if step >= 1:
             epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
             for tile in range(TILES):
                 within = tile * TILE + place
                 index = shmem.span_start(step - 1, span) + within
+                chunks = ()
                 for distance in tl.static_range(1, team.size):
                     source = (team.rank + team.size - distance) % team.size
-                    mask = index < shmem.pick(recv_counts, source)
                     slot = shmem.local_slot(team, epoch, distance - 1, step - 1, DTYPE, span, DEPTH, WHOLE)
-                    chunk = tl.load(slot + within, mask=mask)
-                    tl.store(recv + shmem.pick(recv_offsets, source) + index, chunk, mask=mask)
+                    chunks = chunks + (tl.load(slot + within, mask=index < shmem.pick(recv_counts, source)),)
+                for distance in tl.static_range(1, team.size):
+                    source = (team.rank + team.size - distance) % team.size
+                    target = recv + shmem.pick(recv_offsets, source) + index
+                    tl.store(target, chunks[distance - 1], mask=index < shmem.pick(recv_counts, source))
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 2)
     else:

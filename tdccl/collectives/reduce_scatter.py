@@ -77,10 +77,14 @@ def staged(
                 within = tile * TILE + place
                 index = shmem.span_start(step, span) + within
                 mask = index < count
+                chunks = ()
+                for distance in tl.static_range(1, team.size):  # all loads are under way before a store
+                    pe = (team.rank + distance) % team.size
+                    chunks = chunks + (tl.load(send + pe * count + index, mask=mask),)
                 for distance in tl.static_range(1, team.size):
                     pe = (team.rank + distance) % team.size
                     slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-                    tl.store(slot + within, tl.load(send + pe * count + index, mask=mask), mask=mask)
+                    tl.store(slot + within, chunks[distance - 1], mask=mask)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
