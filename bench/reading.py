@@ -35,11 +35,13 @@ class Setup:
     """What one kind of host measured with one number of ranks: the newest report, and of equal rows the newest.
 
     capped: the rows with a cap on blocks, which are in no table by size
+    figures: of `python -m bench.torch_backend`
     """
 
     report: dict
     rows: list[dict]
     capped: list[dict]
+    figures: list[dict]
 
     @property
     def title(self) -> str:
@@ -92,13 +94,15 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
     """The reports by kind of host and number of ranks; each row says in "run" which run it is of."""
     newest: dict[tuple, dict] = {}
     rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+    figures: dict[tuple, list[dict]] = {}
     for report in sorted(reports, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
         newest[kind] = report
+        figures[kind] = report.get("figures") or figures.get(kind, [])
         for row in report["rows"]:
             row = {"max_blocks": None, **row, "run": report["date"]}  # older reports have no caps
             rows[kind][tuple(row[name] for name in _KEY)] = row
-    return [_setup(report, list(rows[kind].values())) for kind, report in newest.items()]
+    return [_setup(report, list(rows[kind].values()), figures[kind]) for kind, report in newest.items()]
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
@@ -120,9 +124,9 @@ def _model(gpu: str | None) -> str:
     return word[0] if word else "GPU" if gpu else "CPU"
 
 
-def _setup(report: dict, rows: list[dict]) -> Setup:
+def _setup(report: dict, rows: list[dict], figures: list[dict]) -> Setup:
     capped = [row for row in rows if row["max_blocks"] is not None]
-    return Setup(report, [row for row in rows if row["max_blocks"] is None], capped)
+    return Setup(report, [row for row in rows if row["max_blocks"] is None], capped, figures)
 
 
 def _as_peers(rows: list[dict]) -> bool:

@@ -55,7 +55,7 @@ def _section(setup: Setup, beside: Path | None) -> str:
         parts += [f"**{table.title}**", *_picture(setup, table, beside), _by_size(by_size)]
     if points:
         parts += ["**busbw at the largest size, GB/s**", _bandwidths(points)]
-    return "\n\n".join(parts + _blocks(setup, beside))
+    return "\n\n".join(parts + _blocks(setup, beside) + _under_torch(setup.figures))
 
 
 def _shown(points: dict[int, dict[str, dict]]) -> dict[int, dict[str, dict]]:
@@ -118,6 +118,18 @@ def _blocks(setup: Setup, beside: Path | None) -> list[str]:
     pictures = itertools.chain(*(_shows("busbw by blocks", name, beside) for name in names))
     title = "**busbw with at most so many blocks, GB/s and per cent of the row's best**"
     return [title, *pictures, _grid(["", "size", *map(str, caps)], lines)]
+
+
+def _under_torch(figures: list[dict]) -> list[str]:
+    """What was measured of torch.distributed on tdccl and its peers."""
+    if not figures:
+        return []
+    backends = list(dict.fromkeys(figure["impl"] for figure in figures))
+    by_what: dict[str, dict[str, dict]] = {}
+    for figure in figures:
+        by_what.setdefault(f"{figure['what']}, {figure['unit']}", {})[figure["impl"]] = figure
+    lines = [[what, *_figures(row, backends, "value")] for what, row in by_what.items()]
+    return ["**under torch.distributed**", _grid(["", *(COLUMNS.get(name, name) for name in backends)], lines)]
 
 
 def _shares(rows: dict[int, dict], caps: list[int]) -> list[str]:
