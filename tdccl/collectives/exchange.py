@@ -118,18 +118,16 @@ def through_rings(
         for tile in range(TILES):
             within = tile * TILE + place
             index = shmem.span_start(step, span) + within
-            own = tl.load(own_source + index, mask=index < own_count)
             chunks = ()
-            if not SAME:
-                for distance in tl.static_range(1, team.size):  # all loads are under way before a store
-                    pe = (team.rank + distance) % team.size
-                    chunk = send + shmem.pick(send_offsets, pe) + index
-                    chunks = chunks + (tl.load(chunk, mask=index < shmem.pick(send_counts, pe)),)
+            for distance in tl.static_range(1, 2 if SAME else team.size):  # all loads are under way before a store
+                pe = (team.rank + distance) % team.size
+                chunk = send + shmem.pick(send_offsets, pe) + index
+                chunks = chunks + (tl.load(chunk, mask=index < shmem.pick(send_counts, pe)),)
             for distance in tl.static_range(1, team.size):
                 pe = (team.rank + distance) % team.size
                 slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-                chunk = own if SAME else chunks[distance - 1]
-                tl.store(slot + within, chunk, mask=index < shmem.pick(send_counts, pe))
+                tl.store(slot + within, chunks[0 if SAME else distance - 1], mask=index < shmem.pick(send_counts, pe))
+            own = chunks[0] if SAME else tl.load(own_source + index, mask=index < own_count)
             tl.store(own_target + index, own, mask=index < own_count)
         shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
         if step >= 1:
