@@ -238,6 +238,7 @@ def _device() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     torch.ones(1, device=device)
+    torch.cuda.Stream(device)  # makes torch's pool of streams, whose memory is not a group's
     return device
 
 
