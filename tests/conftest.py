@@ -12,12 +12,12 @@ os.environ["TDCCL_SCRATCH_MB"] = str(cases.SCRATCH_MB)
 @pytest.fixture(scope="session")
 def ranks(request, tmp_path_factory):
     """The pool of ranks that all tests share."""
-    launching = sum("test_collectives" in item.nodeid for item in request.session.items)
-    if torch.cuda.is_available() and launching > 20:  # a few compile faster by themselves
+    launching = [item for item in request.session.items if "test_collectives" in item.nodeid]
+    if torch.cuda.is_available() and len(launching) > 20:  # a few compile faster by themselves
         import precompile
 
         os.environ["TDCCL_AOT"] = str(tmp_path_factory.mktemp("pack") / "suite.zip")
-        precompile.write_pack(os.environ["TDCCL_AOT"])
+        precompile.write_pack(os.environ["TDCCL_AOT"], {item.callspec.params["world"] for item in launching})
     shared = pool.RankPool(pool.LARGEST_WORLD)
     yield shared
     shared.close()

@@ -6,13 +6,14 @@ Without it every rank would compile each kernel by itself, one after another.
 import itertools
 
 import cases
-import pool
 import torch
 
 from tdccl import aot
 from tdccl.collectives import ALGORITHMS
+from tdccl.communicator import table_for
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.arrays import TRITON_NAMES
+from tdccl.runtime.plan import choose
 
 
 def _calls(collective: str, algorithm, size: int):
@@ -30,17 +31,19 @@ def _calls(collective: str, algorithm, size: int):
                 yield Call(collective, count, name, op, 0, min(16, alignment), None, segments, False)
 
 
-def write_pack(path: str) -> None:
-    """Compiles each distinct kernel of `test_collectives` once, for every world."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "sm_90"
+def write_pack(path: str, worlds: set[int]) -> None:
+    """Compiles each distinct kernel of `test_collectives` once, for these numbers of ranks."""
+    gpu, arch = "NVIDIA H200", "sm_90"
+    if torch.cuda.is_available():
+        gpu, arch = torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
     jobs = {}
-    for size, (collective, algorithms) in itertools.product(range(1, pool.LARGEST_WORLD + 1), ALGORITHMS.items()):
-        context = aot.context_for(size)
+    for size, (collective, algorithms) in itertools.product(sorted(worlds), ALGORITHMS.items()):
+        context, table = aot.context_for(size), table_for(gpu, size)
         for algorithm in algorithms if collective in {*cases.REDUCTIONS, *cases.MOVEMENTS} else ():
             if collective == "broadcast" and size == 1:
                 continue  # nothing is launched
             for call in _calls(collective, algorithm, size):
-                geometry = algorithm.geometry(call, context)
+                geometry = choose(algorithms, call, context, table, algorithm.name).geometry
                 key = aot.key_of(algorithm, geometry, call.op, context)
                 jobs.setdefault(key, aot.Job(arch, size, collective, algorithm.name, geometry, call.op))
     aot.write_pack(path, list(jobs.items()))
