@@ -61,7 +61,7 @@ class Output:
         self._leads = comm.rank == 0
         self._shows_progress = self._leads and sys.stderr.isatty()
         self._path = options.json
-        self._run = _describe(comm, options.command)
+        self._run = describe(comm.size, comm.device, options.command)
         self._results: list[Result] = []
         self._notes: set[str] = set()
         self._peers: list[str] = []
@@ -158,14 +158,14 @@ def _compared(peer: Result | None, ours: dict[bool, Result]) -> str:
     return f"{peer.time_us:>9.2f} {peer.time_us / ours[peer.case.in_place].time_us:>6.2f}"
 
 
-def _describe(comm: Communicator, command: str) -> dict:
+def describe(ranks: int, device: torch.device, command: str) -> dict:
     """What was run where. Nothing in it names the host."""
     processor = f"{os.cpu_count()} x {_processor()}"
-    gpu = None if environment.emulated() else torch.cuda.get_device_name(comm.device)
+    gpu = None if environment.emulated() else torch.cuda.get_device_name(device)
     return {
         "host": f"emulation, {processor}" if gpu is None else f"{torch.cuda.device_count()} x {gpu}, {processor}",
         "gpu": gpu,
-        "world": comm.size,
+        "world": ranks,
         "versions": {
             "tdccl": tdccl.__version__,
             "torch": torch.__version__,

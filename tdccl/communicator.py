@@ -762,8 +762,9 @@ class Communicator:
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
         kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
+        self._control.share()
         raise Timeout(
-            f"rank {self.rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: block {fault['block']}, "
+            f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: block {fault['block']}, "
             f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
             f"{fault['seen']:#x}); last call here: {self._last}. Did every rank make the same calls?"
         )

@@ -139,7 +139,8 @@ def record_fault(team, peer, kind, epoch, expected, seen):
         tl.store(team.control + 6, seen)
         tl.store(team.control + 7, tl.full([], 0, tl.int64) + team.timeout)
         tl.debug_barrier()
-        tl.atomic_xchg(team.control, tl.full([], TIMED_OUT_CODE, tl.int64), sem="release", scope="sys")
+        word = tl.full([], TIMED_OUT_CODE, tl.int64) + (team.rank << 8)
+        tl.atomic_xchg(team.control, word, sem="release", scope="sys")
 
 
 @triton.jit

@@ -84,7 +84,8 @@ class Symmetric(NamedTuple):
 
 SYMMETRIC_TYPES = Symmetric("*i64", "i64")
 
-# Words of the control block. `abort` is 0 or one of the codes; ABORTED and PEER_DIED have a rank above their 8 bits.
+# Words of the control block. `abort` is 0 or one of the codes; above its 8 bits it has the rank that
+# waited, aborted or died.
 FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen", "timeout")
 ABORTED, TIMED_OUT, GRID_TOO_LARGE, PEER_DIED = 1, 2, 3, 4
 PACKET_KIND = tl.constexpr(4)

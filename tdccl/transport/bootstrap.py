@@ -75,6 +75,7 @@ class StoreBootstrap(Bootstrap):
         except TdcclError:
             raise
         except RuntimeError as error:
+            self._await_interrupt()
             raise InitError(f"the store is gone; has the process that holds it died? ({error})") from error
         return values
 
@@ -88,6 +89,13 @@ class StoreBootstrap(Bootstrap):
                 raise _missing(absent, self.size, self._timeout)
             time.sleep(pause)
             pause = min(pause * 1.5, 5e-3)
+
+    def _await_interrupt(self) -> None:
+        """The store may have died with a peer's process, and word of that is on its way and says more."""
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            self.interrupt()
+            time.sleep(0.01)
 
     def close(self) -> None:
         # Rank 0's process may hold the store: it leaves last, but does not wait long for one that has crashed.

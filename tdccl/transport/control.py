@@ -67,6 +67,13 @@ class Control:
             if not word.value:
                 word.value = code | culprit << 8
 
+    def share(self) -> None:
+        """Gives what this rank's kernel recorded to the ranks that have heard of no fault, whose waits end by it."""
+        for block, word in zip(self._blocks, self._abort_words):
+            if not word.value:
+                block[1:_WORDS_OF_KERNELS] = self.words[1:_WORDS_OF_KERNELS]
+                word.value = self.abort.value
+
     def leave(self) -> None:
         """Tells the peers that this rank uses none of their memory any more; kernels here must have ended."""
         if self._pinned:
