@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
-from tdccl import Communicator, environment
+from tdccl import Communicator, environment, torch_entry
 
 ON_GPU = not environment.emulated()
 LONG = 100.0  # seconds: a timeout that no fault here waits for
@@ -62,7 +62,7 @@ class Part:
         """Tells the crew where this rank is: "here" before the call that the fault meets, "struck" in doing it."""
         self._pipe.send((word, time.monotonic()))
 
-    def watch(self, comm: Communicator, call: Callable[[], Any]) -> Seen:
+    def watch(self, comm: Any, call: Callable[[], Any]) -> Seen:
         """Makes the call, waits for its end, and tells what came of it."""
         try:
             call()
@@ -226,6 +226,7 @@ def _judge(fault: Fault, outcome: Outcome, size: int) -> None:
 def _serve(rank: int, size: int, port: int, pipe) -> None:
     """A rank's process."""
     torch.set_num_threads(1)
+    torch_entry.register()
     if ON_GPU:
         torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)

@@ -1,9 +1,11 @@
 """The fault table: what each rank does in a fault, and what is to be seen of it."""
 
+import os
 import resource
 import signal
 import threading
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -253,6 +255,16 @@ def _of_another_version(part: Part) -> Seen:
     return seen
 
 
+def _set_wrongly(part: Part) -> Seen:
+    if part.hit:
+        os.environ["TDCCL_ALGO"] = "all_reduce:by_magic"
+    seen = _refused(part)
+    os.environ.pop("TDCCL_ALGO", None)
+    with part.init() as comm:
+        verify(comm)
+    return seen
+
+
 def _missing(part: Part) -> Seen:
     if part.hit:
         part.say("struck")
@@ -301,6 +313,63 @@ def _with_the_store(part: Part) -> Seen:
     return seen
 
 
+class TorchGroup:
+    """What `Part` needs of a communicator, of torch's default group."""
+
+    def __init__(self, part: Part, name: str, size: int):
+        store = dist.PrefixStore(name, part.store)
+        dist.init_process_group("tdccl", store=store, rank=part.rank, world_size=size, timeout=timedelta(seconds=LONG))
+        self.device = torch.device("cuda", part.rank) if ON_GPU else torch.device("cpu")
+        self.check = dist.group.WORLD.communicator.check
+
+    def verify(self) -> None:
+        x = torch.ones(1000, device=self.device)
+        dist.all_reduce(x)
+        assert (x == dist.get_world_size()).all()
+
+
+def _in_torch(part: Part) -> Seen:
+    """The survivors shrink the default group, make a subgroup of it, and go on."""
+    group = TorchGroup(part, "torch", part.size)
+    group.verify()
+    dist.new_group(list(range(part.size - 1)))  # which shrinking the default group ends
+    part.say("here")
+    if part.hit:
+        time.sleep(LONG)
+    x = torch.ones(1000, device=group.device)
+    seen = part.watch(group, lambda: dist.all_reduce(x))
+    tdccl.shrink(exclude=[part.victim])
+    group.verify()
+    everyone = dist.new_group(list(range(part.size - 1)))
+    dist.all_reduce(x.fill_(1.0), group=everyone)
+    assert (x == part.size - 1).all()
+    dist.destroy_process_group()
+    return seen
+
+
+def _aborted_in_torch(part: Part) -> Seen:
+    """One rank aborts all groups while a message never comes; the others destroy theirs, and all start again."""
+    group = TorchGroup(part, "first", part.size)
+    group.verify()
+    work = dist.irecv(torch.ones(10, device=group.device), src=(part.rank + 1) % part.size)
+    try:
+        work.wait(timedelta(seconds=SETTLED))
+        raise AssertionError("wait(timeout) returned without a message")
+    except tdccl.Timeout:
+        pass
+    dist.all_reduce(torch.ones(1, device=group.device))
+    if part.hit:
+        part.say("struck")
+        dist.distributed_c10d._abort_process_group()
+    seen = part.watch(group, work.wait)
+    if not part.hit:
+        dist.destroy_process_group()
+    again = TorchGroup(part, "second", part.size)
+    again.verify()
+    dist.destroy_process_group()
+    return seen
+
+
 def _anew(part: Part, members: list[int]) -> Communicator:
     """A communicator of some of the ranks, which start anew."""
     bootstrap = StoreBootstrap(part.store, members.index(part.rank), len(members), LONG, "anew")
@@ -331,6 +400,8 @@ FAULTS = [
     ),
     Fault("abort() by a thread", _aborted_by_a_thread, "Aborted", _ABORTED, seen_by="all"),
     Fault("abort() during capture", _aborted_in_capture, "Aborted", _ABORTED, seen_by="all", on="gpu"),
+    Fault("torch.distributed: kill -9", _in_torch, "PeerFailure", _DIED, _KILL),
+    Fault("torch.distributed: a group is aborted", _aborted_in_torch, "Aborted", _ABORTED),
     Fault(
         "Ctrl-C in a call", _interrupted, "Aborted", _ABORTED,
         strikes=(Strike("here", signal.SIGINT),), on="emulation",
@@ -339,6 +410,7 @@ FAULTS = [
     Fault("init: a rank is missing, timeout=2", _missing, "InitError", ("rank {victim} of", "did not come"), waited=2),
     Fault("init: a rank is there twice", _twice, "InitError", ("rank 0 of", "already"), seen_by="victim"),
     Fault("init: a rank of another version", _of_another_version, "InitError", ("0.0.1", "equal"), seen_by="all"),
+    Fault("init: a rank is set up wrongly", _set_wrongly, "InitError", ("by_magic",), seen_by="all"),
     Fault("init: no scratch on one rank", _without_scratch, "InitError", ("rank {victim} could not",)),
 ]  # fmt: skip
 

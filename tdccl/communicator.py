@@ -95,7 +95,8 @@ def latest() -> "Communicator | None":
 
 
 class Communicator:
-    """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
+    """Collectives over the ranks that made it together. A context manager: leaving it destroys it, and if it is by an
+    exception, aborts it before.
 
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
     this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
@@ -124,14 +125,8 @@ class Communicator:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
         self._emulated = environment.emulated()
-        self._forced = _forced_algorithms()
-        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
         self._scratch = scratch
-        self._context = context_for(self.size, self.max_blocks, scratch)
-        self.device = _device(device, self.rank)
-        self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
-        self.table = table_for(self.gpu, self.size)
-        self._agree()
+        self._agree(device, max_blocks)
         self._control = transport.Control(bootstrap, pinned=not self._emulated)
         self._abort_word = self._control.abort
         self._last = "no call yet"
@@ -155,17 +150,34 @@ class Communicator:
         self._team = self._make_team()
         _alive.add(self)
 
-    def _agree(self) -> None:
-        """Checks that all ranks fit together, and will decide alike."""
+    def _agree(self, device, max_blocks: int | None) -> None:
+        """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
         host = f"{socket.gethostname()}/{_boot_id()}"
-        mine = {"tdccl": __version__, "emulated": environment.emulated(), "scratch": self._context.ring_bytes}
-        mine |= {"TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks, "tuning": self.table.digest()}
+        mine = {"tdccl": __version__, "emulated": self._emulated}
+        error = None
+        try:
+            mine |= self._decide(device, max_blocks)
+        except InitError as refused:  # told to the others, who would wait for this rank
+            mine, error = {**mine, "error": str(refused)}, refused
         everyone = self._bootstrap.exchange((host, mine))
+        if error is not None:
+            raise error
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
                 raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
             if other_host != host:
                 raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
+
+    def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
+        """Sets what calls depend on; returns what of it must be equal on all ranks."""
+        self._forced = _forced_algorithms()
+        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
+        self._context = context_for(self.size, self.max_blocks, self._scratch)
+        self.device = _device(device, self.rank)
+        self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
+        self.table = table_for(self.gpu, self.size)
+        equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
+        return {**equal, "tuning": self.table.digest()}
 
     def _make_team(self) -> layout.Team:
         """What tdccl's own kernels get."""
@@ -801,7 +813,8 @@ class Communicator:
             memory.release(bootstrap, self._control.peers_gone)
         self._segments.clear()
         self.team = self._team = None  # they hold on to the scratch
-        self._control.leave()
+        with self._on_device():
+            self._control.leave()
         self._end_watch()
         if bootstrap is not None:
             bootstrap.close()
@@ -811,8 +824,9 @@ class Communicator:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.destroy()
+        if kind is not None:
+            self.abort()  # the others may wait for calls that this rank will not make
+        self.destroy()
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}, device={self.device})"

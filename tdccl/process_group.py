@@ -1,6 +1,5 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
-import collections
 import concurrent.futures
 import contextlib
 import queue
@@ -32,9 +31,6 @@ _ALLREDUCE, _COALESCED = c10d.AllreduceOptions(), c10d.AllreduceCoalescedOptions
 _BROADCAST, _BARRIER = c10d.BroadcastOptions(), c10d.BarrierOptions()
 _REDUCE, _GATHER, _SCATTER = c10d.ReduceOptions(), c10d.GatherOptions(), c10d.ScatterOptions()
 _ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
-
-# How often this process made a group: a store outlives its groups, and one made again must not read old keys.
-_lives: collections.Counter = collections.Counter()
 
 
 class Work(dist.Work):
@@ -253,9 +249,10 @@ class ProcessGroup(dist.ProcessGroup):
         rank, size = options.group_rank, options.group_size
         super().__init__(rank, size)
         members = self._members = tuple(options.global_ranks_in_group)
-        _lives[options.group_id, members] += 1
-        life = "-".join(map(str, ("tdccl", _lives[options.group_id, members], *members)))
-        self._store = dist.PrefixStore(life, options.store)
+        # A store outlives its groups, and one made again must not read old keys.
+        name = "-".join(map(str, ("tdccl", options.group_id, *members)))
+        life = options.store.add(f"{name}/lives/{rank}", 1)
+        self._store = dist.PrefixStore(f"{name}/{life}", options.store)
         self._name, self._timeout = options.group_id, options.timeout
         self._rank, self._ranks = rank, size
         self._gpu = not environment.emulated()
@@ -323,7 +320,7 @@ class ProcessGroup(dist.ProcessGroup):
         if communicator is not None:
             communicator.abort()
             # Not here: torch aborts groups one after another, and the GPU has done its work only after the last.
-            threading.Thread(target=communicator.destroy, name="tdccl-destroy").start()
+            threading.Thread(target=communicator.destroy, name="tdccl-destroy", daemon=True).start()
 
     def meet(self, exclude: list[int]):
         """A Store among the ranks that are not in `exclude`, and those ranks; what `shrink` begins with."""

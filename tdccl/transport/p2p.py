@@ -51,17 +51,19 @@ def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> Symme
         handle = _check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
         handles = bootstrap.exchange(bytes(handle.reserved))
         addresses = [memory.address] * bootstrap.size
-        for rank, reserved in enumerate(handles):
-            if rank != bootstrap.rank:
-                addresses[rank] = _open(reserved, rank)
-        bootstrap.barrier()
+        try:
+            for rank, reserved in enumerate(handles):
+                if rank != bootstrap.rank:
+                    addresses[rank] = _open(reserved, rank)
+            bootstrap.barrier()
+        except BaseException:
+            _close(addresses, memory.address)
+            raise
         local = torch.as_tensor(memory, device=device)
 
     def release(bootstrap, peers_gone):
         with torch.cuda.device(device):
-            for rank, address in enumerate(addresses):
-                if address != memory.address:
-                    _check(runtime.cudaIpcCloseMemHandle(address), f"cudaIpcCloseMemHandle of rank {rank}'s memory")
+            _close(addresses, memory.address)
         try:
             if bootstrap is not None:
                 bootstrap.barrier()  # memory may be freed only after every peer has closed it
@@ -71,6 +73,13 @@ def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> Symme
         _kept.append((memory, peers_gone))
 
     return SymmetricMemory(local, addresses, release)
+
+
+def _close(addresses: list[int], own: int) -> None:
+    """Unmaps the peers' memory. What the driver says is not asked: a peer may have died, and nothing is left to do."""
+    for address in addresses:
+        if address != own:
+            runtime.cudaIpcCloseMemHandle(address)
 
 
 def free_kept() -> None:
