@@ -56,7 +56,10 @@ class Part:
         return self.rank == self.victim
 
     def init(self, timeout: float = LONG) -> Communicator:
-        return tdccl.init(store=self.store, rank=self.rank, size=self.size, timeout=timeout)
+        comm = tdccl.init(store=self.store, rank=self.rank, size=self.size, timeout=timeout)
+        named = [line for line in _shared_mappings() if not line.endswith("(deleted)\n")]
+        assert not named, f"a crash would leave {named}, and the next job of that name would find it"
+        return comm
 
     def say(self, word: str) -> None:
         """Tells the crew where this rank is: "here" before the call that the fault meets, "struck" in doing it."""
@@ -157,7 +160,6 @@ class Crew:
 
     def run(self, fault: Fault, seconds: float = 60) -> Outcome:
         """Has the ranks live through a fault. Raises AssertionError with what any of them says that it should not."""
-        shared = set(os.listdir("/dev/shm"))
         self._runs += 1
         for pipe in self._pipes:
             pipe.send((fault.body, self._runs))
@@ -171,7 +173,6 @@ class Crew:
         if fault.kills:
             self._processes[-1].join()
             self._start(self.size - 1)
-        assert set(os.listdir("/dev/shm")) <= shared, f"{fault.name}: left in /dev/shm"
         _judge(fault, outcome, self.size)
         return outcome
 
@@ -258,10 +259,14 @@ def footprint() -> Counter:
         except FileNotFoundError:  # that of the folder itself
             continue
         found[re.sub(r"\d+", "", target)] += 1
-    with open("/proc/self/maps") as lines:
-        found["mapped"] = sum("memfd:tdccl" in line or "/dev/shm" in line for line in lines)
+    found["mapped"] = len(_shared_mappings())
     found["threads"] = sum(thread.name.startswith("tdccl") for thread in threading.enumerate())
     return found
+
+
+def _shared_mappings() -> list[str]:
+    with open("/proc/self/maps") as lines:
+        return [line for line in lines if "memfd:tdccl" in line or "/dev/shm" in line]
 
 
 def check_footprint(before: Counter) -> None:
