@@ -357,7 +357,7 @@ def _aborted_in_torch(part: Part) -> Seen:
         raise AssertionError("wait(timeout) returned without a message")
     except tdccl.Timeout:
         pass
-    dist.all_reduce(torch.ones(1, device=group.device))
+    dist.group.WORLD.monitored_barrier()
     if part.hit:
         part.say("struck")
         dist.distributed_c10d._abort_process_group()
@@ -366,6 +366,21 @@ def _aborted_in_torch(part: Part) -> Seen:
         dist.destroy_process_group()
     again = TorchGroup(part, "second", part.size)
     again.verify()
+    dist.destroy_process_group()
+    return seen
+
+
+def _late_in_torch(part: Part) -> Seen:
+    group = TorchGroup(part, "late", part.size)
+    group.verify()
+    if part.hit:
+        part.say("struck")
+        seen = part.watch(group, lambda: time.sleep(2))
+    else:
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=1)
+        x = torch.ones(1000, device=group.device)
+        seen = part.watch(group, lambda: dist.group.WORLD.allreduce([x], options))
     dist.destroy_process_group()
     return seen
 
@@ -402,6 +417,10 @@ FAULTS = [
     Fault("abort() during capture", _aborted_in_capture, "Aborted", _ABORTED, seen_by="all", on="gpu"),
     Fault("torch.distributed: kill -9", _in_torch, "PeerFailure", _DIED, _KILL),
     Fault("torch.distributed: a group is aborted", _aborted_in_torch, "Aborted", _ABORTED),
+    Fault(
+        "torch.distributed: a call misses a rank, timeout=1", _late_in_torch, "Timeout", ("1 s for rank {victim}",),
+        waited=1,
+    ),
     Fault(
         "Ctrl-C in a call", _interrupted, "Aborted", _ABORTED,
         strikes=(Strike("here", signal.SIGINT),), on="emulation",

@@ -232,17 +232,19 @@ class Communicator:
         meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
         excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
 
-        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others.
+        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
+        PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
         bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        bootstrap.interrupt = functools.partial(self._check_alive, members)
         smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
         self.destroy()
         return smaller
 
     def meet(self, exclude: list[int]) -> tuple[Any, list[int]]:
         """What `shrink` begins with: aborts, and returns a new Store among the ranks that are not in `exclude`, and
-        those ranks. Raises as `shrink`, and PeerFailure if the first of them has died."""
+        those ranks. Raises as `shrink`."""
         members = survivors(self.rank, self.size, exclude)
         if self._destroyed:
             raise DestroyedError(self._destroyed)
@@ -254,14 +256,17 @@ class Communicator:
             return store, members
         deadline = time.monotonic() + self.timeout
         while not (port := self._control.announced(first, mask)):
-            if first in self._dead:
-                raise PeerFailure(f"shrink: rank {first} died too; exclude it", first)
+            self._check_alive(members)
             if time.monotonic() > deadline:
                 raise InitError(
                     f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
                 )
             time.sleep(1e-3)
         return open_store("127.0.0.1", port, False, self.timeout), members
+
+    def _check_alive(self, members: list[int]) -> None:
+        for rank in self._dead.intersection(members):
+            raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
 
     @functools.cached_property
     def team(self):

@@ -154,8 +154,9 @@ def test_50_communicators(ranks):
 
 
 @LONG
-def test_1000_communicators(ranks, world):
-    ranks.run(come_and_go, world, count=1000)
+@pytest.mark.timeout(1800)
+def test_1000_communicators(ranks):
+    ranks.run(come_and_go, min(3, pool.LARGEST_WORLD), seconds=1500, count=1000)
 
 
 def fork(comm):
