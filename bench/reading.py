@@ -95,7 +95,8 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
     newest: dict[tuple, dict] = {}
     rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
     figures: dict[tuple, list[dict]] = {}
-    for report in sorted(reports, key=lambda report: report["date"]):
+    measured = [report for report in reports if "rows" in report]  # those of faults have none
+    for report in sorted(measured, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
         newest[kind] = report
         figures[kind] = report.get("figures") or figures.get(kind, [])
@@ -106,7 +107,7 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
-    """The reports in files that `python -m bench ... -J FILE` wrote."""
+    """The reports in files that `python -m bench ... -J FILE` and `python -m bench.faults -J FILE` wrote."""
     return [json.loads(path.read_text()) for path in paths]
 
 

@@ -8,34 +8,45 @@ from pathlib import Path
 from bench import reading
 from bench.reading import COLUMNS, PICTURES, Setup, Table
 
-_BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _COLUMNS = ("plain", "symmetric", "nccl")
 
 
 def main() -> None:
     """Prints the tables, or puts them between the markers of a README."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE`")
-    parser.add_argument("--readme", type=Path, help=f"replace what stands between {_BEGIN} and {_END} in this file")
+    parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE` or bench.faults")
+    parser.add_argument("--readme", type=Path, help=f"replace what stands between {_marks('bench')} in this file, and "
+                        f"what stands between {_marks('faults')}, each if there are files for it")  # fmt: skip
     options = parser.parse_args()
     reports = reading.read(options.files)
+    beside = options.readme and options.readme.parent
+    texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
+    texts = {name: text for name, text in texts.items() if text}
     if options.readme is None:
-        print(markdown(reports))
+        print("\n\n".join(texts.values()))
         return
-    text = markdown(reports, options.readme.parent)
+    document = options.readme.read_text()
     try:
-        options.readme.write_text(replaced(options.readme.read_text(), text))
+        for name, text in texts.items():
+            document = replaced(document, text, name)
     except ValueError as error:
         parser.error(f"{options.readme}: {error}")
+    options.readme.write_text(document)
 
 
-def replaced(document: str, text: str, first: str = _BEGIN, last: str = _END) -> str:
-    """The document with `text` between the markers. Raises ValueError unless both are there once, in order."""
-    before, begin, rest = document.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end or first in rest or last in after:
-        raise ValueError(f"expected {first} and, after it, {last}, each once")
-    return f"{before}{first}\n\n{text}\n\n{last}{after}"
+def _marks(name: str) -> str:
+    return f"<!-- {name}:begin --> and <!-- {name}:end -->"
+
+
+def replaced(document: str, text: str, name: str = "bench") -> str:
+    """The document with `text` between the markers of that name. Raises ValueError unless both are there once, in
+    order."""
+    begin, end = _marks(name).split(" and ")
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in after:
+        raise ValueError(f"expected {_marks(name)}, each once")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
@@ -45,6 +56,27 @@ def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
     beside: the folder of a document that is to show the pictures that `python -m bench.plot` put there.
     """
     return "\n\n".join(_section(setup, beside) for setup in reading.setups(reports))
+
+
+def faults(reports: Iterable[dict]) -> str:
+    """For each kind of host and number of ranks the newest table of faults, "" if there is none."""
+    newest = {}
+    for report in sorted((report for report in reports if "faults" in report), key=lambda report: report["date"]):
+        newest[report["host"], report["world"]] = report
+    return "\n\n".join(map(_faults, newest.values()))
+
+
+def _faults(report: dict) -> str:
+    lines = []
+    for row in report["faults"]:
+        beyond = [each - row["waited_s"] for each in row["seconds"]]
+        least, most = (f"{each:.2g}" for each in (min(beyond, default=0), max(beyond, default=0)))
+        seconds = least if least == most else f"{least} to {most}"
+        after = f"{row['waited_s']:g} + {seconds}" if row["waited_s"] else seconds
+        lines.append([row["fault"], row["error"] or "nothing", after if beyond else ""])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    title = f"{report['host']}; {report['world']} ranks; {report['date'][:10]}; {versions}"
+    return f"{title}\n\n" + _grid(["fault", "what the others see", "after, s"], lines)
 
 
 def _section(setup: Setup, beside: Path | None) -> str:

@@ -11,18 +11,21 @@ _HOMES = {
     "Communicator": "tdccl.communicator",
     "Explanation": "tdccl.communicator",
     "symmetric": "tdccl.symmetric_allocation",
+    "shrink": "tdccl.process_group",
     "TdcclError": "tdccl.errors",
     "ArgumentError": "tdccl.errors",
     "InitError": "tdccl.errors",
     "DestroyedError": "tdccl.errors",
     "Timeout": "tdccl.errors",
     "Aborted": "tdccl.errors",
+    "PeerFailure": "tdccl.errors",
 }
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from tdccl.communicator import Communicator, Explanation, init
-    from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
+    from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+    from tdccl.process_group import shrink
     from tdccl.symmetric_allocation import symmetric
 
 

@@ -1,5 +1,6 @@
 """The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -9,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +18,13 @@ from typing import Any
 import torch
 
 from tdccl import __version__, environment, transport, tuning
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
-from tdccl.runtime import arrays, bare
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+from tdccl.runtime import arrays, bare, watcher
 from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
-from tdccl.transport.bootstrap import Bootstrap, discover
+from tdccl.transport.bootstrap import Bootstrap, StoreBootstrap, discover, open_store
 
 layout = bare.read("tdccl.language.team")
 ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
@@ -32,7 +34,11 @@ if environment.emulated():
 
 _announced = False
 _made: list[weakref.ref] = []  # by `init`, in this order
+_alive: weakref.WeakSet["Communicator"] = weakref.WeakSet()
+_inherited: list["Communicator"] = []  # from the process that this one was forked from
 _MOST_PLANS = 4096
+_DESTROYED = "this communicator is destroyed; make a new one with tdccl.init"
+_FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
 
 
 def init(
@@ -89,16 +95,19 @@ def latest() -> "Communicator | None":
 
 
 class Communicator:
-    """Collectives over the ranks that made it together. A context manager: leaving it destroys it.
+    """Collectives over the ranks that made it together. A context manager: leaving it destroys it, and if it is by an
+    exception, aborts it before.
 
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
     this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
-    a torch or CuPy stream). Every rank makes the same calls with the same sizes in the same order, and an array
-    that lies in symmetric memory (`empty`, `tdccl.symmetric`, `register`) on one rank lies at the same place of it
-    on all.
+    a torch or CuPy stream), and each of its waits may last `timeout` seconds (None: the communicator's). Every rank
+    makes the same calls with the same sizes in the same order, and an array that lies in symmetric memory (`empty`,
+    `tdccl.symmetric`, `register`) on one rank lies at the same place of it on all.
 
-    All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
-    or Aborted once a wait has failed.
+    All calls raise ArgumentError before anything is launched, DestroyedError after `destroy` and in a forked child;
+    Timeout once a wait has lasted too long: longer than the communicator's timeout, or than `timeout` seconds of the
+    call; PeerFailure once the process of another rank has ended; Aborted once some rank has called `abort`. Where ranks
+    do not share a pid namespace, only a timeout tells of another's end.
     """
 
     def __init__(
@@ -116,18 +125,15 @@ class Communicator:
             raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
         self._emulated = environment.emulated()
-        self._forced = _forced_algorithms()
-        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
         self._scratch = scratch
-        self._context = context_for(self.size, self.max_blocks, scratch)
-        self.device = _device(device, self.rank)
-        self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
-        self.table = table_for(self.gpu, self.size)
-        self._agree()
-        self._heap = transport.allocate(bootstrap, layout.heap_bytes(team_of(self._context, "")), self.device)
-        pinned = not environment.emulated()
-        self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
-        self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
+        self._agree(device, max_blocks)
+        self._control = transport.Control(bootstrap, pinned=not self._emulated)
+        self._abort_word = self._control.abort
+        self._last = "no call yet"
+        self._dead: set[int] = set()
+        self._destroyed = ""  # the words of the error, once it is
+        self._end_watch = self._watch_peers()
+        self._heap = self._allocate_heap()
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
         self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
@@ -138,21 +144,40 @@ class Communicator:
         self._lock = threading.RLock()
         self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._splits = 0
-        self._last = "no call yet"
-        self._destroyed = False
+        self._interpreting: list[int] = []  # threads, in emulation
+        self._interpreted = threading.Condition()
+        self._stop_word = ctypes.c_int64.from_address(self._heap.address + layout.STOP_BYTE.value)
         self._team = self._make_team()
+        _alive.add(self)
 
-    def _agree(self) -> None:
-        """Checks that all ranks fit together, and will decide alike."""
+    def _agree(self, device, max_blocks: int | None) -> None:
+        """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
         host = f"{socket.gethostname()}/{_boot_id()}"
-        mine = {"tdccl": __version__, "emulated": environment.emulated(), "scratch": self._context.ring_bytes}
-        mine |= {"TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks, "tuning": self.table.digest()}
+        mine = {"tdccl": __version__, "emulated": self._emulated}
+        error = None
+        try:
+            mine |= self._decide(device, max_blocks)
+        except InitError as refused:  # told to the others, who would wait for this rank
+            mine, error = {**mine, "error": str(refused)}, refused
         everyone = self._bootstrap.exchange((host, mine))
+        if error is not None:
+            raise error
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
                 raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
             if other_host != host:
                 raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
+
+    def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
+        """Sets what calls depend on; returns what of it must be equal on all ranks."""
+        self._forced = _forced_algorithms()
+        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
+        self._context = context_for(self.size, self.max_blocks, self._scratch)
+        self.device = _device(device, self.rank)
+        self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
+        self.table = table_for(self.gpu, self.size)
+        equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
+        return {**equal, "tuning": self.table.digest()}
 
     def _make_team(self) -> layout.Team:
         """What tdccl's own kernels get."""
@@ -161,9 +186,87 @@ class Communicator:
             heap=self._heap.peers.data_ptr(),
             local=self._heap.address,
             rank=self.rank,
-            control=self._control.data_ptr(),
+            control=self._control.words.data_ptr(),
             timeout=int(self.timeout * 1e9),
         )
+
+    # ---- faults ------------------------------------------------------------------------------------
+
+    def _watch_peers(self):
+        """Has the deaths of the peers told to this communicator as long as it lives, and their faults end the waits of
+        its bootstrap; returns what ends that."""
+        this = weakref.ref(self)
+
+        def interrupt():
+            if communicator := this():
+                communicator.raise_fault()
+
+        self._bootstrap.interrupt = interrupt
+        pids = [(rank, pid) for rank, pid in enumerate(self._control.pids) if pid not in (None, os.getpid())]
+        watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
+        return weakref.finalize(self, _end_watches, watches)
+
+    def _allocate_heap(self) -> transport.SymmetricMemory:
+        """Scratch; if a rank can get none, no other waits for it."""
+        try:
+            nbytes = layout.heap_bytes(team_of(self._context, ""))
+            return transport.allocate(self._bootstrap, nbytes, self.device)
+        except BaseException as error:
+            self._control.fail(layout.ABORTED, self.rank)
+            self._end_watch()
+            self._control.leave()
+            if isinstance(error, Aborted | PeerFailure):
+                raise InitError(f"rank {error.rank} could not get its scratch, or died: see what it says") from error
+            raise
+
+    def abort(self) -> None:
+        """Ends the kernels of this communicator that are running, within 100 ms, here and on the other ranks; there and
+        here later calls raise Aborted. From any thread; waits for nobody. `destroy` then frees what the rank has."""
+        if not self._destroyed:
+            self._control.fail(layout.ABORTED, self.rank)
+
+    def shrink(self, exclude: list[int]) -> "Communicator":
+        """A communicator of the ranks that are not in `exclude`, in their order; only these call it, all of them.
+
+        It works after any fault, in the same processes, whether or not a store or MPI still does, because the ranks
+        meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
+        excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
+
+        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
+        PeerFailure: one that is not excluded has died.
+        """
+        store, members = self.meet(exclude)
+        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        bootstrap.interrupt = functools.partial(self._check_alive, members)
+        smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        self.destroy()
+        return smaller
+
+    def meet(self, exclude: list[int]) -> tuple[Any, list[int]]:
+        """What `shrink` begins with: aborts, and returns a new Store among the ranks that are not in `exclude`, and
+        those ranks. Raises as `shrink`."""
+        members = survivors(self.rank, self.size, exclude)
+        if self._destroyed:
+            raise DestroyedError(self._destroyed)
+        self.abort()
+        mask, first = sum(1 << rank for rank in members), members[0]
+        if self.rank == first:
+            store = open_store("127.0.0.1", 0, True, self.timeout)
+            self._control.announce(mask, store.port)
+            return store, members
+        deadline = time.monotonic() + self.timeout
+        while not (port := self._control.announced(first, mask)):
+            self._check_alive(members)
+            if time.monotonic() > deadline:
+                raise InitError(
+                    f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
+                )
+            time.sleep(1e-3)
+        return open_store("127.0.0.1", port, False, self.timeout), members
+
+    def _check_alive(self, members: list[int]) -> None:
+        for rank in self._dead.intersection(members):
+            raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
 
     @functools.cached_property
     def team(self):
@@ -173,29 +276,38 @@ class Communicator:
         from tdccl.language import Team
 
         plain = self._team
-        addresses = {"heap": self._heap.peers, "local": self._heap.local.view(torch.int8), "control": self._control}
+        addresses = {"heap": self._heap.peers, "local": self._heap.local.view(torch.int8)}
+        addresses["control"] = self._control.words
         constants = {name: tl.constexpr(getattr(plain, name)) for name in plain._fields[5:]}
         return Team(**{**plain._asdict(), **addresses, **constants})
 
     # ---- collectives -------------------------------------------------------------------------------
 
-    def all_reduce(self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None) -> Any:
+    def all_reduce(
+        self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None, timeout: float | None = None
+    ) -> Any:
         """recv = op over all ranks' `send`, the same bits on every rank; returns recv.
 
         send, recv: equal shape and dtype; recv may be send (in place); None makes a new one.
         op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
         fp32, in rank order.
         """
-        key = ("all_reduce", op, arrays.signature(send, recv))
+        key = ("all_reduce", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
         source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape)
         arrays.check_reduction("all_reduce", op, source.dtype)
-        self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, key=key)
+        self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
 
     def all_gather(
-        self, send: Any, recv: Any = None, recv_splits: list[int] | None = None, *, stream: Any = None
+        self,
+        send: Any,
+        recv: Any = None,
+        recv_splits: list[int] | None = None,
+        *,
+        stream: Any = None,
+        timeout: float | None = None,
     ) -> Any:
         """recv = all ranks' `send`, one after another in rank order; returns recv.
 
@@ -204,22 +316,24 @@ class Communicator:
         then recv: [sum(recv_splits), ...], and not in place.
         """
         if recv_splits is not None:
-            return self._all_gather_uneven(send, recv, recv_splits, stream)
-        key = ("all_gather", None, arrays.signature(send, recv))
+            return self._all_gather_uneven(send, recv, recv_splits, stream, timeout)
+        key = ("all_gather", None, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
         source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size))
-        self._run("all_gather", source, target, source.numel(), stream=stream, key=key)
+        self._run("all_gather", source, target, source.numel(), stream=stream, timeout=timeout, key=key)
         return result
 
-    def reduce_scatter(self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None) -> Any:
+    def reduce_scatter(
+        self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None, timeout: float | None = None
+    ) -> Any:
         """recv = op over all ranks' pieces of `send` that belong to this rank; returns recv.
 
         send: [size * d, ...], or any shape with size times the elements of recv. recv: [d, ...]; it may be this
         rank's piece of send (in place). op as in `all_reduce`.
         """
 
-        key = ("reduce_scatter", op, arrays.signature(send, recv))
+        key = ("reduce_scatter", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
 
@@ -233,18 +347,18 @@ class Communicator:
 
         source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, shrinks=True)
         arrays.check_reduction("reduce_scatter", op, source.dtype)
-        self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream, key=key)
+        self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
 
-    def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None) -> Any:
+    def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None, timeout: float | None = None) -> Any:
         """`buf` of rank `root` ends in `buf` of all ranks; returns buf. Any shape and dtype."""
-        key = ("broadcast", root, arrays.signature(buf, buf))
+        key = ("broadcast", root, timeout, arrays.signature(buf, buf))
         if self._again(key, stream):
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
         root = self._checked_root("broadcast", root)
         if self.size > 1:
-            self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, key=key)
+            self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, timeout=timeout, key=key)
         return buf
 
     def all_to_all(
@@ -255,13 +369,14 @@ class Communicator:
         recv_splits: list[int] | None = None,
         *,
         stream: Any = None,
+        timeout: float | None = None,
     ) -> Any:
         """Rank i's j-th piece of `send` becomes rank j's i-th piece of `recv`; returns recv.
 
         Pieces are cut along the first dimension: equal ones, or `send_splits` and `recv_splits` rows for each
         rank, where rank i's send_splits[j] is rank j's recv_splits[i]. recv may be send if all pieces are equal.
         """
-        key = ("all_to_all", None, arrays.signature(send, recv))
+        key = ("all_to_all", None, timeout, arrays.signature(send, recv))
         if send_splits is None and recv_splits is None and self._again(key, stream):
             return recv
         source = self._checked("all_to_all", "send", arrays.as_tensor(send, "send"))
@@ -274,7 +389,9 @@ class Communicator:
                     f"all_to_all: send has shape {tuple(source.shape)}, its first dimension must be a multiple of "
                     f"the {self.size} ranks (or give splits)"
                 )
-            self._run("all_to_all", source, target, source.numel() // self.size, stream=stream, key=key)
+            self._run(
+                "all_to_all", source, target, source.numel() // self.size, stream=stream, timeout=timeout, key=key
+            )
             return result
         splits, row = self._row_splits(source, send_splits, recv_splits)
         shape = (sum(recv_splits), *source.shape[1:])
@@ -282,11 +399,18 @@ class Communicator:
         if _overlap(source, target):
             raise ArgumentError("all_to_all: recv overlaps send; in place it takes equal pieces only")
         splits = tuple(tuple(count * row for count in counts) for counts in splits)
-        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+        self._run("all_to_all", source, target, 0, splits=splits, stream=stream, timeout=timeout)
         return result
 
     def all_to_all_vdev(
-        self, send: Any, recv: Any, send_splits: Any, recv_splits_offsets: Any, *, stream: Any = None
+        self,
+        send: Any,
+        recv: Any,
+        send_splits: Any,
+        recv_splits_offsets: Any,
+        *,
+        stream: Any = None,
+        timeout: float | None = None,
     ) -> Any:
         """all_to_all with splits that live on the device, read when the kernel runs; returns recv.
 
@@ -323,10 +447,19 @@ class Communicator:
             raise ArgumentError("all_to_all_vdev: recv overlaps send")
         sizes = (row, source.numel() * source.itemsize, target.numel() * target.itemsize)
         on_device = (splits.data_ptr(), received.data_ptr(), *sizes)
-        self._run("all_to_all_vdev", source, target, 0, stream=stream, on_device=on_device)
+        self._run("all_to_all_vdev", source, target, 0, stream=stream, timeout=timeout, on_device=on_device)
         return recv
 
-    def reduce(self, send: Any, recv: Any = None, op: str = "sum", root: int = 0, *, stream: Any = None) -> Any:
+    def reduce(
+        self,
+        send: Any,
+        recv: Any = None,
+        op: str = "sum",
+        root: int = 0,
+        *,
+        stream: Any = None,
+        timeout: float | None = None,
+    ) -> Any:
         """recv of rank `root` = op over all ranks' `send`; the bits are those of `all_reduce`. Returns recv there, None
         elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
         root = self._checked_root("reduce", root)
@@ -336,10 +469,12 @@ class Communicator:
             source = target = self._checked("reduce", "send", arrays.as_tensor(send, "send"))
             result = None
         arrays.check_reduction("reduce", op, source.dtype)
-        self._run("reduce", source, target, source.numel(), op=op, root=root, stream=stream)
+        self._run("reduce", source, target, source.numel(), op=op, root=root, stream=stream, timeout=timeout)
         return result
 
-    def gather(self, send: Any, recv: Any = None, root: int = 0, *, stream: Any = None) -> Any:
+    def gather(
+        self, send: Any, recv: Any = None, root: int = 0, *, stream: Any = None, timeout: float | None = None
+    ) -> Any:
         """recv of rank `root` = all ranks' `send`, one after another; returns recv there, None elsewhere, where recv is
         not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
         root = self._checked_root("gather", root)
@@ -348,10 +483,10 @@ class Communicator:
         else:
             source = target = self._checked("gather", "send", arrays.as_tensor(send, "send"))
             result = None
-        self._move_by_root("gather", source, target, source.numel(), root, stream)
+        self._move_by_root("gather", source, target, source.numel(), root, stream, timeout)
         return result
 
-    def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None) -> Any:
+    def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None, timeout: float | None = None) -> Any:
         """recv of rank i = piece i of rank root's `send`; returns recv. recv: [d, ...]; send: [size * d, ...] on rank
         `root`, not overlapping recv; elsewhere it is not looked at."""
         root = self._checked_root("scatter", root)
@@ -359,7 +494,7 @@ class Communicator:
             source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, shrinks=True)
         else:
             source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
-        self._move_by_root("scatter", source, target, target.numel(), root, stream)
+        self._move_by_root("scatter", source, target, target.numel(), root, stream, timeout)
         return recv
 
     def _checked_root(self, collective: str, root: Any) -> int:
@@ -367,16 +502,16 @@ class Communicator:
             raise ArgumentError(f"{collective}: root is {root!r}, expected a rank from 0 to {self.size - 1}")
         return operator.index(root)
 
-    def _move_by_root(self, collective: str, source, target, count: int, root: int, stream) -> None:
+    def _move_by_root(self, collective: str, source, target, count: int, root: int, stream, timeout) -> None:
         """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
         if source is not target and _overlap(source, target):
             raise ArgumentError(f"{collective}: recv overlaps send")
         one = tuple(count * (rank == root) for rank in range(self.size))
         everyone = (count * (self.rank == root),) * self.size
         splits = (one, everyone) if collective == "gather" else (everyone, one)
-        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+        self._run("all_to_all", source, target, 0, splits=splits, stream=stream, timeout=timeout)
 
-    def _all_gather_uneven(self, send, recv, recv_splits, stream):
+    def _all_gather_uneven(self, send, recv, recv_splits, stream, timeout):
         counts = list(recv_splits)
         source = self._checked("all_gather", "send", arrays.as_tensor(send, "send"))
         if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
@@ -390,30 +525,37 @@ class Communicator:
         if _overlap(source, target):
             raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
         splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
-        self._run("all_gather", source, target, 0, splits=splits, stream=stream)
+        self._run("all_gather", source, target, 0, splits=splits, stream=stream, timeout=timeout)
         return result
 
-    def barrier(self, *, stream: Any = None) -> None:
+    def barrier(self, *, stream: Any = None, timeout: float | None = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""
         self.check()
         nothing = self._heap.local[:0]
-        self._run("barrier", nothing, nothing, 0, stream=stream)
+        self._run("barrier", nothing, nothing, 0, stream=stream, timeout=timeout)
 
     # ---- messages between two ranks ----------------------------------------------------------------
 
-    def send(self, send: Any, to: int, *, stream: Any = None) -> None:
+    def send(self, send: Any, to: int, *, stream: Any = None, timeout: float | None = None) -> None:
         """Sends an array of any shape and dtype to rank `to`, which calls `recv` for as many bytes.
 
         Messages of one pair arrive in order. Only these two ranks take part; a large message waits for its receiver.
         """
-        self.send_recv([(send, to)], [], stream=stream)
+        self.send_recv([(send, to)], [], stream=stream, timeout=timeout)
 
-    def recv(self, recv: Any, source: int, *, stream: Any = None) -> Any:
+    def recv(self, recv: Any, source: int, *, stream: Any = None, timeout: float | None = None) -> Any:
         """Receives what rank `source` sends into `recv`; returns recv."""
-        self.send_recv([], [(recv, source)], stream=stream)
+        self.send_recv([], [(recv, source)], stream=stream, timeout=timeout)
         return recv
 
-    def send_recv(self, sends: list[tuple[Any, int]], recvs: list[tuple[Any, int]], *, stream: Any = None) -> None:
+    def send_recv(
+        self,
+        sends: list[tuple[Any, int]],
+        recvs: list[tuple[Any, int]],
+        *,
+        stream: Any = None,
+        timeout: float | None = None,
+    ) -> None:
         """Sends each array to its rank and receives each from its, all under way together, so that ranks may send to
         each other at once. The k-th message to a rank is the k-th that this rank receives from here."""
         out = self._messages("send", sends)
@@ -429,7 +571,7 @@ class Communicator:
             now = (
                 {rank: listed[number] for rank, listed in each.items() if number < len(listed)} for each in (out, into)
             )
-            self._transfer(*now, stream)
+            self._transfer(*now, stream, timeout)
 
     def has_message_from(self, source: int) -> bool:
         """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
@@ -450,7 +592,7 @@ class Communicator:
                 found.setdefault(operator.index(rank), []).append(tensor)
         return found
 
-    def _transfer(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], stream) -> None:
+    def _transfer(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], stream, timeout) -> None:
         """Launches one round of messages, at most one to and one from each rank."""
         sizes = {id(tensor): tensor.numel() * tensor.itemsize for tensor in (*out.values(), *into.values())}
         low = functools.reduce(operator.or_, (t.data_ptr() | sizes[id(t)] for t in (*out.values(), *into.values())))
@@ -458,7 +600,7 @@ class Communicator:
         lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
         # Lanes go on in threads of their own in emulation: each has a plan, so that none changes another's arguments.
         lane = lanes[0] if len(lanes) == 1 else None
-        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (lane, None), False)
+        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (lane, None), False, timeout=timeout)
         unit = min(8, alignment)
 
         def column(messages, value):
@@ -472,8 +614,8 @@ class Communicator:
             if not self._emulated:
                 self._start("send_recv", launch, 0, 0, stream, lanes)
                 return
-        launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
-        self.check()
+        # Without the lock: it may wait for a peer that waits for another lane of this rank.
+        self._interpret(launch, 0, 0)
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -607,63 +749,94 @@ class Communicator:
         self._calls.clear()
 
     def check(self) -> None:
-        """Raises DestroyedError after `destroy`, and Timeout or Aborted once a wait has failed; every call does this
-        first. On a GPU a failure shows when the kernel has ended: call it after a synchronisation."""
+        """Raises DestroyedError after `destroy`, and Timeout, PeerFailure or Aborted after a fault; every call does
+        this first. On a GPU a timeout shows when the kernel has ended: call it after a synchronisation."""
         if self._destroyed:
-            raise DestroyedError("this communicator is destroyed; make a new one with tdccl.init")
-        if self._abort_word.value:
-            self._raise_fault()
+            raise DestroyedError(self._destroyed)
+        self.raise_fault()
 
-    def destroy(self) -> None:
-        """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
-
-        Tensors that lie there stay valid, and are plain. After a failure it waits for nobody, and frees what no peer
-        can still have mapped.
-        """
-        if self._destroyed:
+    def raise_fault(self) -> None:
+        """Raises Timeout, PeerFailure or Aborted after a fault, even if `destroy` has been called since."""
+        if not self._abort_word.value:
             return
-        self._destroyed = True
-        if not environment.emulated():
-            torch.cuda.synchronize(self.device)
-        bootstrap = None if self._abort_word.value else self._bootstrap
-        if bootstrap is not None:
-            bootstrap.barrier()  # no peer's kernel writes here any more
-        self._plans.clear()
-        self._calls.clear()
-        for memory in [*self._segments, self._heap]:
-            memory.release(bootstrap)
-        self._segments.clear()
-        self.team = self._team = None  # they hold on to the scratch
-        if bootstrap is not None:
-            bootstrap.close()
-
-    def __enter__(self) -> "Communicator":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.destroy()
-
-    def __repr__(self) -> str:
-        return f"Communicator(rank={self.rank}, size={self.size}, device={self.device})"
-
-    # ---- how a call is checked and launched ---------------------------------------------------------
-
-    def _raise_fault(self) -> None:
-        fault = dict(zip(layout.FAULT_FIELDS, self._control.tolist()))
-        if fault["abort"] == layout.ABORTED:
-            raise Aborted("this communicator was aborted; make a new one with tdccl.init")
-        if fault["abort"] == layout.GRID_TOO_LARGE:
+        fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
+        code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
+        if code == layout.ABORTED:
+            raise Aborted(
+                f"rank {rank} aborted this communicator; last call here: {self._last}. Make a new one with tdccl.init "
+                "or by its shrink()",
+                rank,
+            )
+        if code == layout.PEER_DIED:
+            raise PeerFailure(
+                f"rank {rank} (pid {self._control.pids[rank]}) died; last call here: {self._last}. Call "
+                f"shrink(exclude=[{rank}]) to go on without it",
+                rank,
+            )
+        if code == layout.GRID_TOO_LARGE:
             blocks = self._context.rules.heap_blocks
             raise TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
         kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
+        self._control.share()
         raise Timeout(
-            f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "
+            f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: block {fault['block']}, "
             f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
             f"{fault['seen']:#x}); last call here: {self._last}. Did every rank make the same calls?"
         )
+
+    def destroy(self) -> None:
+        """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
+
+        Tensors that lie there stay valid, and are plain; a graph with calls of this communicator must not be replayed
+        any more. After a failure, here or in between, it waits for nobody, and on a GPU what a peer may still have
+        mapped is freed later: when that peer has left too and a communicator is made.
+
+        Raises TdcclError inside a call of this thread, where only a signal handler can be: `abort` there.
+        """
+        if self._destroyed:
+            return
+        with self._interpreted:
+            if threading.get_ident() in self._interpreting:
+                raise TdcclError("destroy: called by a signal handler inside a call; abort there, and destroy after it")
+            if self._destroyed:
+                return
+            self._destroyed = _DESTROYED
+            self._interpreted.wait_for(lambda: not self._interpreting)
+        if not self._emulated:
+            torch.cuda.synchronize(self.device)
+        bootstrap = None if self._abort_word.value else self._bootstrap
+        try:
+            if bootstrap is not None:
+                bootstrap.barrier()  # no peer's kernel writes here any more
+        except TdcclError:
+            bootstrap = None
+        self._plans.clear()
+        self._calls.clear()
+        for memory in [*self._segments, self._heap]:
+            memory.release(bootstrap, self._control.peers_gone)
+        self._segments.clear()
+        self.team = self._team = None  # they hold on to the scratch
+        with self._on_device():
+            self._control.leave()
+        self._end_watch()
+        if bootstrap is not None:
+            bootstrap.close()
+        self._bootstrap = self._arenas = self._loans = None  # a store may end with its last user
+
+    def __enter__(self) -> "Communicator":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            self.abort()  # the others may wait for calls that this rank will not make
+        self.destroy()
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, size={self.size}, device={self.device})"
+
+    # ---- how a call is checked and launched ---------------------------------------------------------
 
     def _checked(self, collective: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         self.check()
@@ -771,12 +944,13 @@ class Communicator:
 
     def _run(
         self, collective, source, target, count,
-        op=None, root=0, splits=None, stream=None, key=None, on_device=None,
+        op=None, root=0, splits=None, stream=None, timeout=None, key=None, on_device=None,
     ) -> None:  # fmt: skip
         """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew."""
         if count == 0 and splits is None and on_device is None and collective != "barrier":
             return
-        call = self._call(collective, source, target, count, op, root, splits)._replace(on_device=on_device)
+        call = self._call(collective, source, target, count, op, root, splits)
+        call = call._replace(on_device=on_device, timeout=timeout)
         with self._lock:
             plan = self._plan(call)
             ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
@@ -791,8 +965,13 @@ class Communicator:
         if plan is None:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()  # split lists may differ in every call
+            team = self._team
+            if call.timeout is not None:
+                if not call.timeout > 0:
+                    raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
+                team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+                plan = self._plans[call] = Plan(self._choose(call), call, team)
         return plan
 
     def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
@@ -800,8 +979,7 @@ class Communicator:
         with self._lock:
             self._last = collective
             if self._emulated:
-                launch(send, recv, 0)
-                self.check()
+                self._interpret(launch, send, recv)
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
@@ -813,6 +991,28 @@ class Communicator:
             else:
                 with self._on_device():
                     launch(send, recv, handle)
+
+    def _interpret(self, launch, send: int, recv: int) -> None:
+        """A launch in emulation, which is the call itself. A fault that no wait of it met is for the next call."""
+        thread = threading.get_ident()
+        with self._interpreted:
+            if self._destroyed:
+                raise DestroyedError(self._destroyed)
+            self._interpreting.append(thread)
+        try:
+            launch(send, recv, 0)
+            while self._stop_word.value:  # set before the abort word, if this rank's deadline was the first to pass
+                self.raise_fault()
+                time.sleep(1e-5)
+        except TdcclError:
+            raise
+        except BaseException:  # KeyboardInterrupt, say: this rank is no longer where its peers think
+            self.abort()
+            raise
+        finally:
+            with self._interpreted:
+                self._interpreting.remove(thread)
+                self._interpreted.notify_all()
 
     def _on_device(self):
         return contextlib.nullcontext() if self._emulated else torch.cuda.device(self.device)
@@ -864,6 +1064,49 @@ class Explanation:
         ]
         lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
         return "\n".join(lines)
+
+
+def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
+    """The ranks of a shrunk group. Raises ArgumentError unless `exclude` are some of `size` ranks without `rank`."""
+    excluded = set(exclude)
+    if not excluded or not excluded <= set(range(size)) or rank in excluded:
+        raise ArgumentError(
+            f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"
+        )
+    return [member for member in range(size) if member not in excluded]
+
+
+def _peer_died(this: "weakref.ref[Communicator]", rank: int) -> None:
+    """Told by the watcher. One that has destroyed the communicator may go."""
+    communicator = this()
+    if communicator is not None and not communicator._control.has_left(rank):
+        communicator._dead.add(rank)
+        communicator._control.fail(layout.PEER_DIED, rank)  # everywhere: else the first to raise would seem the culprit
+
+
+def _end_watches(watches: list) -> None:
+    for end in watches:
+        end()
+
+
+@atexit.register
+def _take_leave() -> None:
+    """Tells the peers if this process ends without `destroy`: MPI would keep it waiting for those that wait for it."""
+    left = [communicator for communicator in _alive if not communicator._destroyed]
+    if left and "mpi4py.MPI" in sys.modules:
+        time.sleep(watcher.GRACE)  # what they still wait for may have been sent
+        for communicator in left:
+            communicator._control.fail(layout.PEER_DIED, communicator.rank)
+
+
+def _disown() -> None:
+    """In a forked child: neither the peers nor the GPU know it."""
+    _inherited.extend(_alive)  # never freed here
+    for communicator in _inherited:
+        communicator._destroyed = _FORKED
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 def _forced_algorithms() -> dict[str, str]:

@@ -21,5 +21,15 @@ class Timeout(TdcclError):
     """A kernel gave up waiting for a peer; the communicator can no longer be used."""
 
 
-class Aborted(TdcclError):
-    """The communicator was aborted; it can no longer be used."""
+class _FaultOfARank(TdcclError):
+    def __init__(self, message: str, rank: int | None = None):
+        super().__init__(message)
+        self.rank = rank
+
+
+class PeerFailure(_FaultOfARank):
+    """The process of rank `rank` has ended; the communicator can no longer be used, but shrunk."""
+
+
+class Aborted(_FaultOfARank):
+    """The communicator was aborted by rank `rank`; it can no longer be used."""

@@ -1,6 +1,5 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
-import collections
 import concurrent.futures
 import contextlib
 import queue
@@ -16,7 +15,7 @@ from torch.distributed import ReduceOp
 from torch.futures import Future
 
 from tdccl import environment
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, survivors
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.transport.bootstrap import StoreBootstrap
 
@@ -27,13 +26,11 @@ _OPS = {
 }  # fmt: skip
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
+_NONE = timedelta(0)  # the timeout of a call that was given one is longer
 _ALLREDUCE, _COALESCED = c10d.AllreduceOptions(), c10d.AllreduceCoalescedOptions()
 _BROADCAST, _BARRIER = c10d.BroadcastOptions(), c10d.BarrierOptions()
 _REDUCE, _GATHER, _SCATTER = c10d.ReduceOptions(), c10d.GatherOptions(), c10d.ScatterOptions()
 _ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
-
-# How often this process made a group: a store outlives its groups, and one made again must not read old keys.
-_lives: collections.Counter = collections.Counter()
 
 
 class OnStream:
@@ -72,27 +69,49 @@ def _current_stream(index: int) -> torch.cuda.Stream:
 class Work(dist.Work):
     """A collective: on the group's own stream, or complete as far as the host can tell (no stream)."""
 
-    def __init__(self, outputs=None, stream=None):
+    def __init__(self, outputs=None, communicator=None, stream=None):
         super().__init__()
         self._outputs = outputs
+        self._communicator = communicator
         self._stream = stream
         self._event = stream.record_event() if stream else None
         self._future = None
 
     def wait(self, timeout=None) -> bool:
-        """Makes the current stream wait, not the host."""
+        """Makes the current stream wait; the host only if there is a timeout, and for no longer than that.
+
+        Raises Timeout if the call has not ended by then, which it still may; and what has failed the communicator.
+        """
         if self._event is not None:
+            if timeout:
+                self._wait_on_host(timeout.total_seconds())
             _current_stream(self._stream.device_index).wait_event(self._event)
+        if self._communicator is not None:
+            self._communicator.raise_fault()
         return True
 
     synchronize = block_current_stream = wait
 
+    def _wait_on_host(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._event.query():
+            if time.monotonic() > deadline:
+                raise Timeout(f"wait: the call has not ended within {seconds:g} s")
+            time.sleep(5e-5)
+
     def is_completed(self) -> bool:
         return self._event is None or self._event.query()
 
-    is_success = is_completed
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
 
     def exception(self):
+        """What has failed the communicator, if this call has ended."""
+        if self._communicator is not None and self.is_completed():
+            try:
+                self._communicator.raise_fault()
+            except TdcclError as error:
+                return error
         return None
 
     def result(self) -> list[torch.Tensor]:
@@ -116,14 +135,12 @@ class Work(dist.Work):
 class BarrierWork(Work):
     """Its wait blocks the host, as torch documents for barriers on GPUs."""
 
-    def __init__(self, communicator: Communicator, stream=None):
-        super().__init__([], stream)
-        self._communicator = communicator
-
     def wait(self, timeout=None) -> bool:
         if self._event is not None:
+            if timeout:
+                self._wait_on_host(timeout.total_seconds())
             self._event.synchronize()
-            self._communicator.check()  # a barrier that gave up must not look passed
+        self._communicator.raise_fault()  # a barrier that gave up must not look passed
         return True
 
 
@@ -144,7 +161,10 @@ class HostWork(MessageWork):
         self._pending = pending
 
     def wait(self, timeout=None) -> bool:
-        self._pending.result(timeout.total_seconds() if timeout else None)
+        seconds = timeout.total_seconds() if timeout else None
+        if self._pending not in concurrent.futures.wait([self._pending], seconds).done:
+            raise Timeout(f"wait: the message has not come within {seconds:g} s")
+        self._pending.result()
         return True
 
     synchronize = block_current_stream = wait
@@ -181,7 +201,7 @@ class GpuLane:
         with OnStream(self._stream):
             call(self._communicator)
         tensor.record_stream(self._stream)
-        return MessageWork([tensor], self._stream)
+        return MessageWork([tensor], self._communicator, self._stream)
 
     def idle(self) -> bool:
         return self._stream.query()
@@ -262,9 +282,10 @@ class ProcessGroup(dist.ProcessGroup):
         rank, size = options.group_rank, options.group_size
         super().__init__(rank, size)
         members = self._members = tuple(options.global_ranks_in_group)
-        _lives[options.group_id, members] += 1
-        life = "-".join(map(str, ("tdccl", _lives[options.group_id, members], *members)))
-        self._store = dist.PrefixStore(life, options.store)
+        # A store outlives its groups, and one made again must not read old keys.
+        name = "-".join(map(str, ("tdccl", options.group_id, *members)))
+        life = options.store.add(f"{name}/lives/{rank}", 1)
+        self._store = dist.PrefixStore(f"{name}/{life}", options.store)
         self._name, self._timeout = options.group_id, options.timeout
         self._rank, self._ranks = rank, size
         self._gpu = not environment.emulated()
@@ -323,17 +344,23 @@ class ProcessGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """Ends the group; collective, unless its communicator has failed: then nobody is waited for."""
         communicator = self._end()
-        if communicator is None:
-            return
-        try:
-            communicator.check()
-        except TdcclError:
-            return
-        communicator.destroy()
+        if communicator is not None:
+            communicator.destroy()
 
     def abort(self) -> None:
-        """Ends the group on this rank, at once."""
-        self._end()
+        """Ends the group at once: calls under way on any rank end, and theirs to come raise Aborted."""
+        communicator = self._end()
+        if communicator is not None:
+            communicator.abort()
+            # Not here: torch aborts groups one after another, and the GPU has done its work only after the last.
+            threading.Thread(target=communicator.destroy, name="tdccl-destroy", daemon=True).start()
+
+    def meet(self, exclude: list[int]):
+        """A Store among the ranks that are not in `exclude`, and those ranks; what `shrink` begins with."""
+        if self._communicator is not None:
+            return self._communicator.meet(exclude)
+        members = survivors(self._rank, self._ranks, exclude)
+        return dist.PrefixStore("-".join(map(str, ("shrunk", *members))), self._store), members
 
     def _end(self) -> Communicator | None:
         """Lets go of everything; returns the communicator, if there was one."""
@@ -368,16 +395,16 @@ class ProcessGroup(dist.ProcessGroup):
         values = comm.all_gather(own.values(), None, counts)
         with torch.no_grad():
             tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
-        return Work([tensor], _current_stream(comm.device.index) if self._gpu else None)
+        return Work([tensor], comm, _current_stream(comm.device.index) if self._gpu else None)
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
             return self._gloo().allreduce_coalesced(tensors, opts)
 
-        def call(comm):
+        def call(comm, **options):
             for tensor in tensors:
                 source, op = _reduced("all_reduce", opts, tensor)
-                comm.all_reduce(source, tensor, op)
+                comm.all_reduce(source, tensor, op, **options)
 
         return self._run(opts, tensors, tensors, call)
 
@@ -397,9 +424,9 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and inputs[0].is_cpu:
             return self._gloo().allgather_into_tensor_coalesced(outputs, inputs, opts)
 
-        def call(comm):
+        def call(comm, **options):
             for output, input in zip(outputs, inputs):
-                comm.all_gather(input, output)
+                comm.all_gather(input, output, **options)
 
         return self._run(opts, inputs, outputs, call)
 
@@ -415,10 +442,10 @@ class ProcessGroup(dist.ProcessGroup):
                 f"{shard.numel()}"
             )
 
-        def call(comm):
+        def call(comm, **options):
             gathered = torch.empty(sum(counts), dtype=shard.dtype, device=shard.device)
             even = len(set(counts)) == 1
-            comm.all_gather(shard.contiguous().view(-1), gathered, None if even else counts)
+            comm.all_gather(shard.contiguous().view(-1), gathered, None if even else counts, **options)
             _unpack(gathered, pieces)
 
         return self._run(opts, inputs, pieces, call)
@@ -437,9 +464,9 @@ class ProcessGroup(dist.ProcessGroup):
         for pieces, shard in zip(by_input, inputs):
             self._check_pieces("all_gather_coalesced", "output", pieces, shard, shard.numel())
 
-        def call(comm):
+        def call(comm, **options):
             for pieces, shard in zip(by_input, inputs):
-                _unpack(comm.all_gather(shard.contiguous().view(-1)), pieces)
+                _unpack(comm.all_gather(shard.contiguous().view(-1), **options), pieces)
 
         return self._run(opts, inputs, [piece for pieces in outputs for piece in pieces], call)
 
@@ -453,10 +480,10 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and inputs[0].is_cpu:
             return self._gloo().reduce_scatter_tensor_coalesced(outputs, inputs, opts)
 
-        def call(comm):
+        def call(comm, **options):
             for output, input in zip(outputs, inputs):
                 source, op = _reduced("reduce_scatter", opts, input)
-                comm.reduce_scatter(source, output, op)
+                comm.reduce_scatter(source, output, op, **options)
 
         return self._run(opts, inputs, outputs, call)
 
@@ -467,14 +494,14 @@ class ProcessGroup(dist.ProcessGroup):
         self._check_pieces("reduce_scatter", "input", pieces, shard)
         counts = [piece.numel() for piece in pieces]
 
-        def call(comm):
+        def call(comm, **options):
             source, op = _reduced("reduce_scatter", opts, _pack(pieces))
             if len(set(counts)) == 1:
-                reduced = comm.reduce_scatter(source, torch.empty_like(source[: counts[0]]), op)
+                reduced = comm.reduce_scatter(source, torch.empty_like(source[: counts[0]]), op, **options)
             else:  # one reduction a rank, as they are of different sizes
-                reduced = [comm.reduce(part, None, op, root) for root, part in enumerate(source.split(counts))][
-                    self._rank
-                ]
+                reduced = [
+                    comm.reduce(part, None, op, root, **options) for root, part in enumerate(source.split(counts))
+                ][self._rank]
             _unpack(reduced, [shard])
 
         return self._run(opts, pieces, outputs, call)
@@ -497,10 +524,10 @@ class ProcessGroup(dist.ProcessGroup):
         # Always with splits: pieces that look equal here may be uneven elsewhere, and all ranks must decide alike.
         sends, receives = ([piece.numel() for piece in pieces] for pieces in (inputs, outputs))
 
-        def call(comm):
+        def call(comm, **options):
             sent = _pack(inputs)
             received = torch.empty(sum(receives), dtype=sent.dtype, device=sent.device)
-            comm.all_to_all(sent, received, sends, receives)
+            comm.all_to_all(sent, received, sends, receives, **options)
             _unpack(received, outputs)
 
         return self._run(opts, inputs, outputs, call)
@@ -520,8 +547,8 @@ class ProcessGroup(dist.ProcessGroup):
         if pieces:
             self._check_pieces("gather", "output", pieces, shard, shard.numel())
 
-        def call(comm):
-            gathered = comm.gather(shard.contiguous().view(-1), None, root)
+        def call(comm, **options):
+            gathered = comm.gather(shard.contiguous().view(-1), None, root, **options)
             if gathered is not None:
                 _unpack(gathered, pieces)
 
@@ -535,9 +562,9 @@ class ProcessGroup(dist.ProcessGroup):
         if pieces:
             self._check_pieces("scatter", "input", pieces, shard, shard.numel())
 
-        def call(comm):
+        def call(comm, **options):
             received = torch.empty(shard.numel(), dtype=shard.dtype, device=shard.device)
-            comm.scatter(_pack(pieces) if pieces else None, received, root)
+            comm.scatter(_pack(pieces) if pieces else None, received, root, **options)
             _unpack(received, [shard])
 
         return self._run(opts, [shard, *pieces], outputs, call)
@@ -628,22 +655,23 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and device is not None and device.type == "cpu":
             return self._gloo().barrier(opts)
         communicator = self._communicator or self._connect(device)
+        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else None
         if not self._gpu:
-            communicator.barrier()
-            return BarrierWork(communicator)
+            communicator.barrier(timeout=seconds)
+            return BarrierWork([], communicator)
         stream = _current_stream(communicator.device.index)
         if opts.asyncOp:
             self._stream.wait_stream(stream)
             stream = self._stream
-        communicator.barrier(stream=stream)
-        return BarrierWork(communicator, stream)
+        communicator.barrier(stream=stream, timeout=seconds)
+        return BarrierWork([], communicator, stream)
 
     def _start_coalescing(self, device) -> None:
         """Nothing to prepare: each call is one launch already."""
 
     def _end_coalescing(self, device):
         """One Work for all: asynchronous calls share a stream, so its end now is the end of each of them."""
-        return Work([], self._stream)
+        return Work([], self._communicator, self._stream)
 
     # torch 2.13's names
     all_gather_single = _allgather_base
@@ -657,19 +685,21 @@ class ProcessGroup(dist.ProcessGroup):
     def _run(self, opts, inputs, outputs, call, *arguments):
         """Runs `call(communicator, *arguments)` where `opts` says: on the current stream, or on the group's own."""
         communicator = self._communicator or self._connect(inputs[0].device)
+        given = opts.timeout
+        options = {"timeout": given.total_seconds()} if given > _NONE else {}
         if not opts.asyncOp:
-            call(communicator, *arguments)
+            call(communicator, *arguments, **options)
             return _DONE
         stream = self._stream
         if stream is None:
-            call(communicator, *arguments)
-            return Work(list(outputs))
+            call(communicator, *arguments, **options)
+            return Work(list(outputs), communicator)
         stream.wait_stream(_current_stream(stream.device_index))
         with OnStream(stream):
-            call(communicator, *arguments)
+            call(communicator, *arguments, **options)
         for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
-        return Work(list(outputs), stream)
+        return Work(list(outputs), communicator, stream)
 
     def _connect(self, device: torch.device | None) -> Communicator:
         """The communicator, made at the first call: only then is the device known."""
@@ -726,6 +756,44 @@ class ProcessGroup(dist.ProcessGroup):
         if rows % self._ranks:
             raise ArgumentError(f"all_to_all: {rows} rows without splits, expected a multiple of {self._ranks} ranks")
         return [rows // self._ranks] * self._ranks
+
+
+def shrink(group: "ProcessGroup | None" = None, *, exclude: list[int]) -> ProcessGroup:
+    """A process group of the ranks of `group` (None: torch's default one) that are not in `exclude`, in their order.
+
+    exclude: ranks of that group. Only the others call it, all of them, after any fault; the group is aborted. Shrinking
+    the default group makes a new default group, and aborts all others, because it renumbers the ranks: make them anew.
+
+    Raises as `Communicator.shrink`. If the group has made no call yet, the ranks meet at its store: InitError if the
+    process that holds that one is gone.
+    """
+    world = dist.distributed_c10d._world
+    group = group or dist.group.WORLD
+    if not isinstance(group, ProcessGroup):
+        raise ArgumentError(f"shrink: group is {group!r}, expected a process group of backend 'tdccl'")
+    store, members = group.meet(exclude)
+    is_default = group is dist.group.WORLD
+    ranks = list(range(len(members))) if is_default else [dist.get_process_group_ranks(group)[rank] for rank in members]
+    backend, config = world.pg_map[group][0], world.pg_backend_config[group]
+    options = c10d._DistributedBackendOptions()
+    options.store, options.timeout, options.group_id = store, group._timeout, f"{group.getGroupName()}:shrunk"
+    options.group_rank, options.group_size = members.index(group._rank), len(members)
+    options.global_ranks_in_group = [] if is_default else ranks
+    dist.distributed_c10d._abort_process_group(group)
+
+    smaller = ProcessGroup(options)
+    smaller.bound_device_id = group.bound_device_id
+    if is_default:
+        dist.distributed_c10d._update_default_pg(smaller)
+    world.pg_map[smaller], world.pg_names[smaller] = (backend, store), options.group_id
+    world.pg_backend_config[smaller] = config
+    world.pg_group_ranks[smaller] = {rank: number for number, rank in enumerate(ranks)}
+    tag = f"ptd:{options.group_id}"
+    for each in ("", tag):
+        world.tags_to_pg.setdefault(each, []).append(smaller)
+    world.pg_to_tag[smaller] = tag
+    c10d._register_process_group(options.group_id, smaller)
+    return smaller
 
 
 def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:

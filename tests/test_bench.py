@@ -268,6 +268,21 @@ def test_report_replaces_what_is_between_the_markers():
         report.replaced("no markers", "new")
 
 
+def test_report_has_the_newest_faults_and_no_mark_of_what_was_not_seen():
+    rows = [
+        {"fault": "kill -9", "error": "PeerFailure", "waited_s": 0, "seconds": [0.2, 0.31]},
+        {"fault": "SIGSTOP", "error": "Timeout", "waited_s": 2, "seconds": [2.05]},
+        {"fault": "nothing", "error": "", "waited_s": 0, "seconds": []},
+    ]
+    found = {**run_of(), "date": "2026-02-02T00:00:00", "faults": rows}
+    del found["rows"]
+    text = report.faults([{**found, "faults": [], "date": "2026-01-01T00:00:00"}, found])
+    assert "| kill -9 | PeerFailure | 0.2 to 0.31 |" in text
+    assert "| SIGSTOP | Timeout | 2 + 0.05 |" in text
+    assert "| nothing | nothing |  |" in text
+    assert not report.markdown([found]) and not report.faults([run_of(row("tdccl", 10.0))])
+
+
 @pytest.fixture
 def plot():
     pytest.importorskip("matplotlib")

@@ -202,7 +202,7 @@ def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
     assert 2.5 < seconds < 30 and "for rank 1" in message and "3 s" in message, (seconds, message)
 
 
-def come_late(rank, folder, queue):
+def come_late(rank, folder, queue, over):
     import torch.distributed as dist
 
     comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=2)
@@ -217,19 +217,18 @@ def come_late(rank, folder, queue):
         queue.put((rank, None, result.ne(3).sum().item()))
     except tdccl.Timeout as error:
         queue.put((rank, str(error), 0))
-    queue.close()
-    queue.join_thread()
-    os._exit(0)  # without a farewell: the others are gone
+    over.wait(100)  # a rank that ended would be told of as such
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
 def test_a_rank_that_comes_too_late_is_told_rather_than_given_garbage(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=come_late, args=(rank, str(tmp_path), queue)) for rank in range(3)]
+    queue, over = context.Queue(), context.Event()
+    processes = [context.Process(target=come_late, args=(rank, str(tmp_path), queue, over)) for rank in range(3)]
     for process in processes:
         process.start()
     answers = sorted(queue.get(timeout=100) for _ in processes)
+    over.set()
     for process in processes:
         process.join(30)
     assert all(message for _, message, _ in answers), answers

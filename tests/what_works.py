@@ -20,7 +20,6 @@ import torch
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-_BEGIN, _END = "<!-- works:begin -->", "<!-- works:end -->"
 _PROGRAMS = ("torch_face.py", "torch_training.py")
 _GROUPS = {
     "data_parallel": "data parallel: DDP, ZeRO",
@@ -41,7 +40,7 @@ def main() -> None:
     run.add_argument("--ranks", default="2,3,4", help="numbers of ranks (default: %(default)s)")
     table = commands.add_parser("table", help="make the table from such files")
     table.add_argument("files", nargs="+", type=Path)
-    table.add_argument("--readme", type=Path, help=f"replace what stands between {_BEGIN} and {_END} in this file")
+    table.add_argument("--readme", type=Path, help="replace what stands between its markers of `works`")
     options = parser.parse_args()
     if options.command == "run":
         options.json.write_text(json.dumps(measure([*map(int, options.ranks.split(","))]), indent=1) + "\n")
@@ -52,7 +51,7 @@ def main() -> None:
     else:
         from bench.report import replaced
 
-        options.readme.write_text(replaced(options.readme.read_text(), text, _BEGIN, _END))
+        options.readme.write_text(replaced(options.readme.read_text(), text, "works"))
 
 
 def measure(worlds: list[int]) -> dict:

@@ -11,6 +11,7 @@ from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock, pa
 from tdccl.language.team import (
     BARRIER,
     MAX_RANKS,
+    STOP_BYTE,
     TIMED_OUT_CODE,
     USER,
     begin,
@@ -98,7 +99,7 @@ def look(pointer):
 @triton.jit
 def _stop_word(team):
     """0, or 1 + the block whose deadline passed first, or more than any block if the host aborted."""
-    return (team.local + 64).to(tl.pointer_type(tl.int64))
+    return (team.local + STOP_BYTE).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -136,8 +137,10 @@ def record_fault(team, peer, kind, epoch, expected, seen):
         tl.store(team.control + 4, epoch)
         tl.store(team.control + 5, expected)
         tl.store(team.control + 6, seen)
+        tl.store(team.control + 7, tl.full([], 0, tl.int64) + team.timeout)
         tl.debug_barrier()
-        tl.atomic_xchg(team.control, tl.full([], TIMED_OUT_CODE, tl.int64), sem="release", scope="sys")
+        word = tl.full([], TIMED_OUT_CODE, tl.int64) + (team.rank << 8)
+        tl.atomic_xchg(team.control, word, sem="release", scope="sys")
 
 
 @triton.jit

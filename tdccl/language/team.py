@@ -25,6 +25,7 @@ import triton.language as tl
 
 MAX_RANKS = tl.constexpr(8)
 STATE_BYTES = tl.constexpr(128)
+STOP_BYTE = tl.constexpr(64)  # where in the first block's state the word for failed waits is
 SIGNAL_KINDS = tl.constexpr(4)
 SIGNAL_BYTES = tl.constexpr(4 * 8 * 8)
 CHANNEL_DEPTH = tl.constexpr(4)
@@ -44,7 +45,7 @@ class Team(NamedTuple):
     heap     *i64: table of the base addresses of all ranks' heaps
     local    *i8: base of this rank's own heap
     rank     i32
-    control  *i64: 8 words of pinned host memory, the abort word and the fault record (`FAULT_FIELDS`)
+    control  *i64: words of pinned host memory, the abort word and the fault record (`FAULT_FIELDS`)
     timeout  i64: nanoseconds that a wait may last
     size     number of ranks
     blocks   the largest grid of a communicating kernel: so many blocks have signals and packets in the heap
@@ -83,9 +84,10 @@ class Symmetric(NamedTuple):
 
 SYMMETRIC_TYPES = Symmetric("*i64", "i64")
 
-# Words of the control block. `abort` is 0 or one of the codes.
-FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen")
-ABORTED, TIMED_OUT, GRID_TOO_LARGE = 1, 2, 3
+# Words of the control block. `abort` is 0 or one of the codes; above its 8 bits it has the rank that
+# waited, aborted or died.
+FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen", "timeout")
+ABORTED, TIMED_OUT, GRID_TOO_LARGE, PEER_DIED = 1, 2, 3, 4
 PACKET_KIND = tl.constexpr(4)
 CHANNEL_KIND = tl.constexpr(5)
 TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)

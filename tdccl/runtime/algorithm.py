@@ -11,7 +11,7 @@ _layout = bare.read("tdccl.language.team")
 
 
 class Call(NamedTuple):
-    """Everything a plan depends on; all ranks agree on it but for `alignment` and `splits`.
+    """Everything a plan depends on; all ranks agree on it but for `alignment`, `splits` and `timeout`.
 
     count      elements: of the whole message for all_reduce and broadcast, else of one rank's chunk
     dtype      Triton's name of the element type; pure data movement counts bytes, as "u8"
@@ -20,6 +20,7 @@ class Call(NamedTuple):
     segments   {"send": segment or None, "recv": ...} as a pair: where symmetric memory is involved
     in_place   send and recv overlap
     on_device  all_to_all_vdev only: addresses of the split lists, bytes of a row, of send and of recv
+    timeout    seconds that each wait of it may last; None: as long as the communicator's
     """
 
     collective: str
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     segments: tuple[Any, Any]
     in_place: bool
     on_device: tuple[int, int, int, int, int] | None = None
+    timeout: float | None = None
 
     @property
     def itemsize(self) -> int:

@@ -4,9 +4,10 @@ import torch
 
 from tdccl.environment import emulated
 from tdccl.transport.bootstrap import Bootstrap
+from tdccl.transport.control import Control
 from tdccl.transport.symmetric_memory import Region, Regions, SymmetricMemory
 
-__all__ = ["Bootstrap", "Region", "Regions", "SymmetricMemory", "allocate"]
+__all__ = ["Bootstrap", "Control", "Region", "Regions", "SymmetricMemory", "allocate"]
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:

@@ -6,18 +6,23 @@ import os
 import pickle
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from tdccl import environment
-from tdccl.errors import InitError
+from tdccl.errors import InitError, TdcclError
 
 
 class Bootstrap(ABC):
-    """Rank, size, and a way to hand small objects to all; every method is collective over its ranks."""
+    """Rank, size, and a way to hand small objects to all; every method is collective over its ranks.
+
+    interrupt  is called again and again while ranks are waited for; what it raises ends the wait
+    """
 
     rank: int
     size: int
+    interrupt: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
     def exchange(self, value: Any) -> list[Any]:
@@ -52,7 +57,7 @@ class StoreBootstrap(Bootstrap):
             raise InitError(f"rank is {rank}, expected 0 to {size - 1}")
         self.rank, self.size = rank, size
         # Waiting on a client locks it: one's own lets other threads go on with theirs.
-        self._store = store.clone()
+        self._store, self._origin = store.clone(), store  # a server lives as long as its first client
         self._timeout, self._prefix = timeout, prefix
         self._round = 0
 
@@ -60,20 +65,37 @@ class StoreBootstrap(Bootstrap):
         self._round += 1
         keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
         try:
+            if self._round == 1 and self._store.add(f"{self._prefix}/claims/{self.rank}", 1) > 1:
+                raise InitError(f"rank {self.rank} of {self.size} is there already: start each rank once")
             self._store.set(keys[self.rank], pickle.dumps(value))
-            try:
-                self._store.wait(keys, timedelta(seconds=self._timeout))
-            except RuntimeError as error:
-                absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise _missing(absent, self.size, self._timeout) from error
+            self._wait(keys)
             values = [pickle.loads(self._store.get(key)) for key in keys]
             if self._round > 2:  # all have written the last round, so all have read the one before
                 self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
+        except TdcclError:
+            raise
         except RuntimeError as error:
-            if isinstance(error, InitError):
-                raise
+            self._await_interrupt()
             raise InitError(f"the store is gone; has the process that holds it died? ({error})") from error
         return values
+
+    def _wait(self, keys: list[str]) -> None:
+        """Polls, because a wait of the store can be neither interrupted nor cut short without a warning in the log."""
+        deadline, pause = time.monotonic() + self._timeout, 1e-4
+        while not self._store.check(keys):
+            self.interrupt()
+            if time.monotonic() > deadline:
+                absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise _missing(absent, self.size, self._timeout)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 5e-3)
+
+    def _await_interrupt(self) -> None:
+        """The store may have died with a peer's process, and word of that is on its way and says more."""
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            self.interrupt()
+            time.sleep(0.01)
 
     def close(self) -> None:
         # Rank 0's process may hold the store: it leaves last, but does not wait long for one that has crashed.
@@ -86,7 +108,7 @@ class StoreBootstrap(Bootstrap):
 
     def subgroup(self, members: list[int], name: str) -> "StoreBootstrap":
         prefix = f"{self._prefix}/{name}"
-        return StoreBootstrap(self._store, members.index(self.rank), len(members), self._timeout, prefix)
+        return StoreBootstrap(self._origin, members.index(self.rank), len(members), self._timeout, prefix)
 
 
 class MPIBootstrap(Bootstrap):
@@ -112,12 +134,17 @@ class MPIBootstrap(Bootstrap):
                 if done:
                     values[rank] = received
                     del pending[rank]
-            if pending and time.monotonic() > deadline:
+            if not pending:
+                break
+            try:
+                self.interrupt()
+                if time.monotonic() > deadline:
+                    raise _missing(sorted(pending), self.size, self._timeout)
+            except TdcclError:
                 for request in [*pending.values(), *sent]:
                     request.cancel()
-                raise _missing(sorted(pending), self.size, self._timeout)
-            if pending:
-                time.sleep(0.0002)
+                raise
+            time.sleep(0.0002)
         for request in sent:
             request.wait()
         return values
@@ -134,13 +161,16 @@ _stores: dict[str, Any] = {}  # by address: rank 0 can listen at one only once
 _inits = itertools.count(1)
 
 
-def _tcp_store(host: str, port: int, rank: int, timeout: float):
+def open_store(host: str, port: int, serves: bool, timeout: float):
+    """A TCPStore at an address, served by this process (port 0: at a free one) or by another."""
     import torch.distributed as dist
 
+    return dist.TCPStore(host, port, is_master=serves, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
+def _tcp_store(host: str, port: int, rank: int, timeout: float):
     try:
-        return dist.TCPStore(
-            host, port, is_master=rank == 0, timeout=timedelta(seconds=timeout), wait_for_workers=False
-        )
+        return open_store(host, port, rank == 0, timeout)
     except RuntimeError as error:
         role = "cannot listen" if rank == 0 else "found nobody listening (is rank 0 started?)"
         raise InitError(f"rank {rank} {role} at {host}:{port}: {error}") from error

@@ -39,7 +39,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     local = tensors[bootstrap.rank]
     del tensors
 
-    def release(bootstrap):
+    def release(bootstrap, peers_gone):
         maps.clear()  # the peers' are unmapped by it, this rank's when the last tensor that lies there is gone
 
     return SymmetricMemory(local, addresses, release)

@@ -5,16 +5,18 @@ any order. Two ranks may share one GPU.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from cuda.bindings import runtime
 
-from tdccl.errors import InitError
+from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory
 
-_never_freed: list[Any] = []  # what a peer may still have mapped after a failure
+# After a failure: memory that a peer may still have mapped, and whether that has changed.
+_kept: list[tuple[Any, Callable[[], bool]]] = []
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -22,6 +24,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
 
     Raises InitError where memory is short or a peer's memory cannot be reached.
     """
+    free_kept()
     with torch.cuda.device(device):
         own = _check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
         # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
@@ -48,23 +51,51 @@ def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> Symme
         handle = _check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
         handles = bootstrap.exchange(bytes(handle.reserved))
         addresses = [memory.address] * bootstrap.size
-        for rank, reserved in enumerate(handles):
-            if rank != bootstrap.rank:
-                addresses[rank] = _open(reserved, rank)
-        bootstrap.barrier()
+        try:
+            for rank, reserved in enumerate(handles):
+                if rank != bootstrap.rank:
+                    addresses[rank] = _open(reserved, rank)
+            bootstrap.barrier()
+        except BaseException:
+            _close(addresses, memory.address)
+            raise
         local = torch.as_tensor(memory, device=device)
 
-    def release(bootstrap):
+    def release(bootstrap, peers_gone):
         with torch.cuda.device(device):
-            for rank, address in enumerate(addresses):
-                if address != memory.address:
-                    _check(runtime.cudaIpcCloseMemHandle(address), f"cudaIpcCloseMemHandle of rank {rank}'s memory")
-        if bootstrap is None:
-            _never_freed.append(memory)
-        else:
-            bootstrap.barrier()  # memory may be freed only after every peer has closed it
+            _close(addresses, memory.address)
+        try:
+            if bootstrap is not None:
+                bootstrap.barrier()  # memory may be freed only after every peer has closed it
+                return
+        except TdcclError:
+            pass
+        _kept.append((memory, peers_gone))
 
     return SymmetricMemory(local, addresses, release)
+
+
+def _close(addresses: list[int], own: int) -> None:
+    """Unmaps the peers' memory. What the driver says is not asked: a peer may have died, and nothing is left to do."""
+    for address in addresses:
+        if address != own:
+            runtime.cudaIpcCloseMemHandle(address)
+
+
+def free_kept() -> None:
+    """Frees what was kept for peers who are gone now."""
+    _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
+
+
+def pin(address: int, nbytes: int) -> None:
+    """Lets kernels of all GPUs use host memory, at the address that it has here. Raises InitError."""
+    flags = runtime.cudaHostRegisterPortable | runtime.cudaHostRegisterMapped
+    _check(runtime.cudaHostRegister(address, nbytes, flags), f"cudaHostRegister of {nbytes} bytes")
+
+
+def unpin(address: int) -> None:
+    """Takes `pin` back."""
+    _check(runtime.cudaHostUnregister(address), "cudaHostUnregister")
 
 
 def _open(reserved: bytes, rank: int) -> int:

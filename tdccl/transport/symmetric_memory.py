@@ -20,7 +20,7 @@ class SymmetricMemory:
     multicast  address through which all segments are written at once, or 0
     """
 
-    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[[Bootstrap | None], None]):
+    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[..., None]):
         self.local = local
         self.address, self.nbytes = local.data_ptr(), local.numel()
         self.addresses = addresses
@@ -28,15 +28,15 @@ class SymmetricMemory:
         self.multicast = 0
         self._release = release
 
-    def release(self, bootstrap: Bootstrap | None) -> None:
+    def release(self, bootstrap: Bootstrap | None, peers_gone: Callable[[], bool]) -> None:
         """Unmaps the peers' segments and lets go of this rank's; no kernel may use them any more.
 
         A tensor that still lies in this rank's segment stays valid: the last one frees it. Collective over
-        `bootstrap`; None after a failure, when peers cannot be asked: then what a peer may still have mapped is left
-        to the end of the process.
+        `bootstrap`; None after a failure, when peers cannot be asked: then what a peer may still have mapped is freed
+        when memory is allocated and peers_gone() is true.
         """
-        release, self._release = self._release, lambda bootstrap: None
-        release(bootstrap)
+        release, self._release = self._release, lambda *_: None
+        release(bootstrap, peers_gone)
         self.local = None
 
 

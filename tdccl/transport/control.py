@@ -1,0 +1,120 @@
+"""Words of host memory that all ranks of a communicator share: through them a fault of one ends the waits of all."""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import select
+
+import torch
+
+from tdccl.transport.bootstrap import Bootstrap
+
+_WORDS_OF_KERNELS = 16
+_LEFT, _MEETING = _WORDS_OF_KERNELS, _WORDS_OF_KERNELS + 1
+
+
+class Control:
+    """One block a rank, each mapped by all.
+
+    words  this rank's block, int64: the abort word, at which kernels look, and what they record (`FAULT_FIELDS`)
+    abort  the abort word, for the host
+    pids   of all ranks' processes, as this process knows them; None for a rank in another pid namespace, whose death
+           is not seen and who is not told of faults here: there only the deadlines of waits end them
+
+    The memory has no name, so that no crash leaves anything behind.
+    """
+
+    def __init__(self, bootstrap: Bootstrap, pinned: bool):
+        """Collective; pinned: kernels of a GPU look at it. Raises InitError if it cannot be pinned."""
+        self._rank, self._pinned = bootstrap.rank, pinned
+        descriptor = os.memfd_create("tdccl")
+        try:
+            os.ftruncate(descriptor, mmap.PAGESIZE)
+            namespace = os.readlink("/proc/self/ns/pid")
+            everyone = bootstrap.exchange((os.getpid(), namespace, descriptor))
+            self.pids = [pid if other == namespace else None for pid, other, _ in everyone]
+            self._blocks = [self._map(rank, theirs) for rank, (_, _, theirs) in enumerate(everyone)]
+            bootstrap.barrier()
+        finally:
+            os.close(descriptor)
+        self.words = self._blocks[self._rank]
+        self._abort_words = [ctypes.c_int64.from_address(block.data_ptr()) for block in self._blocks]
+        self.abort = self._abort_words[self._rank]
+        if pinned:
+            from tdccl.transport import p2p
+
+            p2p.pin(self.words.data_ptr(), mmap.PAGESIZE)
+
+    def _map(self, rank: int, descriptor: int) -> torch.Tensor:
+        """A rank's block; one that nobody else sees where it cannot be reached."""
+        pages = None
+        if self.pids[rank] is not None:
+            with contextlib.suppress(OSError):
+                file = os.open(f"/proc/{self.pids[rank]}/fd/{descriptor}", os.O_RDWR)
+                try:
+                    pages = mmap.mmap(file, mmap.PAGESIZE)
+                finally:
+                    os.close(file)
+        if pages is None:
+            self.pids[rank] = None
+            pages = mmap.mmap(-1, mmap.PAGESIZE)
+        return torch.frombuffer(pages, dtype=torch.int64)
+
+    def fail(self, code: int, culprit: int) -> None:
+        """Ends the waits of all ranks' kernels, and says why; the first fault that a rank hears of counts there."""
+        for word in self._abort_words:
+            if not word.value:
+                word.value = code | culprit << 8
+
+    def share(self) -> None:
+        """Gives what this rank's kernel recorded to the ranks that have heard of no fault, whose waits end by it."""
+        for block, word in zip(self._blocks, self._abort_words):
+            if not word.value:
+                block[1:_WORDS_OF_KERNELS] = self.words[1:_WORDS_OF_KERNELS]
+                word.value = self.abort.value
+
+    def leave(self) -> None:
+        """Tells the peers that this rank uses none of their memory any more; kernels here must have ended."""
+        if self._pinned:
+            from tdccl.transport import p2p
+
+            p2p.unpin(self.words.data_ptr())
+            self._pinned = False
+        self.words[_LEFT] = 1
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank has called `leave`."""
+        return bool(self._blocks[rank][_LEFT])
+
+    def peers_gone(self) -> bool:
+        """Whether each peer has left or died, so that none has this rank's memory mapped."""
+        others = [rank for rank in range(len(self.pids)) if rank != self._rank]
+        return all(self.has_left(rank) or _dead(self.pids[rank]) for rank in others)
+
+    def announce(self, members: int, port: int) -> None:
+        """Says at which port the ranks in the bit mask `members` meet; port 0 takes it back."""
+        self.words[_MEETING] = members << 32 | port
+
+    def announced(self, rank: int, members: int) -> int:
+        """The port at which `rank` awaits the ranks in the mask, 0 if it does not."""
+        word = int(self._blocks[rank][_MEETING])
+        return word & 0xFFFFFFFF if word >> 32 == members else 0
+
+
+def _dead(pid: int | None) -> bool:
+    """Whether there is no such process any more, or but its exit code."""
+    if pid is None:
+        return False
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    try:
+        return bool(poll.poll(0))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""No fault hangs the ranks, none corrupts what they hold, and nothing is left behind."""
+
+import gc
+import os
+import subprocess
+import sys
+import time
+
+import pool
+import pytest
+import reference
+import torch
+from test_process_group import MPIRUN
+
+import tdccl
+from bench import crew, fault_table
+
+LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
+SOON = 1.0 if crew.ON_GPU else 5.0  # seconds beyond the timeout; in emulation the tests' ranks share their cores
+NEEDS_TWO = pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
+
+
+@pytest.fixture(scope="module")
+def mortals():
+    """Ranks of which each fault may kill one."""
+    made = crew.Crew(min(3, pool.LARGEST_WORLD))
+    yield made
+    made.close()
+
+
+@NEEDS_TWO
+@pytest.mark.parametrize("fault", fault_table.table(), ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault(mortals, fault):
+    """The right error in time, survivors that go on, and nothing left: see `crew.Crew.run`."""
+    outcome = mortals.run(fault)
+    if fault.error:
+        assert outcome.seconds < fault.waited + SOON, outcome
+
+
+# ---- calls that look like faults ---------------------------------------------------------------------
+
+
+def not_a_number(comm):
+    """NaN and Inf pass through, and neither spoils its neighbours: packets carry their flags beside any bits."""
+    results = []
+    for dtype, count, op in (
+        (torch.float32, 100, "sum"), (torch.float32, 20_000, "max"),
+        (torch.bfloat16, 100, "min"), (torch.bfloat16, 20_000, "sum"), (torch.float64, 100, "sum"),
+    ):  # fmt: skip
+        x = torch.ones(count, dtype=dtype, device=comm.device)
+        x[3 * comm.rank] = float("nan")
+        x[3 * comm.rank + 1] = float("-inf")
+        x[-1] = float("inf") * (-1) ** comm.rank
+        everyone = comm.all_gather(x).view(comm.size, count)
+        assert reference.same_bits(everyone[comm.rank], x)
+        reduced = comm.all_reduce(x, op=op)
+        assert torch.equal(reduced.isnan(), reference.ordered(list(everyone), op).isnan()), (dtype, count, op)
+        assert reduced[2] == (comm.size if op == "sum" else 1), (dtype, count, op)
+        results.append(reduced.cpu())
+    return results
+
+
+def test_nan_and_inf(ranks, world):
+    first, *others = ranks.run(not_a_number, world)
+    assert all(reference.same_bits(mine, its) for other in others for mine, its in zip(first, other))
+
+
+def inverted_order(comm):
+    """Two communicators on two streams (threads in emulation), first the one, on other ranks first the other."""
+    import threading
+
+    pair = [comm.split(0), comm.split(0)]
+    xs = [torch.full((50_000,), float(comm.rank + i), device=comm.device) for i in range(2)]
+    order = [0, 1] if comm.rank % 2 else [1, 0]
+    results = [None, None]
+
+    def call(i):
+        for _ in range(3):
+            results[i] = pair[i].all_reduce(xs[i])
+
+    if comm.device.type == "cuda":
+        for i in order:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                call(i)
+        torch.cuda.synchronize()
+    else:
+        threads = {i: threading.Thread(target=call, args=(i,)) for i in order}
+        for i in order:
+            threads[i].start()
+            time.sleep(0.2)
+        for thread in threads.values():
+            thread.join()
+    for i in range(2):
+        assert (results[i] == sum(range(comm.size)) + comm.size * i).all()
+        pair[i].destroy()
+
+
+def test_two_communicators_in_inverted_order(ranks, world):
+    ranks.run(inverted_order, world)
+
+
+def bad_timeouts(comm):
+    x = torch.ones(4, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="timeout is 0, expected seconds > 0"):
+        comm.all_reduce(x, timeout=0)
+    assert comm.all_reduce(x, timeout=50).tolist() == [comm.size] * 4
+    with pytest.raises(tdccl.ArgumentError, match="exclude is"):
+        comm.shrink(exclude=[comm.rank])
+    with pytest.raises(tdccl.ArgumentError, match="exclude is"):
+        comm.shrink(exclude=[comm.size])
+    assert comm.all_reduce(x).tolist() == [comm.size] * 4
+
+
+def test_a_refused_timeout_or_shrink_changes_nothing(ranks, world):
+    ranks.run(bad_timeouts, world)
+
+
+# ---- life and death of communicators and processes ---------------------------------------------------
+
+
+def come_and_go(comm, count):
+    """Communicators made and destroyed leave nothing behind: no memory, descriptor, mapping or thread."""
+    x = torch.ones(10, device=comm.device)
+
+    def life(number):
+        passing = comm.split(0)
+        assert passing.all_reduce(x).tolist() == [comm.size] * 10
+        if number % 10 == 1:
+            passing.empty(1000)
+        if number % 10 == 2:
+            comm.barrier()  # the others have made their calls
+            passing.abort()
+        passing.destroy()
+        passing.destroy()
+
+    def footprint():
+        gc.collect()
+        free = torch.cuda.mem_get_info(comm.device)[0] if crew.ON_GPU else 0
+        return crew.footprint(), free
+
+    for number in range(3):
+        life(number)
+    comm.barrier()
+    before, free = footprint()
+    for number in range(count):
+        life(number)
+    comm.barrier()
+    crew.check_footprint(before)
+    assert footprint()[1] >= free - (64 << 20)
+
+
+def test_50_communicators(ranks):
+    ranks.run(come_and_go, min(3, pool.LARGEST_WORLD), count=50)
+
+
+@LONG
+@pytest.mark.timeout(1800)
+def test_1000_communicators(ranks):
+    ranks.run(come_and_go, min(3, pool.LARGEST_WORLD), seconds=1500, count=1000)
+
+
+def fork(comm):
+    child = os.fork()
+    if not child:
+        try:
+            comm.abort()  # none of the child's business
+            comm.barrier()
+        except tdccl.DestroyedError as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert comm.all_reduce(torch.ones(3, device=comm.device)).tolist() == [comm.size] * 3
+
+
+def test_a_forked_child_is_told_and_its_parent_goes_on(ranks, world):
+    ranks.run(fork, world)
+
+
+PROGRAM = """
+import os, sys, threading, time
+import torch, torch.distributed as dist, tdccl
+store = dist.FileStore(sys.argv[1], 2)
+comm = tdccl.init(store=store, rank=int(sys.argv[2]), size=2, timeout=100)
+x = torch.ones(1000, device=comm.device)
+assert comm.all_reduce(x)[0].item() == 2
+"""
+
+
+def start(folder, ending, ranks=2):
+    program = PROGRAM + ending
+    environment = {**os.environ, "PYTHONPATH": str(pool.ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"{folder}/store", str(rank)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+@NEEDS_TWO
+def test_a_program_may_end_without_destroy(tmp_path):
+    for process in start(tmp_path, "comm.barrier()\nprint('bye', time.time())"):
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Error" not in errors, errors
+        assert time.time() - float(out.split()[-1]) < 20
+
+
+@NEEDS_TWO
+def test_an_exception_ends_all_programs(tmp_path):
+    """Also where the rank that raises holds the default store's file, and a thread still runs."""
+    ending = """
+threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+if comm.rank == 1:
+    raise ValueError("a user's own")
+comm.barrier()
+if comm.device.type == "cuda":
+    torch.cuda.synchronize()
+    comm.check()
+"""
+    first, second = (process.communicate(timeout=60)[1] for process in start(tmp_path, ending))
+    assert "ValueError" in second and "PeerFailure: rank 1" in first
+
+
+MPI_PROGRAM = """
+import torch, tdccl
+comm = tdccl.init(timeout=100)
+x = torch.ones(1000, device=comm.device)
+comm.all_reduce(x)
+if comm.rank == 1:
+    raise ValueError("a user's own")
+comm.all_reduce(x)
+if comm.device.type == "cuda":
+    torch.cuda.synchronize()
+    comm.check()
+"""
+
+
+@NEEDS_TWO
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install tdccl[mpi]")
+def test_under_mpirun_a_rank_that_raises_ends_all():
+    """MPI_Finalize of the rank that raises waits for the others, who wait for this rank in a kernel."""
+    pytest.importorskip("mpi4py")
+    names = [f"{runtime}_ALLOW_RUN_AS_ROOT{again}" for runtime in ("OMPI", "PRTE") for again in ("", "_CONFIRM")]
+    environment = {**os.environ, **dict.fromkeys(names, "1"), "PYTHONPATH": str(pool.ROOT)}
+    command = [MPIRUN, "--oversubscribe", "-n", "2", sys.executable, "-c", MPI_PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "ValueError" in done.stderr and "PeerFailure: rank 1" in done.stderr, done.stderr
