@@ -792,7 +792,7 @@ class Communicator:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()  # split lists may differ in every call
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, self._team)
+                plan = self._plans[call] = Plan(self._choose(call), call, self._team, self._segments)
         return plan
 
     def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
