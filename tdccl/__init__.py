@@ -13,6 +13,7 @@ _HOMES = {
     "symmetric": "tdccl.symmetric_allocation",
     "TdcclError": "tdccl.errors",
     "ArgumentError": "tdccl.errors",
+    "Mismatch": "tdccl.errors",
     "InitError": "tdccl.errors",
     "DestroyedError": "tdccl.errors",
     "Timeout": "tdccl.errors",
@@ -22,7 +23,7 @@ __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from tdccl.communicator import Communicator, Explanation, init
-    from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
+    from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Mismatch, TdcclError, Timeout
     from tdccl.symmetric_allocation import symmetric
 
 

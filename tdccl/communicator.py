@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from tdccl import __version__, environment, transport, tuning
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, TdcclError, Timeout
-from tdccl.runtime import arrays, bare
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Mismatch, TdcclError, Timeout
+from tdccl.runtime import agreement, arrays, bare
 from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
+from tdccl.runtime.recorder import Recorder, account, described
 from tdccl.transport.bootstrap import Bootstrap, discover
 
 layout = bare.read("tdccl.language.team")
@@ -33,6 +35,7 @@ if environment.emulated():
 _announced = False
 _made: list[weakref.ref] = []  # by `init`, in this order
 _MOST_PLANS = 4096
+_COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
 
 
 def init(
@@ -98,7 +101,8 @@ class Communicator:
     on all.
 
     All calls raise ArgumentError before anything is launched, DestroyedError after `destroy`, and Timeout
-    or Aborted once a wait has failed.
+    or Aborted once a wait has failed. With TDCCL_DEBUG=1 collectives raise Mismatch before anything is launched where
+    the ranks are about to make different ones.
     """
 
     def __init__(
@@ -123,7 +127,9 @@ class Communicator:
         self.device = _device(device, self.rank)
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
         self.table = table_for(self.gpu, self.size)
+        self._debug = environment.debug()
         self._agree()
+        self._recorder = Recorder(bootstrap)
         self._heap = transport.allocate(bootstrap, layout.heap_bytes(team_of(self._context, "")), self.device)
         pinned = not environment.emulated()
         self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
@@ -138,7 +144,7 @@ class Communicator:
         self._lock = threading.RLock()
         self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._splits = 0
-        self._last = "no call yet"
+        self._dumped = False
         self._destroyed = False
         self._team = self._make_team()
 
@@ -146,7 +152,12 @@ class Communicator:
         """Checks that all ranks fit together, and will decide alike."""
         host = f"{socket.gethostname()}/{_boot_id()}"
         mine = {"tdccl": __version__, "emulated": environment.emulated(), "scratch": self._context.ring_bytes}
-        mine |= {"TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks, "tuning": self.table.digest()}
+        mine |= {
+            "TDCCL_ALGO": self._forced,
+            "debug": self._debug,
+            "max_blocks": self.max_blocks,
+            "tuning": self.table.digest(),
+        }
         everyone = self._bootstrap.exchange((host, mine))
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
@@ -374,7 +385,7 @@ class Communicator:
         one = tuple(count * (rank == root) for rank in range(self.size))
         everyone = (count * (self.rank == root),) * self.size
         splits = (one, everyone) if collective == "gather" else (everyone, one)
-        self._run("all_to_all", source, target, 0, splits=splits, stream=stream)
+        self._run("all_to_all", source, target, 0, root=root, splits=splits, stream=stream, called=collective)
 
     def _all_gather_uneven(self, send, recv, recv_splits, stream):
         counts = list(recv_splits)
@@ -469,11 +480,22 @@ class Communicator:
             for name, messages in (("send", out), ("recv", into)):
                 launch.assign(f"{name}s", column(messages, torch.Tensor.data_ptr))
                 launch.assign(f"{name}_counts", column(messages, lambda tensor: sizes[id(tensor)] // unit))
+            what = self._described_messages(out, into, sum(sizes.values()))
             if not self._emulated:
-                self._start("send_recv", launch, 0, 0, stream, lanes)
+                self._start(what, launch, 0, 0, stream, lanes, collectives=0)
                 return
-        launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
+            place = self._recorder.note(what, 0, collectives=0)
+        # Without the lock: it may wait for a peer that waits for another lane of this rank.
+        self._in_profile(what, launch)(0, 0, 0)
         self.check()
+        self._recorder.end(place)
+
+    def _described_messages(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], nbytes: int) -> bytes:
+        if len(out) + len(into) > 1:
+            return described("send_recv", "transfer", torch.uint8, None, None, (False, False), True, nbytes, nbytes)
+        ((rank, tensor),) = (out or into).items()
+        name = "send" if out else "recv"
+        return described(name, "transfer", tensor.dtype, None, rank, (False, False), True, tensor.numel(), nbytes)
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -612,7 +634,26 @@ class Communicator:
         if self._destroyed:
             raise DestroyedError("this communicator is destroyed; make a new one with tdccl.init")
         if self._abort_word.value:
-            self._raise_fault()
+            try:
+                self._raise_fault()
+            except TdcclError as error:
+                self._dump_for(error)
+                raise
+
+    def dump(self, folder: str | os.PathLike) -> str:
+        """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
+        which is made if need be; returns its path. `python -m tdccl.trace` reads it. Works after a failure too."""
+        if self._destroyed:
+            self.check()
+        return str(self._recorder.dump(folder, None))
+
+    def _dump_for(self, error: TdcclError) -> None:
+        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
+        folder = environment.trace_folder()
+        if folder and not self._dumped:
+            self._dumped = True
+            with contextlib.suppress(OSError):  # the error itself says more
+                self._recorder.dump(folder, f"{type(error).__name__}: {error}")
 
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
@@ -633,6 +674,7 @@ class Communicator:
         for memory in [*self._segments, self._heap]:
             memory.release(bootstrap)
         self._segments.clear()
+        self._recorder.close()
         self.team = self._team = None  # they hold on to the scratch
         if bootstrap is not None:
             bootstrap.close()
@@ -659,11 +701,13 @@ class Communicator:
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
         kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
-        raise Timeout(
-            f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: block {fault['block']}, "
-            f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
-            f"{fault['seen']:#x}); last call here: {self._last}. Did every rank make the same calls?"
-        )
+        if fault["kind"] == _COMPARISON:
+            what = f"to compare call {fault['epoch']}"
+        else:
+            what = f"block {fault['block']}, {kinds[fault['kind']]} of epoch {fault['epoch']} "
+            what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
+        waited = f"rank {self.rank} waited {self.timeout:g} s for rank {fault['peer']}: {what}"
+        raise Timeout("\n  ".join([waited, *account(self._recorder.histories())]))
 
     def _checked(self, collective: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         self.check()
@@ -771,16 +815,31 @@ class Communicator:
 
     def _run(
         self, collective, source, target, count,
-        op=None, root=0, splits=None, stream=None, key=None, on_device=None,
+        op=None, root=None, splits=None, stream=None, key=None, on_device=None, called=None,
     ) -> None:  # fmt: skip
-        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew."""
-        if count == 0 and splits is None and on_device is None and collective != "barrier":
+        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew.
+
+        called: the collective's name to the user, if it is another.
+        """
+        empty = count == 0 and splits is None and on_device is None and collective != "barrier"
+        if empty and not self._debug:
             return
-        call = self._call(collective, source, target, count, op, root, splits)._replace(on_device=on_device)
+        call = self._call(collective, source, target, count, op, root or 0, splits)._replace(on_device=on_device)
         with self._lock:
+            if self._debug:
+                self._compare(called or collective, source, target, count, op, root, splits, call)
+                if empty:
+                    return
             plan = self._plan(call)
-            ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and key[-1] is not None:
+            uneven = splits is not None or on_device is not None
+            elements = source.numel() if uneven else count
+            placed = tuple(segment is not None for segment in call.segments)
+            what = described(
+                called or collective, plan.choice.algorithm.name, source.dtype, op, root, placed, uneven,
+                elements, elements * source.itemsize,
+            )  # fmt: skip
+            ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
+            if key is not None and key[-1] is not None and not self._debug:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready
@@ -795,19 +854,66 @@ class Communicator:
                 plan = self._plans[call] = Plan(self._choose(call), call, self._team, self._segments)
         return plan
 
-    def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
-        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory."""
+    def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
+        """Raises Mismatch on all ranks unless all are about to make this call, Timeout if one comes to none."""
+        segments = self._segments
+        rooted = collective in ("reduce", "gather", "scatter")  # what lies where is the root's affair
+
+        def place(tensor, segment):
+            if rooted or splits is not None or call.on_device is not None:
+                return None
+            if segment is None:
+                return "plain memory"
+            return segments.index(segment), tensor.data_ptr() - segment.address
+
+        dtype = str(source.dtype).removeprefix("torch.")
+        count = None if splits is not None else call.on_device[2] if call.on_device is not None else count
+        places = (place(*each) for each in zip((source, target), call.segments))
+        number = self._recorder.collectives + 1
+        mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
+        try:
+            agreement.check_alike(self._bootstrap.exchange(mine))
+        except Mismatch as error:
+            self._dump_for(error)
+            raise
+        except InitError as error:
+            if not hasattr(error, "absent"):
+                raise
+            self._control[1:5] = torch.tensor([0, error.absent[0], _COMPARISON, number])
+            self._abort_word.value = layout.TIMED_OUT
+            self.check()
+
+    def _in_profile(self, what: bytes, launch):
+        """`launch`, which torch's profiler shows by the call's name while it is on."""
+        if not profiler._is_profiler_enabled:
+            return launch
+
+        def shown(*arguments):
+            with profiler.record_function(f"tdccl:{what[:16].rstrip(bytes(1)).decode()}"):
+                launch(*arguments)
+
+        return shown
+
+    def _start(self, what: bytes, launch, send: int, recv: int, stream, lanes=("scratch",), collectives=1) -> None:
+        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory.
+
+        what: the call as it is recorded.
+        """
+        if profiler._is_profiler_enabled:
+            launch = self._in_profile(what, launch)
         with self._lock:
-            self._last = collective
             if self._emulated:
+                place = self._recorder.note(what, 0)
                 launch(send, recv, 0)
                 self.check()
+                self._recorder.end(place)
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
             for lane in lanes:
                 if self._streams.get(lane) != handle:
                     self._follow(lane, handle)
+            self._recorder.note(what, handle, collectives)
             if torch._C._cuda_getDevice() == index:
                 launch(send, recv, handle)
             else:

@@ -9,6 +9,10 @@ class ArgumentError(TdcclError, ValueError):
     """A call was refused before anything was launched; the communicator can go on."""
 
 
+class Mismatch(ArgumentError):
+    """With TDCCL_DEBUG=1: the ranks were about to make different calls; none was launched, and all ranks raise it."""
+
+
 class InitError(TdcclError):
     """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared."""
 
