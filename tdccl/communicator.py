@@ -23,7 +23,7 @@ from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
-from tdccl.runtime.recorder import Recorder, account, described
+from tdccl.runtime.recorder import PLAIN, ROOTED, Recorder, account, described, place_of, placed
 from tdccl.transport.bootstrap import Bootstrap, discover
 
 layout = bare.read("tdccl.language.team")
@@ -492,10 +492,10 @@ class Communicator:
 
     def _described_messages(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], nbytes: int) -> bytes:
         if len(out) + len(into) > 1:
-            return described("send_recv", "transfer", torch.uint8, None, None, (False, False), True, nbytes, nbytes)
+            return described("send_recv", "transfer", torch.uint8, None, None, PLAIN, PLAIN, True, nbytes, nbytes)
         ((rank, tensor),) = (out or into).items()
         name = "send" if out else "recv"
-        return described(name, "transfer", tensor.dtype, None, rank, (False, False), True, tensor.numel(), nbytes)
+        return described(name, "transfer", tensor.dtype, None, rank, PLAIN, PLAIN, True, tensor.numel(), nbytes)
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -793,6 +793,15 @@ class Communicator:
                 + ("the same buffer" if piece == 0 else f"rank {self.rank}'s piece of the larger one")
             )
 
+    def _places(self, call: Call, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """Where send and recv lie, as they are recorded."""
+        if call.segments == (None, None):
+            return PLAIN, PLAIN
+        return tuple(
+            PLAIN if segment is None else place_of(self._segments.index(segment), tensor.data_ptr() - segment.address)
+            for tensor, segment in zip(tensors, call.segments)
+        )
+
     def _segment_of(self, address: int, nbytes: int):
         return self._regions.find(address, nbytes)
 
@@ -833,10 +842,9 @@ class Communicator:
             plan = self._plan(call)
             uneven = splits is not None or on_device is not None
             elements = source.numel() if uneven else count
-            placed = tuple(segment is not None for segment in call.segments)
             what = described(
-                called or collective, plan.choice.algorithm.name, source.dtype, op, root, placed, uneven,
-                elements, elements * source.itemsize,
+                called or collective, plan.choice.algorithm.name, source.dtype, op, root,
+                *self._places(call, source, target), uneven, elements, elements * source.itemsize,
             )  # fmt: skip
             ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
             if key is not None and key[-1] is not None and not self._debug:
@@ -856,19 +864,10 @@ class Communicator:
 
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
         """Raises Mismatch on all ranks unless all are about to make this call, Timeout if one comes to none."""
-        segments = self._segments
-        rooted = collective in ("reduce", "gather", "scatter")  # what lies where is the root's affair
-
-        def place(tensor, segment):
-            if rooted or splits is not None or call.on_device is not None:
-                return None
-            if segment is None:
-                return "plain memory"
-            return segments.index(segment), tensor.data_ptr() - segment.address
-
         dtype = str(source.dtype).removeprefix("torch.")
         count = None if splits is not None else call.on_device[2] if call.on_device is not None else count
-        places = (place(*each) for each in zip((source, target), call.segments))
+        alike = collective not in ROOTED and splits is None and call.on_device is None
+        places = map(placed, self._places(call, source, target)) if alike else (None, None)
         number = self._recorder.collectives + 1
         mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
         try:

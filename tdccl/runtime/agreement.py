@@ -12,8 +12,7 @@ class Proposal(NamedTuple):
 
     number      of the collective, counted from 1
     count       elements, or None if ranks may have different counts; then `splits` says what goes where
-    send, recv  where they lie in symmetric memory, as (number of the segment, offset), or "plain memory"; None where
-                it does not matter
+    send, recv  where they lie, in words; None where it does not matter
     splits      elements that it sends to each rank, and those that it receives from each
     """
 
@@ -23,8 +22,8 @@ class Proposal(NamedTuple):
     op: str | None
     root: int | None
     count: int | None
-    send: Any
-    recv: Any
+    send: str | None
+    recv: str | None
     splits: tuple[tuple[int, ...], tuple[int, ...]] | None
 
     def __str__(self) -> str:

@@ -17,9 +17,11 @@ from tdccl.transport import Bootstrap, host
 
 CALLS = 1024  # that are kept, a power of two
 MESSAGES = ("send", "recv", "send_recv")  # between two ranks; all else is a collective
+ROOTED = ("reduce", "gather", "scatter")  # where send and recv lie is the root's affair
 
-_RECORD = struct.Struct("<qqqqq88s")  # the first five fields of an Entry, and what `described` makes of the others
-_DESCRIBED = struct.Struct("<16s24s16s4si???xqq")
+_RECORD = struct.Struct("<qqqqq104s")  # the first five fields of an Entry, and what `described` makes of the others
+_DESCRIBED = struct.Struct("<16s24s16s4si?3xqqqq")
+_OFFSET_BITS = 44
 _ENDED = struct.Struct("<q")
 
 
@@ -32,7 +34,7 @@ class Entry(NamedTuple):
     ended      when its kernel had ended; 0 where that is not known
     stream     the raw handle
     root       of a collective, or the other rank of a message
-    send_symmetric, recv_symmetric  whether they lie in symmetric memory
+    send, recv  where they lie, see `placed`
     uneven     whether ranks may have different counts
     count      elements: of the whole message for all_reduce, reduce and broadcast, else of one rank's piece; if uneven,
                of all that this rank sends
@@ -49,8 +51,8 @@ class Entry(NamedTuple):
     dtype: str
     op: str | None
     root: int | None
-    send_symmetric: bool
-    recv_symmetric: bool
+    send: str
+    recv: str
     uneven: bool
     count: int
     nbytes: int
@@ -61,7 +63,27 @@ class Entry(NamedTuple):
     def alike(self) -> tuple:
         """What ranks have to have in common in a call."""
         dtype, nbytes = self.dtype if self.op else None, None if self.uneven else self.nbytes
-        return self.collective, self.algorithm, self.op, self.root, dtype, nbytes
+        everywhere = not self.uneven and self.collective not in ROOTED
+        places = (self.send, self.recv) if everywhere else None
+        return self.collective, self.algorithm, self.op, self.root, dtype, nbytes, places
+
+    def in_full(self) -> str:
+        return f"{self} by {self.algorithm}, send in {self.send}, recv in {self.recv}"
+
+
+PLAIN = -1
+
+
+def place_of(segment: int, offset: int) -> int:
+    """Where an array lies in symmetric memory, for `described`: so many bytes into the segment of that number."""
+    return segment << _OFFSET_BITS | offset
+
+
+def placed(place: int) -> str:
+    """A place in words."""
+    if place == PLAIN:
+        return "plain memory"
+    return f"symmetric memory {place >> _OFFSET_BITS} at {place & (1 << _OFFSET_BITS) - 1}"
 
 
 def worded(collective: str, count: int, dtype: str, op: str | None, root: int | None) -> str:
@@ -81,17 +103,18 @@ def described(
     dtype: Any,
     op: str | None,
     root: int | None,
-    symmetric: tuple[bool, bool],
+    send: int,
+    recv: int,
     uneven: bool,
     count: int,
     nbytes: int,
 ) -> bytes:
     """What stays the same whenever a call is made again, for `Recorder.note`.
 
-    dtype: torch's. symmetric: whether send and recv lie in symmetric memory.
+    dtype: torch's. send, recv: PLAIN, or what `place_of` says.
     """
     names = (name.encode() for name in (collective, algorithm, str(dtype).removeprefix("torch."), op or ""))
-    return _DESCRIBED.pack(*names, -1 if root is None else root, *symmetric, uneven, count, nbytes)
+    return _DESCRIBED.pack(*names, -1 if root is None else root, uneven, send, recv, count, nbytes)
 
 
 class Recorder:
@@ -158,9 +181,10 @@ def _entries(memory: memoryview) -> list[Entry]:
 
 
 def _entry(moment: list[int], call: bytes) -> Entry:
-    *names, root, send, recv, uneven, count, nbytes = _DESCRIBED.unpack(call[: _DESCRIBED.size])
+    *names, root, uneven, send, recv, count, nbytes = _DESCRIBED.unpack(call[: _DESCRIBED.size])
     collective, algorithm, dtype, op = (name.rstrip(b"\0").decode() for name in names)
     root = None if root < 0 else root
+    send, recv = placed(send), placed(recv)
     return Entry(*moment, collective, algorithm, dtype, op or None, root, send, recv, uneven, count, nbytes)
 
 
@@ -187,8 +211,8 @@ def _parting(histories: dict[int, list[Entry]]) -> list[str]:
     for number in sorted(set.intersection(*map(set, calls.values()))):
         made = {rank: of_rank[number] for rank, of_rank in calls.items()}
         if len({call.alike() for call in made.values()}) > 1:
-            each = "; ".join(f"rank {rank} {call} by {call.algorithm}" for rank, call in made.items())
-            return [f"the ranks differ in call {number}: {each}"]
+            each = [f"  rank {rank}: {call.in_full()}" for rank, call in made.items()]
+            return [f"the ranks differ in call {number}:", *each]
     last = {rank: max(of_rank, default=0) for rank, of_rank in calls.items()}
     furthest = max(last.values())
     return [
