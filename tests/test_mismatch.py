@@ -260,17 +260,13 @@ def check_guards(comm, pairs):
 
 
 def pairs_of(seed: int | None) -> list[tuple[Given, Given]]:
-    """All pairs of calls that differ, or some of each kind of call."""
+    """All pairs of calls that differ; or those of one algorithm that reaches into peers' memory, and some others."""
     pairs = list(itertools.permutations(everything_given(), 2))
     if seed is None:
         return pairs
-    chosen = random.Random(seed)
-    reaching = [
-        pair
-        for pair in pairs
-        if all("direct" in g.algorithm or g.algorithm.startswith(("push", "pull", "two_shot_pu")) for g in pair)
-    ]
-    return chosen.sample(reaching, 12) + chosen.sample(pairs, 12)
+    reaching = {given.algorithm for given in everything_given() if given.shift}
+    alike = [pair for pair in pairs if pair[0][:2] == pair[1][:2] and pair[0].algorithm in reaching]
+    return [pair for pair in alike if pair[1].shift] + random.Random(seed).sample(pairs, 16)
 
 
 @worlds(2, 3)
