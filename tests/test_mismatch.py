@@ -4,6 +4,7 @@ call, nothing is written but what each rank gave to be written."""
 import contextlib
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pool
 import pytest
 import torch
 from test_collectives import only
+from test_process_group import CHECKOUT, run
 from test_training import LONG
 
 import tdccl
@@ -173,6 +175,45 @@ def check_capture(comm):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_debug_under_capture(ranks, members):
     ranks.run(check_capture, members)
+
+
+TORCH = """
+import os, torch, torch.distributed as dist
+import tdccl
+from torch.profiler import ProfilerActivity, profile
+
+dist.init_process_group("tdccl")
+rank = dist.get_rank()
+device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+x = torch.ones(10, device=device)
+for call in (
+    lambda: dist.all_reduce(x[rank:]),
+    lambda: dist.broadcast(x, src=rank),
+    lambda: dist.all_reduce(x) if rank else dist.barrier(),
+):
+    try:
+        call()
+        raise SystemExit("no error")
+    except tdccl.Mismatch as error:
+        assert "rank 0: call 1, " in str(error) and "rank 1: call 1, " in str(error), error
+with profile(activities=[ProfilerActivity.CPU]) as shown:
+    dist.all_reduce(x, async_op=True).wait()
+assert "tdccl:all_reduce" in {event.key for event in shown.key_averages()}
+assert x.tolist() == [2] * 10
+path = dist.group.WORLD.communicator.dump(os.environ["FOLDER"])
+dist.destroy_process_group()
+print(f"rank {rank}: ok")
+"""
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
+def test_torchs_detail_is_debug(installed):
+    program = installed / "program.py"
+    program.write_text(TORCH)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    path = (CHECKOUT, installed)
+    told = run(*launcher, path=path, TORCH_DISTRIBUTED_DEBUG="DETAIL", FOLDER=str(installed / "traces"))
+    assert told.count(": ok") == 2 and len([*(installed / "traces").iterdir()]) == 2
 
 
 # ---- nothing is written but what each rank gave to be written --------------------------------------------------------
