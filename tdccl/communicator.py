@@ -23,7 +23,7 @@ from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
-from tdccl.runtime.recorder import PLAIN, ROOTED, Recorder, account, described, place_of, placed
+from tdccl.runtime.recorder import PLAIN, ROOTED, Recorder, account, described, name_of, place_of, placed
 from tdccl.transport.bootstrap import Bootstrap, discover
 
 layout = bare.read("tdccl.language.team")
@@ -485,8 +485,9 @@ class Communicator:
                 self._start(what, launch, 0, 0, stream, lanes, collectives=0)
                 return
             place = self._recorder.note(what, 0, collectives=0)
-        # Without the lock: it may wait for a peer that waits for another lane of this rank.
-        self._in_profile(what, launch)(0, 0, 0)
+        if profiler._is_profiler_enabled:
+            launch = _shown(what, launch)
+        launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
         self.check()
         self._recorder.end(place)
 
@@ -882,24 +883,13 @@ class Communicator:
             self._abort_word.value = layout.TIMED_OUT
             self.check()
 
-    def _in_profile(self, what: bytes, launch):
-        """`launch`, which torch's profiler shows by the call's name while it is on."""
-        if not profiler._is_profiler_enabled:
-            return launch
-
-        def shown(*arguments):
-            with profiler.record_function(f"tdccl:{what[:16].rstrip(bytes(1)).decode()}"):
-                launch(*arguments)
-
-        return shown
-
     def _start(self, what: bytes, launch, send: int, recv: int, stream, lanes=("scratch",), collectives=1) -> None:
         """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory.
 
         what: the call as it is recorded.
         """
         if profiler._is_profiler_enabled:
-            launch = self._in_profile(what, launch)
+            launch = _shown(what, launch)
         with self._lock:
             if self._emulated:
                 place = self._recorder.note(what, 0)
@@ -969,6 +959,17 @@ class Explanation:
         ]
         lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
         return "\n".join(lines)
+
+
+def _shown(what: bytes, launch):
+    """`launch` as torch's profiler shows it, by the call's name."""
+    name = f"tdccl:{name_of(what)}"
+
+    def launch_shown(*arguments):
+        with profiler.record_function(name):
+            launch(*arguments)
+
+    return launch_shown
 
 
 def _forced_algorithms() -> dict[str, str]:
