@@ -64,7 +64,7 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence = ()):
+    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence):
         """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
