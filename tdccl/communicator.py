@@ -484,12 +484,12 @@ class Communicator:
             if not self._emulated:
                 self._start(what, launch, 0, 0, stream, lanes, collectives=0)
                 return
-            place = self._recorder.note(what, 0, collectives=0)
+            index = self._recorder.note(what, 0, collectives=0)
         if profiler._is_profiler_enabled:
             launch = _shown(what, launch)
         launch(0, 0, 0)  # without the lock: it may wait for a peer that waits for another lane of this rank
         self.check()
-        self._recorder.end(place)
+        self._recorder.end(index)
 
     def _described_messages(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], nbytes: int) -> bytes:
         if len(out) + len(into) > 1:
@@ -866,8 +866,11 @@ class Communicator:
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
         """Raises Mismatch on all ranks unless all are about to make this call, Timeout if one comes to none."""
         dtype = str(source.dtype).removeprefix("torch.")
-        count = None if splits is not None else call.on_device[2] if call.on_device is not None else count
         alike = collective not in ROOTED and splits is None and call.on_device is None
+        if splits is not None:
+            count = None
+        elif call.on_device is not None:
+            count = call.on_device[2] // source.itemsize  # of a row
         places = map(placed, self._places(call, source, target)) if alike else (None, None)
         number = self._recorder.collectives + 1
         mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
@@ -877,7 +880,7 @@ class Communicator:
             self._dump_for(error)
             raise
         except InitError as error:
-            if not hasattr(error, "absent"):
+            if not error.absent:
                 raise
             self._control[1:5] = torch.tensor([0, error.absent[0], _COMPARISON, number])
             self._abort_word.value = layout.TIMED_OUT
@@ -892,10 +895,10 @@ class Communicator:
             launch = _shown(what, launch)
         with self._lock:
             if self._emulated:
-                place = self._recorder.note(what, 0)
+                index = self._recorder.note(what, 0)
                 launch(send, recv, 0)
                 self.check()
-                self._recorder.end(place)
+                self._recorder.end(index)
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)

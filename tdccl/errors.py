@@ -14,7 +14,12 @@ class Mismatch(ArgumentError):
 
 
 class InitError(TdcclError):
-    """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared."""
+    """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared.
+
+    absent  the ranks that did not come, if that is why
+    """
+
+    absent: tuple[int, ...] = ()
 
 
 class DestroyedError(TdcclError):

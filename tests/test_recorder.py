@@ -13,6 +13,7 @@ import torch
 import tdccl
 from tdccl import trace
 from tdccl.runtime.recorder import CALLS, PLAIN, Recorder, described
+from tdccl.transport import host
 from tdccl.transport.bootstrap import StoreBootstrap
 
 
@@ -28,8 +29,9 @@ def test_the_last_calls_are_kept():
     recorder = alone()
     assert recorder.histories() == {0: []}
     for count in range(3 * CALLS):
-        place = recorder.note(a_call(count), stream=7)
-    recorder.end(place)
+        index = recorder.note(a_call(count), stream=7)
+    recorder.end(index)
+    recorder.end(index - CALLS)  # long overwritten
     (entries,) = recorder.histories().values()
     assert [entry.count for entry in entries] == [*range(2 * CALLS, 3 * CALLS)]
     assert [entry.index for entry in entries] == [*range(2 * CALLS + 1, 3 * CALLS + 1)]
@@ -73,6 +75,28 @@ def test_every_rank_sees_what_all_have_called(ranks, world):
             assert last[0].number == before + 1 and last[-1].number == before + len(expected) - (world > 1)
             assert last[0].send.startswith("symmetric memory ") and last[0].recv == "plain memory"
             assert all(entry.ended for entry in last) == (not torch.cuda.is_available())
+
+
+def check_unseen(comm):
+    """The last rank has no shared memory to show."""
+    comm._splits += 1
+    bootstrap = comm._bootstrap.subgroup(list(range(comm.size)), f"unseen{comm._splits}")
+    with pytest.MonkeyPatch.context() as patch:
+        if comm.rank == comm.size - 1:
+            patch.setattr(host, "_FOLDER", "/nowhere")
+        recorder = Recorder(bootstrap)
+    recorder.note(a_call(comm.rank), stream=0)
+    comm._bootstrap.barrier()
+    seen = {rank: [entry.count for entry in entries] for rank, entries in recorder.histories().items()}
+    comm._bootstrap.barrier()
+    return recorder.name, seen
+
+
+def test_a_rank_without_shared_memory_is_not_seen(ranks, world):
+    answers = ranks.run(check_unseen, world)
+    assert len({name for name, _ in answers}) == 1
+    for rank, (_, seen) in enumerate(answers):
+        assert seen == {each: [each] for each in range(world) if each < world - 1 or each == rank}
 
 
 def leave(rank, folder, queue):

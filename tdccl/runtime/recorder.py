@@ -141,19 +141,19 @@ class Recorder:
         self._calls = self.collectives = 0
 
     def note(self, call: bytes, stream: int, collectives: int = 1) -> int:
-        """Notes that a call is launched now, which is 1 collective or 0; returns the place of its record.
+        """Notes that a call is launched now, which is 1 collective or 0; returns its index.
 
         It is part of every call: about 0.25 us, measured by timeit.
         """
         self._calls = index = self._calls + 1
         self.collectives = number = self.collectives + collectives
-        place = (index & _LAST) * _BYTES
-        _write(self._ring, place, index, number, time_ns(), 0, stream, call)
-        return place
+        _write(self._ring, (index & _LAST) * _BYTES, index, number, time_ns(), 0, stream, call)
+        return index
 
-    def end(self, place: int) -> None:
-        """Notes that the kernel of the call with its record there has ended."""
-        _ENDED.pack_into(self._ring, place + 24, time_ns())
+    def end(self, index: int) -> None:
+        """Notes that the kernel of that call has ended, unless so many calls came after it that it is not kept."""
+        if self._calls - index < CALLS:
+            _ENDED.pack_into(self._ring, (index & _LAST) * _BYTES + 24, time_ns())
 
     def histories(self) -> dict[int, list[Entry]]:
         """By rank, for all that can be seen from here: the last calls, the oldest first."""

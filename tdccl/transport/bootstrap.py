@@ -42,7 +42,7 @@ def _missing(absent: list[int], size: int, seconds: float) -> InitError:
         f"rank{'s' if len(absent) > 1 else ''} {ranks} of {size} did not come within the timeout of {seconds:g} s. "
         "Are all of them started, with the same size and the same address?"
     )
-    error.absent = absent
+    error.absent = tuple(absent)
     return error
 
 

@@ -79,7 +79,8 @@ def show(bootstrap: Bootstrap, nbytes: int) -> tuple[memoryview, dict[int, memor
 
 
 def _map(path: str, nbytes: int, access: int = mmap.ACCESS_WRITE) -> mmap.mmap:
-    descriptor = os.open(path, os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY)
+    flags = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY | os.O_NONBLOCK  # it may be a stranger's pipe
+    descriptor = os.open(path, flags)
     try:
         return mmap.mmap(descriptor, nbytes, access=access)
     finally:
