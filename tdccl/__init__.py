@@ -14,6 +14,7 @@ _HOMES = {
     "shrink": "tdccl.process_group",
     "TdcclError": "tdccl.errors",
     "ArgumentError": "tdccl.errors",
+    "Mismatch": "tdccl.errors",
     "InitError": "tdccl.errors",
     "DestroyedError": "tdccl.errors",
     "Timeout": "tdccl.errors",
@@ -24,7 +25,16 @@ __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from tdccl.communicator import Communicator, Explanation, init
-    from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+    from tdccl.errors import (
+        Aborted,
+        ArgumentError,
+        DestroyedError,
+        InitError,
+        Mismatch,
+        PeerFailure,
+        TdcclError,
+        Timeout,
+    )
     from tdccl.process_group import shrink
     from tdccl.symmetric_allocation import symmetric
 

@@ -16,14 +16,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from tdccl import __version__, environment, transport, tuning
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
-from tdccl.runtime import arrays, bare, watcher
+from tdccl.errors import (
+    Aborted,
+    ArgumentError,
+    DestroyedError,
+    InitError,
+    Mismatch,
+    PeerFailure,
+    TdcclError,
+    Timeout,
+)
+from tdccl.runtime import agreement, arrays, bare, watcher
 from tdccl.runtime.algorithm import Call, Context, context_of, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice, Plan, choose
+from tdccl.runtime.recorder import PLAIN, ROOTED, Recorder, account, described, name_of, place_of, placed
 from tdccl.transport.bootstrap import Bootstrap, StoreBootstrap, discover, open_store
 
 layout = bare.read("tdccl.language.team")
@@ -39,6 +50,7 @@ _inherited: list["Communicator"] = []  # from the process that this one was fork
 _MOST_PLANS = 4096
 _DESTROYED = "this communicator is destroyed; make a new one with tdccl.init"
 _FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
+_COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
 
 
 def init(
@@ -107,7 +119,8 @@ class Communicator:
     All calls raise ArgumentError before anything is launched, DestroyedError after `destroy` and in a forked child;
     Timeout once a wait has lasted too long: longer than the communicator's timeout, or than `timeout` seconds of the
     call; PeerFailure once the process of another rank has ended; Aborted once some rank has called `abort`. Where ranks
-    do not share a pid namespace, only a timeout tells of another's end.
+    do not share a pid namespace, only a timeout tells of another's end. With TDCCL_DEBUG=1 collectives raise Mismatch
+    before anything is launched where the ranks are about to make different ones.
     """
 
     def __init__(
@@ -126,12 +139,14 @@ class Communicator:
         self._bootstrap = bootstrap
         self._emulated = environment.emulated()
         self._scratch = scratch
+        self._debug = environment.debug()
         self._agree(device, max_blocks)
         self._control = transport.Control(bootstrap, pinned=not self._emulated)
         self._abort_word = self._control.abort
-        self._last = "no call yet"
         self._dead: set[int] = set()
         self._destroyed = ""  # the words of the error, once it is
+        self._dumped = False
+        self._recorder = Recorder(bootstrap)
         self._end_watch = self._watch_peers()
         self._heap = self._allocate_heap()
         self._segments: list[transport.SymmetricMemory] = []
@@ -177,7 +192,7 @@ class Communicator:
         self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
         self.table = table_for(self.gpu, self.size)
         equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
-        return {**equal, "tuning": self.table.digest()}
+        return {**equal, "debug": self._debug, "tuning": self.table.digest()}
 
     def _make_team(self) -> layout.Team:
         """What tdccl's own kernels get."""
@@ -509,7 +524,9 @@ class Communicator:
         one = tuple(count * (rank == root) for rank in range(self.size))
         everyone = (count * (self.rank == root),) * self.size
         splits = (one, everyone) if collective == "gather" else (everyone, one)
-        self._run("all_to_all", source, target, 0, splits=splits, stream=stream, timeout=timeout)
+        self._run(
+            "all_to_all", source, target, 0, root=root, splits=splits, stream=stream, timeout=timeout, called=collective
+        )
 
     def _all_gather_uneven(self, send, recv, recv_splits, stream, timeout):
         counts = list(recv_splits)
@@ -611,11 +628,24 @@ class Communicator:
             for name, messages in (("send", out), ("recv", into)):
                 launch.assign(f"{name}s", column(messages, torch.Tensor.data_ptr))
                 launch.assign(f"{name}_counts", column(messages, lambda tensor: sizes[id(tensor)] // unit))
+            what = self._described_messages(out, into, sum(sizes.values()))
             if not self._emulated:
-                self._start("send_recv", launch, 0, 0, stream, lanes)
+                self._start(what, launch, 0, 0, stream, lanes, collectives=0)
                 return
-        # Without the lock: it may wait for a peer that waits for another lane of this rank.
-        self._interpret(launch, 0, 0)
+            index = self._recorder.note(what, 0, collectives=0)
+        if profiler._is_profiler_enabled:
+            launch = _shown(what, launch)
+        self._interpret(
+            launch, 0, 0
+        )  # without the lock: it may wait for a peer that waits for another lane of this rank
+        self._recorder.end(index)
+
+    def _described_messages(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], nbytes: int) -> bytes:
+        if len(out) + len(into) > 1:
+            return described("send_recv", "transfer", torch.uint8, None, None, PLAIN, PLAIN, True, nbytes, nbytes)
+        ((rank, tensor),) = (out or into).items()
+        name = "send" if out else "recv"
+        return described(name, "transfer", tensor.dtype, None, rank, PLAIN, PLAIN, True, tensor.numel(), nbytes)
 
     # ---- memory, groups, inspection ---------------------------------------------------------------
 
@@ -755,36 +785,63 @@ class Communicator:
             raise DestroyedError(self._destroyed)
         self.raise_fault()
 
+    def dump(self, folder: str | os.PathLike) -> str:
+        """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
+        which is made if need be; returns its path. `python -m tdccl.trace` reads it. Works after a failure too."""
+        if self._destroyed:
+            self.check()
+        return str(self._recorder.dump(folder, None))
+
+    def _dump_for(self, error: TdcclError) -> None:
+        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
+        folder = environment.trace_folder()
+        if folder and not self._dumped:
+            self._dumped = True
+            with contextlib.suppress(OSError):  # the error itself says more
+                self._recorder.dump(folder, f"{type(error).__name__}: {error}")
+
     def raise_fault(self) -> None:
         """Raises Timeout, PeerFailure or Aborted after a fault, even if `destroy` has been called since."""
         if not self._abort_word.value:
             return
+        error = self._fault()
+        self._dump_for(error)
+        raise error
+
+    def _fault(self) -> TdcclError:
+        """What the abort word and the record beside it say."""
         fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
         code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
         if code == layout.ABORTED:
-            raise Aborted(
-                f"rank {rank} aborted this communicator; last call here: {self._last}. Make a new one with tdccl.init "
-                "or by its shrink()",
+            return Aborted(
+                f"rank {rank} aborted this communicator; last call here: {self._last_call()}. Make a new one with "
+                "tdccl.init or by its shrink()",
                 rank,
             )
         if code == layout.PEER_DIED:
-            raise PeerFailure(
-                f"rank {rank} (pid {self._control.pids[rank]}) died; last call here: {self._last}. Call "
+            return PeerFailure(
+                f"rank {rank} (pid {self._control.pids[rank]}) died; last call here: {self._last_call()}. Call "
                 f"shrink(exclude=[{rank}]) to go on without it",
                 rank,
             )
         if code == layout.GRID_TOO_LARGE:
             blocks = self._context.rules.heap_blocks
-            raise TdcclError(
+            return TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
         kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
+        if fault["kind"] == _COMPARISON:
+            what = f"to compare call {fault['epoch']}"
+        else:
+            what = f"block {fault['block']}, {kinds[fault['kind']]} of epoch {fault['epoch']} "
+            what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
         self._control.share()
-        raise Timeout(
-            f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: block {fault['block']}, "
-            f"{kinds[fault['kind']]} of epoch {fault['epoch']} (expected {fault['expected']:#x}, seen "
-            f"{fault['seen']:#x}); last call here: {self._last}. Did every rank make the same calls?"
-        )
+        waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
+        return Timeout("\n  ".join([waited, *account(self._recorder.histories())]))
+
+    def _last_call(self) -> str:
+        entries = self._recorder.histories().get(self.rank)
+        return str(entries[-1]) if entries else "no call yet"
 
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
@@ -814,6 +871,7 @@ class Communicator:
             bootstrap = None
         self._plans.clear()
         self._calls.clear()
+        self._recorder.close()
         for memory in [*self._segments, self._heap]:
             memory.release(bootstrap, self._control.peers_gone)
         self._segments.clear()
@@ -922,6 +980,15 @@ class Communicator:
                 + ("the same buffer" if piece == 0 else f"rank {self.rank}'s piece of the larger one")
             )
 
+    def _places(self, call: Call, *tensors: torch.Tensor) -> tuple[int, ...]:
+        """Where send and recv lie, as they are recorded."""
+        if call.segments == (None, None):
+            return PLAIN, PLAIN
+        return tuple(
+            PLAIN if segment is None else place_of(self._segments.index(segment), tensor.data_ptr() - segment.address)
+            for tensor, segment in zip(tensors, call.segments)
+        )
+
     def _segment_of(self, address: int, nbytes: int):
         return self._regions.find(address, nbytes)
 
@@ -944,17 +1011,31 @@ class Communicator:
 
     def _run(
         self, collective, source, target, count,
-        op=None, root=0, splits=None, stream=None, timeout=None, key=None, on_device=None,
+        op=None, root=None, splits=None, stream=None, timeout=None, key=None, on_device=None, called=None,
     ) -> None:  # fmt: skip
-        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew."""
-        if count == 0 and splits is None and on_device is None and collective != "barrier":
+        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew.
+
+        called: the collective's name to the user, if it is another.
+        """
+        empty = count == 0 and splits is None and on_device is None and collective != "barrier"
+        if empty and not self._debug:
             return
-        call = self._call(collective, source, target, count, op, root, splits)
+        call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)
         with self._lock:
+            if self._debug:
+                self._compare(called or collective, source, target, count, op, root, splits, call)
+                if empty:
+                    return
             plan = self._plan(call)
-            ready = (collective, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and key[-1] is not None:
+            uneven = splits is not None or on_device is not None
+            elements = source.numel() if uneven else count
+            what = described(
+                called or collective, plan.choice.algorithm.name, source.dtype, op, root,
+                *self._places(call, source, target), uneven, elements, elements * source.itemsize,
+            )  # fmt: skip
+            ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
+            if key is not None and key[-1] is not None and not self._debug:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready
@@ -971,21 +1052,53 @@ class Communicator:
                     raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team)
+                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments)
         return plan
 
-    def _start(self, collective: str, launch, send: int, recv: int, stream, lanes=("scratch",)) -> None:
-        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory."""
+    def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
+        """Raises Mismatch on all ranks unless all are about to make this call, Timeout if one comes to none."""
+        dtype = str(source.dtype).removeprefix("torch.")
+        alike = collective not in ROOTED and splits is None and call.on_device is None
+        if splits is not None:
+            count = None
+        elif call.on_device is not None:
+            count = call.on_device[2] // source.itemsize  # of a row
+        places = map(placed, self._places(call, source, target)) if alike else (None, None)
+        number = self._recorder.collectives + 1
+        mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
+        try:
+            agreement.check_alike(self._bootstrap.exchange(mine))
+        except Mismatch as error:
+            self._dump_for(error)
+            raise
+        except InitError as error:
+            if not error.absent:
+                raise
+            fault = {"peer": error.absent[0], "kind": _COMPARISON, "epoch": number, "timeout": int(self.timeout * 1e9)}
+            words = [fault.get(name, 0) for name in layout.FAULT_FIELDS[1:]]
+            self._control.words[1 : len(words) + 1] = torch.tensor(words)
+            self._abort_word.value = layout.TIMED_OUT | self.rank << 8
+            self.check()
+
+    def _start(self, what: bytes, launch, send: int, recv: int, stream, lanes=("scratch",), collectives=1) -> None:
+        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory.
+
+        what: the call as it is recorded.
+        """
+        if profiler._is_profiler_enabled:
+            launch = _shown(what, launch)
         with self._lock:
-            self._last = collective
             if self._emulated:
+                index = self._recorder.note(what, 0)
                 self._interpret(launch, send, recv)
+                self._recorder.end(index)
                 return
             index = self.device.index
             handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
             for lane in lanes:
                 if self._streams.get(lane) != handle:
                     self._follow(lane, handle)
+            self._recorder.note(what, handle, collectives)
             if torch._C._cuda_getDevice() == index:
                 launch(send, recv, handle)
             else:
@@ -1107,6 +1220,17 @@ def _disown() -> None:
 
 
 os.register_at_fork(after_in_child=_disown)
+
+
+def _shown(what: bytes, launch):
+    """`launch` as torch's profiler shows it, by the call's name."""
+    name = f"tdccl:{name_of(what)}"
+
+    def launch_shown(*arguments):
+        with profiler.record_function(name):
+            launch(*arguments)
+
+    return launch_shown
 
 
 def _forced_algorithms() -> dict[str, str]:

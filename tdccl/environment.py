@@ -63,6 +63,17 @@ def most_blocks() -> int | None:
     return int(given)
 
 
+def debug() -> bool:
+    """`TDCCL_DEBUG=1`, or torch's `TORCH_DISTRIBUTED_DEBUG=DETAIL`: ranks compare their calls before each launch."""
+    asked = os.environ.get("TDCCL_DEBUG", "0") not in ("", "0")
+    return asked or os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL"
+
+
+def trace_folder() -> str | None:
+    """`TDCCL_TRACE_DIR`: where a rank writes the last calls when a wait has failed."""
+    return os.environ.get("TDCCL_TRACE_DIR")
+
+
 def default_pack() -> str:
     """Where `python -m tdccl.aot build` writes its pack and every process looks for it: in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

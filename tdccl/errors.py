@@ -9,8 +9,17 @@ class ArgumentError(TdcclError, ValueError):
     """A call was refused before anything was launched; the communicator can go on."""
 
 
+class Mismatch(ArgumentError):
+    """With TDCCL_DEBUG=1: the ranks were about to make different calls; none was launched, and all ranks raise it."""
+
+
 class InitError(TdcclError):
-    """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared."""
+    """A communicator could not be made: ranks are missing, or disagree, or memory cannot be shared.
+
+    absent  the ranks that did not come, if that is why
+    """
+
+    absent: tuple[int, ...] = ()
 
 
 class DestroyedError(TdcclError):

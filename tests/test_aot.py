@@ -95,7 +95,7 @@ def launch_call(call, table=None):
     """Plans and launches a call as a communicator does; returns its choice."""
     context, table = context_of(RANKS), table or aot.table_for("another GPU", RANKS)
     choice = choose(ALGORITHMS[call.collective], call, context, table)
-    plan = Plan(choice, call, team_of(context, "cuda"))
+    plan = Plan(choice, call, team_of(context, "cuda"), call.segments)
     plan.launch(*plan.at(1 << 34, 1 << 35), 0)
     return choice
 
@@ -247,7 +247,7 @@ context = communicator.context_for(4)
 table, team = communicator.table_for("another GPU", 4), team_of(context, "cuda")
 for count in (100, 1 << 20):
     call = Call("reduce_scatter", count, "bf16", "sum", 0, 16, None, (None, None), False)
-    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context, table), call, team).launch(0, 0, 0)
+    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context, table), call, team, []).launch(0, 0, 0)
 assert len(launches) == 2
 assert "triton" not in sys.modules
 """

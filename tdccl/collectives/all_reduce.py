@@ -107,7 +107,7 @@ def _reduce_tail(
 
 @triton.jit
 def two_shot_pull(
-    team, send, recv, count, part, tail,
+    team, send, recv, count, part, tail, signature,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Rank r loads part r from all ranks, reduces it, and stores the result into all ranks' buffers.
@@ -116,9 +116,11 @@ def two_shot_pull(
     Ordering: the entry barrier makes the peers' input visible, the closing one their results.
     Reuse:    part r of any buffer is read and written by rank r alone, so send may be recv.
     """
-    epoch = shmem.begin(team)
-    epoch = shmem.barrier_block(team, epoch, 1)
-    for step in range(shmem.steps_of(part, TILE)):
+    opened = shmem.begin(team)
+    call = shmem.of_call(shmem.of_call(signature, send), recv)
+    epoch = shmem.barrier_entry(team, opened, call)
+    steps = tl.where(epoch == opened, shmem.steps_of(part, TILE), 0)
+    for step in range(steps):
         within = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         index = team.rank * part + within
         mask = (within < part) & (index < count)
@@ -133,7 +135,7 @@ def two_shot_pull(
         own_send = shmem.symm_at(send, team.rank, DTYPE, ALIGN)
         own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
         _reduce_tail(team, epoch, own_send, own_recv, count, tail, 0, OP, DTYPE, False)
-    epoch = shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_exit(team, epoch, call)
     shmem.end(team, epoch)
 
 
@@ -160,7 +162,7 @@ def _push_span(
 
 @triton.jit
 def two_shot_push(
-    team, send, recv, count, part, tail,
+    team, send, recv, count, part, tail, signature,
     DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr,
     TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -172,11 +174,12 @@ def two_shot_push(
     Reuse:    slots as `exchange.through_rings`, INPUT_DEPTH of them between barriers. A result is written only after
               every rank has sent its input for that place, so send may be recv.
     """
-    epoch = shmem.begin(team)
-    epoch = shmem.barrier_block(team, epoch, 1)
+    opened = shmem.begin(team)
+    call = shmem.of_call(signature, recv)
+    epoch = shmem.barrier_entry(team, opened, call)
     span: tl.constexpr = TILE * TILES
     place = tl.arange(0, TILE)
-    steps = shmem.steps_of(part, span)
+    steps = tl.where(epoch == opened, shmem.steps_of(part, span), 0)
     for step in range(steps + 1):
         if step < steps:
             _push_span(team, epoch, send, part, count, step, DTYPE, TILE, TILES, INPUT_DEPTH, WHOLE)
@@ -186,7 +189,7 @@ def two_shot_push(
             for tile in range(TILES):
                 start = shmem.span_start(step - 1, span) + tile * TILE
                 index = team.rank * part + start + place
-                mask = (start + place < part) & (index < count)
+                mask = (start + place < part) & (index < count) & (epoch == opened)
                 own = send + team.rank * part + start
                 values = shmem.load_ranks(
                     team, epoch, own, step - 1, tile * TILE, mask, DTYPE, TILE, span, INPUT_DEPTH, WHOLE, ALIGN
@@ -198,7 +201,7 @@ def two_shot_push(
     if TAIL:
         own_recv = shmem.symm_at(recv, team.rank, DTYPE, ALIGN)
         _reduce_tail(team, epoch, send, own_recv, count, tail, 0, OP, DTYPE, False)
-    epoch = shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_exit(team, epoch, call)
     shmem.end(team, epoch)
 
 

@@ -27,52 +27,46 @@ def staged(
     team, send, recv, splits, received, row, send_count, recv_count,
     DTYPE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Every block tells its peers by packets how much it has for them; then as `exchange.staged`.
+    """Every block tells its peers by packets how much it has for them, and what it has room for; then as
+    `exchange.staged`.
 
-    Waits:    block b for block b of every peer, for its count; then as `exchange.staged`.
+    Waits:    block b for block b of every peer, for these two; then as `exchange.staged`.
     Ordering: none needed for the counts, the flag travels in the word.
     Reuse:    packet slots and rings alternate by the parity of the epoch; each rank hears from all in each call.
-              Counts from peers are cut to what fits into recv before anything is written by them.
+              Counts from peers are cut to what fits into recv before anything is written by them or counts steps.
     """
     epoch = shmem.begin(team)
     wanted = ()
     for rank in tl.static_range(team.size):
         wanted = wanted + (tl.load(splits.to(tl.pointer_type(tl.int64)) + rank) * row,)
     send_counts, send_offsets = _counts_and_offsets(wanted, send_count)
+    # In rows, because ranks may go by different elements; and how many there is room for, so that the two agree on
+    # their steps by numbers of which each has checked its own.
     place = tl.arange(0, 2)
     for distance in tl.static_range(1, team.size):
         pe = (team.rank + distance) % team.size
-        count = tl.zeros([2], tl.int64) + shmem.pick(send_counts, pe)
-        shmem.put_words(team, epoch, count, place, place == 0, pe)
-    own = tl.zeros([2], tl.int64) + shmem.pick(send_counts, team.rank)
-    words = shmem.get_words(team, epoch, own, place, place == 0)
-    told = ()
-    for source in tl.static_range(team.size):
-        told = told + (tl.sum(tl.where(place == 0, words[source], 0)),)
+        message = tl.where(place == 0, shmem.pick(send_counts, pe), recv_count) // row
+        shmem.put_words(team, epoch, message, place, place >= 0, pe)
+    own = tl.where(place == 0, shmem.pick(send_counts, team.rank), recv_count) // row
+    words = shmem.get_words(team, epoch, own, place, place >= 0)
+    told, sent, taken = (), (), ()
+    for rank in tl.static_range(team.size):
+        rows = tl.sum(tl.where(place == 0, words[rank], 0))
+        room = tl.sum(tl.where(place == 1, words[rank], 0))
+        told = told + (tl.maximum(rows, 0) * row,)
+        sent = sent + (tl.minimum(send_counts[rank], tl.maximum(room, 0) * row),)
+        taken = taken + (tl.minimum(tl.maximum(rows * row, 0), recv_count),)
     recv_counts, recv_offsets = _counts_and_offsets(told, recv_count)
     if tl.program_id(0) == 0:
         answer = received.to(tl.pointer_type(tl.int64))
         start = row - row
         for source in tl.static_range(team.size):
-            rows = tl.maximum(told[source], 0) // row
+            rows = told[source] // row
             tl.store(answer + source, rows)
             tl.store(answer + team.size + source, start)
             start += rows
     epoch = exchange.through_rings(
-        team,
-        epoch,
-        send,
-        recv,
-        send_counts,
-        send_offsets,
-        told,
-        recv_counts,
-        recv_offsets,
-        DTYPE,
-        TILE,
-        TILES,
-        WHOLE,
-        False,
+        team, epoch, send, recv, sent, send_offsets, taken, recv_counts, recv_offsets, DTYPE, TILE, TILES, WHOLE, False
     )
     shmem.end(team, epoch)
 

@@ -45,19 +45,22 @@ def push_ll(team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def scatter_gather_direct(
-    team, send, recv, count, part, root, DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr
-):
+    team, send, recv, count, part, root, signature,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """The root stores tile s of each part into its rank's buffer; that rank passes it on to the others.
 
     Waits:    block b for block b of every peer, on entry and at the end; on the way for the root's, a tile.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
     """
-    epoch = shmem.begin(team)
-    epoch = shmem.barrier_block(team, epoch, 1)
+    opened = shmem.begin(team)
+    call = shmem.of_call(signature, recv)
+    epoch = shmem.barrier_entry(team, opened, call)
+    steps = tl.where(epoch == opened, shmem.steps_of(part, TILE), 0)
     from_root = tl.arange(0, shmem.MAX_RANKS) == root
     mine = (team.rank + team.size - root - 1) % team.size
-    for step in range(shmem.steps_of(part, TILE)):
+    for step in range(steps):
         within = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         if team.rank == root:
             for other in tl.static_range(team.size - 1):
@@ -70,13 +73,13 @@ def scatter_gather_direct(
         else:
             epoch = shmem.wait_peers(team, epoch, shmem.DATA, step + 1, from_root)
             index = mine * part + within
-            mask = (within < part) & (index < count)
+            mask = (within < part) & (index < count) & (epoch == opened)
             chunk = tl.load(shmem.symm_at(recv, team.rank, DTYPE, ALIGN) + index, mask=mask)
             for distance in tl.static_range(1, team.size):
                 pe = (team.rank + distance) % team.size
                 target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + index
                 tl.store(target, chunk, mask=mask & (pe != root))
-    epoch = shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_exit(team, epoch, call)
     shmem.end(team, epoch)
 
 

@@ -34,7 +34,7 @@ def push_ll(team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def push(
-    team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.constexpr,
+    team, send, recv, count, send_stride, signature, DTYPE: tl.constexpr, TILE: tl.constexpr,
     ALIGN: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Each block copies its tiles of every chunk to their final place on every rank.
@@ -43,9 +43,11 @@ def push(
     Ordering: stores, then the closing barrier (release and acquire at sys scope).
     Reuse:    writes users' memory directly, so it opens with a barrier: peers may still be reading it.
     """
-    epoch = shmem.begin(team)
-    epoch = shmem.barrier_block(team, epoch, 1)
-    for step in range(shmem.steps_of(count, TILE)):
+    opened = shmem.begin(team)
+    call = shmem.of_call(signature, recv)
+    epoch = shmem.barrier_entry(team, opened, call)
+    steps = tl.where(epoch == opened, shmem.steps_of(count, TILE), 0)
+    for step in range(steps):
         index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
         chunks = ()
@@ -56,7 +58,7 @@ def push(
             pe = (team.rank + distance) % team.size
             target = shmem.symm_at(recv, pe, DTYPE, ALIGN) + team.rank * count
             tl.store(target + index, chunks[0 if SAME else distance - 1], mask=mask)
-    epoch = shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_exit(team, epoch, call)
     shmem.end(team, epoch)
 
 

@@ -31,16 +31,21 @@ def push_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE
 
 
 @triton.jit
-def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr):
+def pull(
+    team, send, recv, count, signature,
+    DTYPE: tl.constexpr, OP: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """Rank r loads chunk r from all ranks and reduces it.
 
     Waits:    block b for block b of every peer, on entry and at the end.
     Ordering: the entry barrier makes the peers' input visible.
     Reuse:    the closing barrier keeps every rank from changing its input while a peer still reads it.
     """
-    epoch = shmem.begin(team)
-    epoch = shmem.barrier_block(team, epoch, 1)
-    for step in range(shmem.steps_of(count, TILE)):
+    opened = shmem.begin(team)
+    call = shmem.of_call(signature, send)
+    epoch = shmem.barrier_entry(team, opened, call)
+    steps = tl.where(epoch == opened, shmem.steps_of(count, TILE), 0)
+    for step in range(steps):
         index = shmem.span_start(step, TILE) + tl.arange(0, TILE)
         mask = index < count
         values = ()
@@ -48,7 +53,7 @@ def pull(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE: t
             chunk = shmem.symm_at(send, source, DTYPE, ALIGN) + team.rank * count
             values = values + (tl.load(chunk + index, mask=mask, other=0),)
         tl.store(recv + index, shmem.fold(values, OP, DTYPE), mask=mask)
-    epoch = shmem.barrier_block(team, epoch, 2)
+    epoch = shmem.barrier_exit(team, epoch, call)
     shmem.end(team, epoch)
 
 

@@ -31,10 +31,13 @@ from tdccl.language.reduce import accumulate, fold, settle, widen
 from tdccl.language.signals import (
     barrier_all,
     barrier_block,
+    barrier_entry,
+    barrier_exit,
     fence,
     heap_at,
     local_at,
     may_go_on,
+    of_call,
     record_fault,
     signal_all,
     signal_op,

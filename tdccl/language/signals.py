@@ -20,7 +20,10 @@ from tdccl.language.team import (
 )
 
 # Defaults of device functions must be constexpr already.
-RELEASE, SET, GE = tl.constexpr("release"), tl.constexpr("set"), tl.constexpr("ge")
+RELEASE, SET, GE, CALL = map(tl.constexpr, ("release", "set", "ge", "call"))
+
+# Below it in a signal of `barrier_entry` stands what is called, above it the step.
+ONE_STEP = tl.constexpr(1 << 30)
 
 # How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it.
 DEAD = tl.constexpr(4)
@@ -197,18 +200,31 @@ def signal_all(team, epoch, KIND: tl.constexpr, step, SEM: tl.constexpr = RELEAS
 
 
 @triton.jit
-def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch):
+def _late_rank(seen, targets, wanted, CMP: tl.constexpr):
+    """The last of the ranks in the mask `wanted` that have not come, or -1."""
+    behind = seen - targets
+    if CMP == "call":
+        missing = (behind != 0) & (behind != ONE_STEP)
+    else:
+        tl.static_assert(CMP == "ge", "wait_counters: CMP is ge or call")
+        missing = behind < 0
+    return tl.max(tl.where(wanted & missing, tl.arange(0, MAX_RANKS), -1))
+
+
+@triton.jit
+def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch, CMP: tl.constexpr = GE):
     """Waits until the int64 counter that each rank in the mask `wanted` advances has reached its target, wrap-safe.
 
     pointers, targets, wanted: [MAX_RANKS], counter and target of rank r at place r. One thread a counter polls, all at
     once; the additions of zero give every thread the same values. Returns whether the wait succeeded.
+    CMP is ge (wrap-safe), or call: the target itself, or one step of `barrier_entry` further.
     Ordering: acquire at sys scope, then a block barrier: the block sees what those ranks released.
     Bounded as `signal_wait`; a fault is recorded with KIND and epoch.
     """
     ranks = tl.arange(0, MAX_RANKS)
     zero = tl.full([MAX_RANKS], 0, tl.int64)
     seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
-    late = tl.max(tl.where(wanted & (seen - targets < 0), ranks, -1))
+    late = _late_rank(seen, targets, wanted, CMP)
     go = tl.full([], 1, tl.int1)
     polls = 0
     started = tl.full([], 0, tl.int64)
@@ -216,7 +232,7 @@ def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch):
         polls += 1
         go, started = may_go_on(team, polls, started)
         seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
-        late = tl.max(tl.where(wanted & (seen - targets < 0), ranks, -1))
+        late = _late_rank(seen, targets, wanted, CMP)
     if not go:
         expected, found = tl.where(ranks == late, targets, 0), tl.where(ranks == late, seen, 0)
         record_fault(team, late, KIND, epoch, tl.sum(expected), tl.sum(found))
@@ -225,7 +241,7 @@ def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch):
 
 
 @triton.jit
-def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
+def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted, CMP: tl.constexpr = GE):
     """Waits until this block of every peer in the mask `wanted` ([MAX_RANKS]) has signalled `step` of `epoch`.
 
     Returns the epoch to go on with: the same, or after a failed wait one that is past, so that nothing this
@@ -236,7 +252,7 @@ def wait_peers(team, epoch, KIND: tl.constexpr, step, wanted):
     ranks, peers = _peers(team)
     target = tl.full([MAX_RANKS], 0, tl.int64) + ((epoch << 32) + step)
     mine = (team.local + signal_offset(team, KIND, ranks)).to(tl.pointer_type(tl.int64))
-    go = wait_counters(team, mine, target, wanted & peers, KIND, epoch)
+    go = wait_counters(team, mine, target, wanted & peers, KIND, epoch, CMP)
     return tl.where(go, epoch, epoch - DEAD)
 
 
@@ -255,6 +271,34 @@ def barrier_block(team, epoch, step):
     """
     signal_all(team, epoch, BARRIER, step)
     return wait_all(team, epoch, BARRIER, step)
+
+
+@triton.jit
+def of_call(signature, symmetric):
+    """What `barrier_entry` compares: the signature (30 bits), mixed with where a symmetric buffer of the call lies.
+
+    Ordering: none; it computes a number.
+    """
+    mixed = (signature + symmetric.offset) * 0x9E3779B1
+    return (mixed ^ (mixed >> 32)) & (ONE_STEP - 1)
+
+
+@triton.jit
+def barrier_entry(team, epoch, call):
+    """`barrier_block` on entry to a kernel that reaches into its peers' buffers, which it closes by `barrier_exit`.
+
+    A peer that has come with another `call` (see `of_call`) has not come: its buffers are smaller, or elsewhere, or in
+    use. Returns the epoch to go on with, as `wait_peers`: where it is another one, nothing of a peer may be touched.
+    Ordering: as `barrier_block`.
+    """
+    signal_all(team, epoch, BARRIER, call + ONE_STEP)
+    return wait_peers(team, epoch, BARRIER, call + ONE_STEP, tl.arange(0, MAX_RANKS) >= 0, CALL)
+
+
+@triton.jit
+def barrier_exit(team, epoch, call):
+    """`barrier_block` at the end of a kernel that began with `barrier_entry`. Ordering: as `barrier_block`."""
+    return barrier_block(team, epoch, call + 2 * ONE_STEP)
 
 
 @triton.jit

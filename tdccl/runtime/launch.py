@@ -25,17 +25,18 @@ _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 class Arguments:
     """A kernel's arguments by name: their types, their values, and which addresses are 16-byte aligned.
 
-    Values of "constexpr" type are baked in; `send` and `recv` change from call to call.
+    Values of "constexpr" type are baked in; `send` and `recv` change from call to call. `signature` is for kernels that
+    reach into peers' buffers, see `barrier_entry`.
     """
 
-    def __init__(self, kernel, geometry: Geometry, symmetric: tuple[str, ...], op: str | None):
+    def __init__(self, kernel, geometry: Geometry, symmetric: tuple[str, ...], op: str | None, signature: int = 0):
         """Types from the geometry; `values` still lacks team, send and recv."""
         names = kernel.arg_names
         pointer = "*" + geometry.dtype
-        self.types: dict[str, Any] = {"team": _layout.TEAM_TYPES}
+        self.types: dict[str, Any] = {"team": _layout.TEAM_TYPES, "signature": "i32"}
         for name in ("send", "recv"):
             self.types[name] = _layout.SYMMETRIC_TYPES if name in symmetric else pointer
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Any] = {"signature": signature}
         for name, value in geometry.counts.items():
             self.types[name] = ("i64",) * len(value) if isinstance(value, tuple) else "i64"
             self.values[name] = value

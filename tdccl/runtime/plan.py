@@ -1,5 +1,7 @@
 """A plan: one call's algorithm, chosen once, with its kernel compiled and its arguments bound."""
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tdccl.errors import ArgumentError
@@ -63,7 +65,8 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team):
+    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence):
+        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
         symmetric = choice.algorithm.symmetric
@@ -71,9 +74,16 @@ class Plan:
         self._send_origin = segments["send"].address if "send" in symmetric else 0
         self._recv_origin = segments["recv"].address if "recv" in symmetric else 0
         kernel = choice.algorithm.kernel
-        arguments = Arguments(kernel, choice.geometry, symmetric, call.op)
+        places = [everywhere.index(segments[name]) for name in symmetric]
+        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, _signature(choice.algorithm, call, places))
         self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def at(self, send: int, recv: int) -> tuple[int, int]:
         """What `launch` takes for buffers at these addresses: the addresses, or offsets in symmetric memory."""
         return send - self._send_origin, recv - self._recv_origin
+
+
+def _signature(algorithm: Algorithm, call: Call, places: list[int]) -> int:
+    """30 bits that are equal on all ranks which make the same call by one algorithm in the same symmetric memory."""
+    called = (call.collective, algorithm.name, call.count, call.dtype, call.op, call.root, places)
+    return zlib.crc32(repr(called).encode()) >> 2

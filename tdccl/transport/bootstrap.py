@@ -43,10 +43,12 @@ class Bootstrap(ABC):
 
 def _missing(absent: list[int], size: int, seconds: float) -> InitError:
     ranks = ", ".join(map(str, absent))
-    return InitError(
+    error = InitError(
         f"rank{'s' if len(absent) > 1 else ''} {ranks} of {size} did not come within the timeout of {seconds:g} s. "
         "Are all of them started, with the same size and the same address?"
     )
+    error.absent = tuple(absent)
+    return error
 
 
 class StoreBootstrap(Bootstrap):

@@ -1,5 +1,6 @@
-"""Symmetric memory in POSIX shared memory, for emulation: one segment a rank, mapped by all."""
+"""Memory of this host that several ranks map: symmetric memory for emulation, and what a rank shows its peers."""
 
+import contextlib
 import mmap
 import os
 
@@ -10,6 +11,7 @@ from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory
 
 _FOLDER = "/dev/shm"
+_TOKEN_BYTES = 16
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -45,9 +47,41 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     return SymmetricMemory(local, addresses, release)
 
 
-def _map(path: str, nbytes: int) -> mmap.mmap:
-    descriptor = os.open(path, os.O_RDWR)
+def show(bootstrap: Bootstrap, nbytes: int) -> tuple[memoryview, dict[int, memoryview]]:
+    """(this rank's `nbytes` zeroed bytes, and by rank those of the peers that can be read from here); collective.
+
+    A peer's can be read even when it is stuck or dead. Where a rank has no shared memory, or lives in another
+    container, the others see nothing of it; that is no error.
+    """
+    token = os.urandom(_TOKEN_BYTES)  # another container's process may have the peer's number, and a file open
+    size = _TOKEN_BYTES + nbytes
+    descriptor, path = -1, None
     try:
-        return mmap.mmap(descriptor, nbytes)
+        try:
+            descriptor = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
+            os.posix_fallocate(descriptor, 0, size)
+            own, path = mmap.mmap(descriptor, size), f"/proc/{os.getpid()}/fd/{descriptor}"
+        except OSError:
+            own = mmap.mmap(-1, size)
+        own[:_TOKEN_BYTES] = token
+        peers = {}
+        for rank, (other, expected) in enumerate(bootstrap.exchange((path, token))):
+            if rank != bootstrap.rank and other is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    mapped = _map(other, size, mmap.ACCESS_READ)
+                    if mapped[:_TOKEN_BYTES] == expected:
+                        peers[rank] = memoryview(mapped)[_TOKEN_BYTES:]
+        bootstrap.barrier()
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    return memoryview(own)[_TOKEN_BYTES:], peers
+
+
+def _map(path: str, nbytes: int, access: int = mmap.ACCESS_WRITE) -> mmap.mmap:
+    flags = os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY | os.O_NONBLOCK  # it may be a stranger's pipe
+    descriptor = os.open(path, flags)
+    try:
+        return mmap.mmap(descriptor, nbytes, access=access)
     finally:
         os.close(descriptor)
