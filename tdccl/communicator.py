@@ -812,18 +812,13 @@ class Communicator:
         """What the abort word and the record beside it say."""
         fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
         code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
+        calls = account(self._recorder.histories())
         if code == layout.ABORTED:
-            return Aborted(
-                f"rank {rank} aborted this communicator; last call here: {self._last_call()}. Make a new one with "
-                "tdccl.init or by its shrink()",
-                rank,
-            )
+            what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
+            return Aborted("\n  ".join([what, *calls]), rank)
         if code == layout.PEER_DIED:
-            return PeerFailure(
-                f"rank {rank} (pid {self._control.pids[rank]}) died; last call here: {self._last_call()}. Call "
-                f"shrink(exclude=[{rank}]) to go on without it",
-                rank,
-            )
+            what = f"rank {rank} (pid {self._control.pids[rank]}) died; shrink(exclude=[{rank}]) goes on without it"
+            return PeerFailure("\n  ".join([what, *calls]), rank)
         if code == layout.GRID_TOO_LARGE:
             blocks = self._context.rules.heap_blocks
             return TdcclError(
@@ -837,11 +832,7 @@ class Communicator:
             what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
         self._control.share()
         waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
-        return Timeout("\n  ".join([waited, *account(self._recorder.histories())]))
-
-    def _last_call(self) -> str:
-        entries = self._recorder.histories().get(self.rank)
-        return str(entries[-1]) if entries else "no call yet"
+        return Timeout("\n  ".join([waited, *calls]))
 
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
