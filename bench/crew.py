@@ -127,6 +127,11 @@ class Fault:
     on: str = "both"
 
     @property
+    def timed(self) -> bool:
+        """Whether the others wait for something, an error or the end of their call."""
+        return bool(self.error) or self.kills
+
+    @property
     def kills(self) -> bool:
         """Whether the victim does not live through it."""
         return self.exits or any(strike.signal == signal.SIGKILL for strike in self.strikes)

@@ -41,7 +41,7 @@ def main() -> None:
 def _try(fault, crew: Crew, times: int) -> dict:
     """One row of the report; seconds: until the last rank saw the fault, each time it was tried, in order of size."""
     outcomes = [crew.run(fault) for _ in range(times)]
-    return _row(fault.name, fault.error, fault.waited, [outcome.seconds for outcome in outcomes if fault.error])
+    return _row(fault.name, fault.error, fault.waited, [outcome.seconds for outcome in outcomes if fault.timed])
 
 
 def _row(name: str, error: str, waited: float, seconds: list[float]) -> dict:
@@ -78,7 +78,7 @@ def _try_peer(backend: str, ranks: int, timeout: float) -> dict:
         process.kill()
         process.join()
     name = f"{backend}, timeout={timeout:g}: kill -9 while the others wait for it"
-    return _row(name, ", ".join(sorted(errors)), timeout, [seconds])
+    return _row(name, ", ".join(sorted(errors)), 0, [seconds])
 
 
 def _serve_peer(backend: str, rank: int, ranks: int, port: int, timeout: float, pipe) -> None:
