@@ -234,11 +234,13 @@ def _serve(rank: int, size: int, port: int, pipe) -> None:
     """A rank's process."""
     torch.set_num_threads(1)
     torch_entry.register()
+    index = None
     if ON_GPU:
-        torch.cuda.set_device(rank)
+        index = rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # with what follows, opens what stays open
-    with tdccl.init(store=dist.PrefixStore(f"alone/{os.getpid()}", store), rank=0, size=1, device=rank) as comm:
+    with tdccl.init(store=dist.PrefixStore(f"alone/{os.getpid()}", store), rank=0, size=1, device=index) as comm:
         verify(comm)
     while True:
         try:

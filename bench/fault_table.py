@@ -232,8 +232,8 @@ def _without_scratch(part: Part) -> Seen:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     hog = None
     if part.hit and ON_GPU:
-        free, _ = torch.cuda.mem_get_info(part.rank)
-        hog = torch.empty(free - (16 << 20), dtype=torch.uint8, device=f"cuda:{part.rank}")
+        free, _ = torch.cuda.mem_get_info()
+        hog = torch.empty(free - (16 << 20), dtype=torch.uint8, device="cuda")
     elif part.hit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     seen = _refused(part)
@@ -320,7 +320,7 @@ class TorchGroup:
     def __init__(self, part: Part, name: str, size: int):
         store = dist.PrefixStore(name, part.store)
         dist.init_process_group("tdccl", store=store, rank=part.rank, world_size=size, timeout=timedelta(seconds=LONG))
-        self.device = torch.device("cuda", part.rank) if ON_GPU else torch.device("cpu")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
         self.check = dist.group.WORLD.communicator.check
 
     def verify(self) -> None:
