@@ -68,13 +68,14 @@ def context_for(size: int, max_blocks: int | None = None, scratch: int | None = 
     return context
 
 
-def table_for(gpu: str, size: int) -> tuning.Table:
-    """The tuning table for this GPU and number of ranks. Raises InitError if it names what there is not."""
+def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
+    """The tuning table for this GPU and number of ranks, with multicast between them or without. Raises InitError if it
+    names what there is not."""
 
     def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
         return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
 
-    table = tuning.table_for(gpu, size, sent)
+    table = tuning.table_for(gpu, size, multicast, sent)
     for collective, placements in table.rows.items():
         known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
         if unknown := {row.algorithm for rows in placements.values() for row in rows} - {*known}:
@@ -122,15 +123,17 @@ class Communicator:
         self._context = context_for(self.size, self.max_blocks, scratch)
         self.device = _device(device, self.rank)
         self.gpu = tuning.EMULATED if environment.emulated() else torch.cuda.get_device_name(self.device)
-        self.table = table_for(self.gpu, self.size)
+        self._plan_with(transport.multicast_between(bootstrap, self.device))
         self._agree()
-        self._heap = transport.allocate(bootstrap, layout.heap_bytes(team_of(self._context, "")), self.device)
+        self._heap = self._allocate(layout.heap_bytes(team_of(self._context, "")))
+        if self.multicast.kind == "switch" and not self._heap.multicast:
+            self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
         pinned = not environment.emulated()
         self._control = torch.zeros(8, dtype=torch.int64, device="cpu", pin_memory=pinned)
         self._abort_word = ctypes.c_int64.from_address(self._control.data_ptr())
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
-        self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
+        self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._plans: dict[Call, Plan] = {}
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
@@ -142,11 +145,18 @@ class Communicator:
         self._destroyed = False
         self._team = self._make_team()
 
+    def _plan_with(self, multicast: transport.Multicast) -> None:
+        """Lets algorithms and table know what the ranks have of multicast."""
+        self.multicast = multicast
+        self._context = self._context._replace(multicast=multicast)
+        self.table = table_for(self.gpu, self.size, multicast.kind == "switch")
+
     def _agree(self) -> None:
         """Checks that all ranks fit together, and will decide alike."""
         host = f"{socket.gethostname()}/{_boot_id()}"
         mine = {"tdccl": __version__, "emulated": environment.emulated(), "scratch": self._context.ring_bytes}
         mine |= {"TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks, "tuning": self.table.digest()}
+        mine |= {"multicast": self.multicast.kind}
         everyone = self._bootstrap.exchange((host, mine))
         for rank, (other_host, other) in enumerate(everyone):
             if other != mine:
@@ -492,7 +502,7 @@ class Communicator:
         sizes = self._bootstrap.exchange(nbytes)
         if len(set(sizes)) > 1:
             raise ArgumentError(f"empty: the ranks ask for different sizes in bytes: {sizes}")
-        segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
+        segment = self._allocate(max(16, nbytes))
         self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
@@ -541,6 +551,9 @@ class Communicator:
         """The context of `tdccl.symmetric(self)`."""
         self.check()
         return self._arenas.block()
+
+    def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
+        return transport.allocate(self._bootstrap, nbytes, self.device, self.multicast)
 
     def _add(self, memory: transport.SymmetricMemory) -> None:
         self._segments.append(memory)
@@ -593,7 +606,7 @@ class Communicator:
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
         try:
-            self._context = context_for(self.size, max_blocks, self._scratch)
+            self._context = context_for(self.size, max_blocks, self._scratch)._replace(multicast=self.multicast)
         except InitError as error:
             raise ArgumentError(f"limit_blocks: {error}") from error
         self.max_blocks = max_blocks
@@ -721,12 +734,14 @@ class Communicator:
     def _call(self, collective, source, target, count, op, root, splits) -> Call:
         send, recv = source.data_ptr(), target.data_ptr()
         low = (send | recv) & 15
-        segments = (None, None)
+        segments, multicast_alignment = (None, None), 16
         if self._segments:
             segments = (
                 self._segment_of(send, source.numel() * source.itemsize),
                 self._segment_of(recv, target.numel() * target.itemsize),
             )
+            if self.multicast.kind is not None:
+                multicast_alignment = self._multicast_alignment(segments, (send, recv))
         if op is None:
             dtype, size = "u8", source.itemsize
             count *= size
@@ -737,7 +752,18 @@ class Communicator:
         in_place = _overlap(source, target)
         if in_place and source is not target:
             self._check_in_place(collective, source, target)
-        return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
+        alignment = 16 if low == 0 else low & -low
+        return Call(
+            collective, count, dtype, op, root, alignment, splits, segments, in_place,
+            multicast_alignment=multicast_alignment,
+        )  # fmt: skip
+
+    def _multicast_alignment(self, segments, addresses) -> int:
+        """`Call.multicast_alignment`."""
+        found = [(segment, address) for segment, address in zip(segments, addresses) if segment is not None]
+        if self.multicast.kind == "switch" and not all(segment.multicast for segment, _ in found):
+            return 0
+        return min((16 if address % 16 == 0 else address & -address for _, address in found), default=16)
 
     def _check_in_place(self, collective, source, target) -> None:
         """Overlapping is only in place if the smaller buffer is this rank's piece of the larger, or both are one."""
@@ -862,6 +888,8 @@ class Explanation:
             f"  grid {geometry.grid} blocks of {geometry.warps} warps, {constants}, {access} accesses",
             f"  scratch {self.scratch / 2**20:.1f} MiB, shared by all calls",
         ]
+        if self.choice.algorithm.multimem is not None and self.call.op is not None:
+            lines.append("  reduced in the switch: the bits need not be those of the other algorithms")
         lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
         return "\n".join(lines)
 

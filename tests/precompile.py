@@ -37,6 +37,8 @@ def write_pack(path: str) -> None:
     for size, (collective, algorithms) in itertools.product(range(1, pool.LARGEST_WORLD + 1), ALGORITHMS.items()):
         context = aot.context_for(size)
         for algorithm in algorithms if collective in {*cases.REDUCTIONS, *cases.MOVEMENTS} else ():
+            if algorithm.multimem is not None:
+                continue  # what the twins need is compiled as they are called
             if collective == "broadcast" and size == 1:
                 continue  # nothing is launched
             for call in _calls(collective, algorithm, size):
