@@ -121,7 +121,7 @@ def main(backend: str, arch: str, warp: str) -> None:
                 calls = list(calls_of(collective, algorithm))
                 calls = calls if (size, arch) == (4, "90") else calls[:1]
                 name = f"{collective}.{algorithm.name}"
-                for kind in kinds_of(algorithm, backend, size):
+                for kind in kinds_of(algorithm, size, arch):
                     reached = context._replace(multicast=Multicast(kind, "for a test"))
                     for call in calls if kind != "unicast" else calls[:1]:
                         compiled, geometry = compile_call(algorithm, call, reached, target)
@@ -129,13 +129,13 @@ def main(backend: str, arch: str, warp: str) -> None:
                         tell(facts | {"aligned": geometry.aligned}, compiled)
 
 
-def kinds_of(algorithm, backend: str, size: int) -> list[str | None]:
+def kinds_of(algorithm, size: int, arch: str) -> list[str | None]:
     """How a kernel's multimem is compiled: for the switch, which CUDA alone has, and without it."""
     if algorithm.multimem is None:
         return [None]
-    if backend != "cuda":
-        return ["unicast"]
-    return {4: ["switch", "unicast"], 8: ["switch"]}.get(size, [])
+    if size != 4:
+        return []  # nothing new
+    return {"90": ["switch", "unicast"], "100": ["switch"]}.get(arch, ["unicast"])
 
 
 def forms(backend: str, arch: str, warp: str) -> None:
