@@ -403,6 +403,21 @@ def check_symmetric_storm(comm):
         comm.use_table(before)
 
 
+def check_graphs(comm):
+    before = comm.table
+    comm.use_table(preferring(symmetric=False))
+    try:
+        test_races.graphs(comm)
+    finally:
+        comm.use_table(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_replay_with_new_inputs_mixed_with_eager_calls(ranks, world):
+    if world > 1:
+        ranks.run(check_graphs, world)
+
+
 def test_symmetric_buffers_pass_from_call_to_call(ranks, world):
     if world > 2 or (world > 1 and LONG_RUN):
         ranks.run(check_symmetric_storm, world)

@@ -54,6 +54,7 @@ def supported(device: torch.device) -> bool:
     """Whether the driver says that this GPU can take part in multicast."""
     from cuda.bindings import driver
 
+    driver.cuInit(0)
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
     status, value = driver.cuDeviceGetAttribute(attribute, device.index)
     return status == driver.CUresult.CUDA_SUCCESS and bool(value)
