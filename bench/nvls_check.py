@@ -43,7 +43,8 @@ def tasks(comm: tdccl.Communicator, sizes: list[int]) -> Iterator[Task]:
     """Every NVLS algorithm of the collectives that move or reduce data."""
     for name, collective in COLLECTIVES.items():
         algorithms = [algorithm for algorithm in ALGORITHMS[name] if algorithm.multimem is not None]
-        for algorithm, number in itertools.product(algorithms, range(len(_KINDS) if collective.reduces else 1)):
+        kinds = 1 if not collective.reduces else 2 if environment.emulated() else len(_KINDS)
+        for algorithm, number in itertools.product(algorithms, range(kinds)):
             dtype, op = _KINDS[number]
             for size in sizes if number == 0 else {sizes[0], sizes[-1]}:
                 for in_place in collective.variants:

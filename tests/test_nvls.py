@@ -448,6 +448,20 @@ def test_through_the_bench(ranks):
     assert "nvls_two_shot_staged" in said
 
 
+def test_the_check_of_a_host_with_multicast():
+    command = [sys.executable, "-m", "bench.nvls_check", "-b", "10", "-e", "10"]
+    kept = {**os.environ, "TDCCL_INIT": "tcp://127.0.0.1:29653", "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(command, cwd=pool.ROOT, env={**kept, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said, _ = started[0].communicate(timeout=200)
+    assert [rank.wait(60) for rank in started] == [0, 0]
+    assert "# wrong elements: 0" in said
+    names = {f"{collective} {algorithm.name}" for collective in ALGORITHMS for algorithm in nvls_of(collective)}
+    assert {" ".join(line.split()[:2]) for line in said.splitlines() if not line.startswith("#")} == names
+
+
 def test_through_torch_distributed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(TORCH_PROGRAM)
