@@ -194,7 +194,7 @@ class Communicator:
 
         send, recv: equal shape and dtype; recv may be send (in place); None makes a new one.
         op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
-        fp32, in rank order.
+        fp32, in rank order. An NVSwitch that adds (`explain` tells) does so in its own order, and rounds.
         """
         key = ("all_reduce", op, arrays.signature(send, recv))
         if self._again(key, stream):
