@@ -99,6 +99,11 @@ UNGUARDED = """
 --:-:-:-:4	@!P0 STG.E.128.STRONG.SYS desc[UR4][R22.64], R24;
 --:-:-:-:5	@P1 BRA LBB0;
 01:-:-:-:1	REDG.E.ADD.64.STRONG.SYS desc[UR4][R2.64], R4;
+--:-:-:-:1	REDG.E.ADD.64.STRONG.SYS desc[UR4][R2.64], R6;
+--:-:-:-:5	@!P0 EXIT;
+LBB1:
+--:-:-:-:1	REDG.E.ADD.64.STRONG.SYS desc[UR4][R2.64], R8;
+--:-:-:-:5	@!P0 BRA LBB1;
 LBB0:
 --:0:-:-:4	STG.E.128.STRONG.SYS desc[UR4][R2.64], R12;
 --:-:-:-:5	EXIT;

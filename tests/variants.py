@@ -82,19 +82,27 @@ def multimem_facts(compiled) -> dict:
 def unguarded(lines: list[str]) -> list[str]:
     """Those of the switch's instructions that have no predicate, and that no branch before them leads around."""
     labels = {line.rstrip(":"): number for number, line in enumerate(lines) if re.fullmatch(r"\w+:", line)}
-    found = []
-    for number, line in enumerate(lines):
-        if not re.search(r"\bLDGMC\b|\b(?:STG|REDG)\.E\S*\.STRONG\.SYS\b", line) or re.search(r"@!?U?P", line):
-            continue
-        before = number - 1
-        while before >= 0 and lines[before].rstrip(":") not in labels:
-            skips = re.search(r"@!?U?P\w+ (?:EXIT|BRA (\w+))", lines[before])
-            if skips and (skips[1] is None or labels[skips[1]] > number):
-                break
-            before -= 1
-        else:
-            found.append(line)
-    return found
+    return [
+        line
+        for number, line in enumerate(lines)
+        if re.search(r"\bLDGMC\b|\b(?:STG|REDG)\.E\S*\.STRONG\.SYS\b", line)
+        and not re.search(r"@!?U?P", line)
+        and not _skipped(lines, labels, number)
+    ]
+
+
+def _skipped(lines: list[str], labels: dict[str, int], number: int) -> bool:
+    """Whether all ways to an instruction pass a branch that may lead around it; a loop's own is one."""
+    for before in reversed(range(number)):
+        label = lines[before].rstrip(":")
+        if label in labels:
+            ways = [i for i, line in enumerate(lines) if re.search(rf"\bBRA {label}\b", line)]
+            if not all(way > number and re.search(r"@!?U?P\w+ BRA", lines[way]) for way in ways):
+                return False
+        skips = re.search(r"@!?U?P\w+ (?:EXIT|BRA (\w+))", lines[before])
+        if skips and (skips[1] is None or labels[skips[1]] > number):
+            return True
+    return False
 
 
 def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: GPUTarget):
