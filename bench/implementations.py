@@ -151,6 +151,7 @@ def peers(names: list[str], comm: Communicator, bootstrap: Bootstrap, graph: boo
     names = [name for name in names if name not in notes]
     if not names:
         return [], notes
+    environment.forbid_multicast_to_others()
     backends = {"cpu:gloo" if name == "gloo" else "cuda:nccl" for name in names}
     dist.init_process_group(
         ",".join(sorted(backends)), store=_shared_store(bootstrap), rank=bootstrap.rank, world_size=bootstrap.size

@@ -31,6 +31,7 @@ from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry
 from tdccl.runtime.arrays import BITWISE, OPS, TRITON_NAMES
 from tdccl.runtime.launch import Arguments, compile_kernel, identity
 from tdccl.runtime.plan import choose
+from tdccl.transport import Multicast
 from tdccl.tuning import Table
 from tdccl.tuning.table import package_files, read
 
@@ -79,10 +80,14 @@ def key_of(algorithm: Algorithm, geometry: Geometry, op: str | None, context: Co
     return pack.key_of(identity(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps))
 
 
-def jobs(arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str]) -> dict[str, Job]:
-    """One job for each distinct kernel, by key: what any GPU's tuning table chooses."""
+def jobs(
+    arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str], multicast: bool
+) -> dict[str, Job]:
+    """One job for each distinct kernel, by key: what any GPU's tuning table chooses, with multicast or without."""
     context, distinct = context_for(size), {}
-    for table, collective in itertools.product(_tables(size), collectives):
+    if multicast:
+        context = context._replace(multicast=Multicast("switch", "asked for"))
+    for table, collective in itertools.product(_tables(size, multicast), collectives):
         for dtype, op in _kinds(collective, dtypes, ops):
             for call in calls(collective, dtype, op, size):
                 choice = choose(ALGORITHMS[collective], call, context, table)
@@ -91,10 +96,10 @@ def jobs(arch: str, size: int, collectives: list[str], dtypes: list[str], ops: l
     return distinct
 
 
-def _tables(size: int) -> list[Table]:
+def _tables(size: int, multicast: bool = False) -> list[Table]:
     """The measured tables for this number of ranks, and the one that is modelled for GPUs without."""
     measured = {made["gpu"] for made in map(read, package_files()) if made["world"] == size}
-    return [table_for(gpu, size) for gpu in sorted(measured | {"another GPU"})]
+    return [table_for(gpu, size, multicast) for gpu in sorted(measured | {"another GPU"})]
 
 
 def _kinds(collective: str, dtypes: list[str], ops: list[str]) -> list[tuple[str, str | None]]:
@@ -159,7 +164,7 @@ def build(options: argparse.Namespace) -> None:
     todo = [
         item
         for arch, size in itertools.product(options.arch, options.world)
-        for item in jobs(arch, size, options.collective, options.dtype, options.op).items()
+        for item in jobs(arch, size, options.collective, options.dtype, options.op, options.multicast).items()
     ]
     write_pack(options.out, todo)
 
@@ -196,6 +201,7 @@ def main(words: list[str]) -> None:
     builder.add_argument("--collective", type=_some_of(collectives), default=collectives, help="default: all")
     builder.add_argument("--dtype", type=_some_of(dtypes), default="bf16,fp16,fp32", help="of reductions")
     builder.add_argument("--op", type=_some_of(ops), default="sum,avg,min,max", help="of reductions")
+    builder.add_argument("--multicast", action="store_true", help="for hosts with NVLink multicast")
     builder.add_argument("--out", default=environment.default_pack(), help="default: %(default)s, where it is found")
     lister = commands.add_parser("list", help="say what packs hold")
     lister.set_defaults(run=show)

@@ -86,13 +86,14 @@ def context_for(size: int, max_blocks: int | None = None, scratch: int | None = 
     return context
 
 
-def table_for(gpu: str, size: int) -> tuning.Table:
-    """The tuning table for this GPU and number of ranks. Raises InitError if it names what there is not."""
+def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
+    """The tuning table for this GPU and number of ranks, with multicast between them or without. Raises InitError if it
+    names what there is not."""
 
     def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
         return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
 
-    table = tuning.table_for(gpu, size, sent)
+    table = tuning.table_for(gpu, size, multicast, sent)
     for collective in table.rows:
         known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
         if unknown := table.algorithms(collective) - {*known}:
@@ -141,6 +142,7 @@ class Communicator:
         self._scratch = scratch
         self._debug = environment.debug()
         self._agree(device, max_blocks)
+        self._plan_with(transport.multicast_between(bootstrap, self.device))
         self._control = transport.Control(bootstrap, pinned=not self._emulated)
         self._abort_word = self._control.abort
         self._dead: set[int] = set()
@@ -149,9 +151,11 @@ class Communicator:
         self._recorder = Recorder(bootstrap)
         self._end_watch = self._watch_peers()
         self._heap = self._allocate_heap()
+        if self.multicast.kind == "switch" and not self._heap.multicast:
+            self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
         self._segments: list[transport.SymmetricMemory] = []
         self._regions = transport.Regions()
-        self._arenas = Arenas(bootstrap, self.device, self._segments, self._regions)
+        self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._plans: dict[Call, Plan] = {}
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
@@ -164,6 +168,12 @@ class Communicator:
         self._stop_word = ctypes.c_int64.from_address(self._heap.address + layout.STOP_BYTE.value)
         self._team = self._make_team()
         _alive.add(self)
+
+    def _plan_with(self, multicast: transport.Multicast) -> None:
+        """Lets algorithms and table know what the ranks have of multicast."""
+        self.multicast = multicast
+        self._context = self._context._replace(multicast=multicast)
+        self.table = table_for(self.gpu, self.size, multicast.kind == "switch")
 
     def _agree(self, device, max_blocks: int | None) -> None:
         """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
@@ -224,8 +234,7 @@ class Communicator:
     def _allocate_heap(self) -> transport.SymmetricMemory:
         """Scratch; if a rank can get none, no other waits for it."""
         try:
-            nbytes = layout.heap_bytes(team_of(self._context, ""))
-            return transport.allocate(self._bootstrap, nbytes, self.device)
+            return self._allocate(layout.heap_bytes(team_of(self._context, "")))
         except BaseException as error:
             self._control.fail(layout.ABORTED, self.rank)
             self._end_watch()
@@ -305,7 +314,7 @@ class Communicator:
 
         send, recv: equal shape and dtype; recv may be send (in place); None makes a new one.
         op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
-        fp32, in rank order.
+        fp32, in rank order. An NVSwitch that adds (`explain` tells) does so in its own order, and rounds.
         """
         key = ("all_reduce", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
@@ -664,7 +673,7 @@ class Communicator:
         sizes = self._bootstrap.exchange(nbytes)
         if len(set(sizes)) > 1:
             raise ArgumentError(f"empty: the ranks ask for different sizes in bytes: {sizes}")
-        segment = transport.allocate(self._bootstrap, max(16, nbytes), self.device)
+        segment = self._allocate(max(16, nbytes))
         self._add(segment)
         return segment.local[:nbytes].view(dtype).view(shape)
 
@@ -713,6 +722,9 @@ class Communicator:
         """The context of `tdccl.symmetric(self)`."""
         self.check()
         return self._arenas.block()
+
+    def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
+        return transport.allocate(self._bootstrap, nbytes, self.device, self.multicast)
 
     def _add(self, memory: transport.SymmetricMemory) -> None:
         self._segments.append(memory)
@@ -765,7 +777,7 @@ class Communicator:
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
         try:
-            self._context = context_for(self.size, max_blocks, self._scratch)
+            self._context = context_for(self.size, max_blocks, self._scratch)._replace(multicast=self.multicast)
         except InitError as error:
             raise ArgumentError(f"limit_blocks: {error}") from error
         self.max_blocks = max_blocks
@@ -943,12 +955,14 @@ class Communicator:
     def _call(self, collective, source, target, count, op, root, splits) -> Call:
         send, recv = source.data_ptr(), target.data_ptr()
         low = (send | recv) & 15
-        segments = (None, None)
+        segments, multicast_alignment = (None, None), 16
         if self._segments:
             segments = (
                 self._segment_of(send, source.numel() * source.itemsize),
                 self._segment_of(recv, target.numel() * target.itemsize),
             )
+            if self.multicast.kind is not None:
+                multicast_alignment = self._multicast_alignment(segments, (send, recv))
         if op is None:
             dtype, size = "u8", source.itemsize
             count *= size
@@ -959,7 +973,18 @@ class Communicator:
         in_place = _overlap(source, target)
         if in_place and source is not target:
             self._check_in_place(collective, source, target)
-        return Call(collective, count, dtype, op, root, 16 if low == 0 else low & -low, splits, segments, in_place)
+        alignment = 16 if low == 0 else low & -low
+        return Call(
+            collective, count, dtype, op, root, alignment, splits, segments, in_place,
+            multicast_alignment=multicast_alignment,
+        )  # fmt: skip
+
+    def _multicast_alignment(self, segments, addresses) -> int:
+        """`Call.multicast_alignment`."""
+        found = [(segment, address) for segment, address in zip(segments, addresses) if segment is not None]
+        if self.multicast.kind == "switch" and not all(segment.multicast for segment, _ in found):
+            return 0
+        return min((16 if address % 16 == 0 else address & -address for _, address in found), default=16)
 
     def _check_in_place(self, collective, source, target) -> None:
         """Overlapping is only in place if the smaller buffer is this rank's piece of the larger, or both are one."""
@@ -1166,6 +1191,8 @@ class Explanation:
             f"  grid {geometry.grid} blocks of {geometry.warps} warps, {constants}, {access} accesses",
             f"  scratch {self.scratch / 2**20:.1f} MiB, shared by all calls",
         ]
+        if self.choice.algorithm.multimem is not None and self.call.op is not None:
+            lines.append("  reduced in the switch: the bits need not be those of the other algorithms")
         lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
         return "\n".join(lines)
 

@@ -21,6 +21,43 @@ def emulated() -> bool:
     return not torch.cuda.is_available()
 
 
+# Each forbids NVLink multicast by this value; a variable that disables it does so by any value that means yes.
+_FORBIDDING = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TDCCL_NVLS": "0",
+}
+_NO = ("0", "false", "no", "off", "n", "f")
+
+
+def multicast_forbidden_by() -> str | None:
+    """The variable, as NAME=value, by which NVLink multicast is forbidden here, or None: the one place that decides.
+
+    Some hosts share their switch with others, whom a multicast object takes out of service: there is no override.
+    """
+    for name, forbidding in _FORBIDDING.items():
+        given = os.environ.get(name)
+        if given and (given.strip().lower() in _NO) == (forbidding == "0"):
+            return f"{name}={given}"
+    return None
+
+
+def forbid_multicast_to_others() -> None:
+    """Where multicast is forbidden by any of the variables, sets them all but ours, for libraries that know but one."""
+    if multicast_forbidden_by():
+        os.environ.update({name: value for name, value in _FORBIDDING.items() if name != "TDCCL_NVLS"})
+
+
+def multimem_by_unicast() -> bool:
+    """`TDCCL_NVLS=unicast`: NVLS algorithms with loads from and stores to all ranks in place of multimem, to test them
+    on GPUs without multicast. Raises InitError for a value that is none of 0, 1 and unicast."""
+    given = os.environ.get("TDCCL_NVLS", "1")
+    if given not in ("0", "1", "unicast"):
+        raise InitError(f"TDCCL_NVLS is {given!r}, expected 0 (no NVLink multicast), 1 (where there is), or unicast")
+    return given == "unicast"
+
+
 def scratch_bytes() -> int:
     """Scratch of one communicator: 64 MiB a GPU, 4 MiB a rank in emulation, or `TDCCL_SCRATCH_MB`."""
     given = os.environ.get("TDCCL_SCRATCH_MB", "4" if emulated() else "64")

@@ -139,6 +139,8 @@ class Tuner:
         for algorithm in ALGORITHMS[task.collective]:
             if algorithm.path == "symmetric" and task.placement == "plain":
                 continue
+            if algorithm.multimem is not None and self._comm.multicast.kind == "unicast":
+                continue  # a stand-in for tests
             for shape in shapes(algorithm, task.cap):
                 self._comm.use_table(task.table(algorithm.name, shape))
                 choice = self._comm.explain(task.collective, task.send, task.recv).choice
@@ -277,6 +279,7 @@ def _dumped(comm: tdccl.Communicator, points: Points, arguments: list[str]) -> s
     made = {
         "gpu": comm.gpu,
         "world": comm.size,
+        "multicast": comm.multicast.kind == "switch",
         "versions": {"tdccl": tdccl.__version__, "torch": torch.__version__, "triton": triton.__version__},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([f"mpirun -n {comm.size} python -m tdccl.tune", *_without_path(arguments)]),

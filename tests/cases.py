@@ -49,5 +49,5 @@ def few_counts(dtype: torch.dtype) -> list[int]:
 
 
 def algorithms_of(collective: str, symmetric: bool) -> list[str]:
-    """Names of the algorithms that a plain or a symmetric placement has to be tried with."""
-    return [a.name for a in ALGORITHMS[collective] if bool(a.symmetric) == symmetric]
+    """Names of the algorithms that a plain or a symmetric placement has to be tried with; `test_nvls` has the rest."""
+    return [a.name for a in ALGORITHMS[collective] if bool(a.symmetric) == symmetric and a.multimem is None]

@@ -5,8 +5,16 @@ import pool
 import pytest
 import torch
 
+from tdccl import environment
+from tdccl.transport import multicast
+
 # A small scratch, so that a message larger than it stays cheap; must be set before any rank starts.
 os.environ["TDCCL_SCRATCH_MB"] = str(cases.SCRATCH_MB)
+# GPUs without multicast run the NVLS algorithms' unicast twins.
+if not environment.emulated():
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if environment.multicast_forbidden_by() or not all(map(multicast.supported, gpus)):
+        os.environ["TDCCL_NVLS"] = "unicast"
 
 
 @pytest.fixture(scope="session")

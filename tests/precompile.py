@@ -40,6 +40,8 @@ def write_pack(path: str, worlds: set[int]) -> None:
     for size, (collective, algorithms) in itertools.product(sorted(worlds), ALGORITHMS.items()):
         context, table = aot.context_for(size), table_for(gpu, size)
         for algorithm in algorithms if collective in {*cases.REDUCTIONS, *cases.MOVEMENTS} else ():
+            if algorithm.multimem is not None:
+                continue  # what the twins need is compiled as they are called
             if collective == "broadcast" and size == 1:
                 continue  # nothing is launched
             for call in _calls(collective, algorithm, size):

@@ -277,10 +277,18 @@ def test_tables_are_the_same_without_triton(monkeypatch):
             assert kept[0] == kept[1]
 
 
+def test_a_pack_for_hosts_with_multicast_holds_what_goes_through_the_switch():
+    wanted = "sm_90", RANKS, ["all_reduce"], ["bf16"], ["sum"]
+    with_it, without = aot.jobs(*wanted, multicast=True), aot.jobs(*wanted, multicast=False)
+    through = {job.algorithm for job in with_it.values() if job.geometry.constants.get("MULTIMEM") == "switch"}
+    assert through == {"nvls_two_shot", "nvls_two_shot_staged"}
+    assert not [job for job in without.values() if "MULTIMEM" in job.geometry.constants]
+
+
 def check_team(comm):
     constants = comm._team[5:]
     assert aot.team_of(comm._context, "cuda")[5:-1] == constants[:-1]
-    assert aot.context_for(comm.size) == comm._context
+    assert aot.context_for(comm.size) == comm._context._replace(multicast=aot.context_for(comm.size).multicast)
     assert constants[-1] == ("cuda" if comm.device.type == "cuda" else "emulation")
 
 

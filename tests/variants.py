@@ -1,23 +1,30 @@
 """Compiles kernels for GPUs without a GPU. Run as a program by `test_compile`, because a process either
-interprets or compiles: `python variants.py cuda 90 32` prints one JSON line a kernel."""
+interprets or compiles: `python variants.py kernels cuda 90 32` prints one JSON line a kernel."""
 
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if __name__ == "__main__":
     os.environ["TDCCL_EMULATE"] = "0"
 
+import multimem_kernels
 from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.runtime.algorithm import Call, Context, team_of
+from tdccl.runtime.algorithm import ITEMSIZE, Call, Context, team_of
 from tdccl.runtime.algorithm import context_of as context_within
-from tdccl.runtime.launch import Arguments, compile_kernel
+from tdccl.runtime.launch import Arguments, Symmetric, Team, compile_kernel
+from tdccl.transport import Multicast
+
+# What the switch reduces by: one instruction for 16 bytes where the type has vectors, else one a word.
+WIDE_FORMS = [("bf16", "sum"), ("fp16", "sum"), ("fp32", "avg")]
+NARROW_FORMS = [("fp64", "sum"), ("i64", "min"), ("i32", "max"), ("u8", "xor")]
 
 
 def context_of(size: int, scratch: int = 64 << 20) -> Context:
@@ -43,8 +50,9 @@ def calls_of(collective: str, algorithm):
     kinds = [("u8", None)]
     if "reduce" in collective:
         kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
+        kinds = kinds if algorithm.multimem is None else WIDE_FORMS
     for dtype, op in kinds:
-        itemsize = {"u8": 1, "i8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i64": 8}[dtype]
+        itemsize = ITEMSIZE[dtype]
         on_device = (1 << 20, 1 << 21, 64, 6400, 6400) if collective == "all_to_all_vdev" else None
         yield Call(collective, nbytes // itemsize, dtype, op, 0, 16, None, (object(), object()), False, on_device)
 
@@ -59,6 +67,59 @@ def sass_facts(sass: str) -> dict:
     }
 
 
+def multimem_facts(compiled) -> dict:
+    """The multimem instructions in PTX, how many of each there are in SASS, and those that nothing guards there."""
+    ptx, sass = compiled.asm["ptx"], compiled.asm["sass"]
+    return {
+        "forms": sorted(set(re.findall(r"multimem\.(?:ld_reduce|st|red)\.[\w.:]+", ptx))),
+        "reduced_loads": len(re.findall(r"\bLDGMC\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.128\.STRONG\.SYS\b", sass)),
+        "reductions": len(re.findall(r"\bREDG\.E\S*\.STRONG\.SYS\b", sass)),
+        "unguarded": unguarded(sass.splitlines()),
+    }
+
+
+def unguarded(lines: list[str]) -> list[str]:
+    """Those of the switch's instructions that have no predicate, and that no branch before them leads around."""
+    labels = {line.rstrip(":"): number for number, line in enumerate(lines) if re.fullmatch(r"\w+:", line)}
+    return [
+        line
+        for number, line in enumerate(lines)
+        if re.search(r"\bLDGMC\b|\b(?:STG|REDG)\.E\S*\.STRONG\.SYS\b", line)
+        and not re.search(r"@!?U?P", line)
+        and not _skipped(lines, labels, number)
+    ]
+
+
+def _skipped(lines: list[str], labels: dict[str, int], number: int) -> bool:
+    """Whether all ways to an instruction pass a branch that may lead around it; a loop's own is one."""
+    for before in reversed(range(number)):
+        label = lines[before].rstrip(":")
+        if label in labels:
+            ways = [i for i, line in enumerate(lines) if re.search(rf"\bBRA {label}\b", line)]
+            if not all(way > number and re.search(r"@!?U?P\w+ BRA", lines[way]) for way in ways):
+                return False
+        skips = re.search(r"@!?U?P\w+ (?:EXIT|BRA (\w+))", lines[before])
+        if skips and (skips[1] is None or labels[skips[1]] > number):
+            return True
+    return False
+
+
+def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: GPUTarget):
+    """The kernel with all device functions of `tdccl.language.multimem`, for one element type and operation."""
+    constexpr = {"DTYPE": dtype, "OP": op, "RED": red, "MULTIMEM": kind}
+    team_types = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * (len(Team._fields) - 5))
+    pointers = {"result": "*i8", "source": "*i8", "quads": "i32"}
+    types = {
+        "team": team_types,
+        "buffer": Symmetric("*i64", "i64"),
+        **pointers,
+        **dict.fromkeys(constexpr, "constexpr"),
+    }
+    arguments = SimpleNamespace(types=types, values=constexpr, promised=lambda name: 1)
+    return compile_kernel(multimem_kernels.every_form, arguments, team_of(context_of(size), target.backend), 4, target)
+
+
 def main(backend: str, arch: str, warp: str) -> None:
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
     for size in (4, 2, 3, 8) if arch == "90" else (4,):
@@ -66,16 +127,46 @@ def main(backend: str, arch: str, warp: str) -> None:
         for collective, algorithms in ALGORITHMS.items():
             for algorithm in algorithms:
                 calls = list(calls_of(collective, algorithm))
-                for call in calls if (size, arch) == (4, "90") else calls[:1]:
-                    compiled, geometry = compile_call(algorithm, call, context, target)
-                    facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
-                    facts["aligned"] = geometry.aligned
-                    if backend == "cuda":
-                        facts |= sass_facts(compiled.asm["sass"])
-                    else:
-                        facts["code"] = len(compiled.asm["hsaco"])
-                    print(json.dumps(facts), flush=True)
+                calls = calls if (size, arch) == (4, "90") else calls[:1]
+                name = f"{collective}.{algorithm.name}"
+                for kind in kinds_of(algorithm, size, arch):
+                    reached = context._replace(multicast=Multicast(kind, "for a test"))
+                    for call in calls if kind != "unicast" else calls[:1]:
+                        compiled, geometry = compile_call(algorithm, call, reached, target)
+                        facts = {"name": name, "size": size, "dtype": call.dtype, "op": call.op, "multimem": kind}
+                        tell(facts | {"aligned": geometry.aligned}, compiled)
+
+
+def kinds_of(algorithm, size: int, arch: str) -> list[str | None]:
+    """How a kernel's multimem is compiled: for the switch, which CUDA alone has, and without it."""
+    if algorithm.multimem is None:
+        return [None]
+    if size != 4:
+        return []  # nothing new
+    return {"90": ["switch", "unicast"], "100": ["switch"]}.get(arch, ["unicast"])
+
+
+def forms(backend: str, arch: str, warp: str) -> None:
+    """The device functions of multimem by themselves, with every type and operation that the architecture has."""
+    target = GPUTarget(backend, int(arch), int(warp))
+    kinds = [*WIDE_FORMS, *NARROW_FORMS, ("bf16", "min"), ("fp16", "max"), ("i64", "sum"), ("i32", "and")]
+    listed = [(dtype, op, "switch", True) for dtype, op in kinds] + [("bf16", "sum", "unicast", True)]
+    if arch == "100":
+        listed += [(dtype, op, "switch", False) for dtype in ("fp8e4nv", "fp8e5") for op in ("sum", "min")]
+    for dtype, op, kind, red in listed:
+        compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target)
+        tell({"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}, compiled)
+
+
+def tell(facts: dict, compiled) -> None:
+    if "hsaco" in compiled.asm:
+        facts["code"] = len(compiled.asm["hsaco"])
+    else:
+        facts |= sass_facts(compiled.asm["sass"])
+        if facts["multimem"] is not None:
+            facts |= multimem_facts(compiled)
+    print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"kernels": main, "forms": forms}[sys.argv[1]](*sys.argv[2:])

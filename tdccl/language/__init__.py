@@ -3,7 +3,7 @@
     import tdccl.language as shmem
 
 The *shmem* layer is here: teams and epochs, symmetric addresses, signals and bounded waits, LL packets,
-ring slots, ordered reductions. Each function states its memory ordering.
+ring slots, ordered reductions, multimem. Each function states its memory ordering.
 """
 
 from tdccl.language.channels import (
@@ -16,6 +16,16 @@ from tdccl.language.channels import (
     channel_slot_at,
     count_for_peers,
     wait_counts,
+)
+from tdccl.language.multimem import (
+    multimem_barrier,
+    multimem_ld_reduce,
+    multimem_red,
+    multimem_st,
+    quads_in,
+    stage,
+    unstage,
+    words_of,
 )
 from tdccl.language.packets import (
     exchange_words,
@@ -61,6 +71,6 @@ from tdccl.language.team import (
     begin,
     end,
 )
-from tdccl.language.tiles import load_ranks, local_slot, pick, remote_slot, span_start, steps_of
+from tdccl.language.tiles import load_ranks, local_slot, pick, remote_slot, slot_offset, span_start, steps_of
 
 __all__ = [name for name in dir() if not name.startswith("_")]

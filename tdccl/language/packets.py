@@ -170,7 +170,8 @@ def get_words_from(team, epoch, own, slot_index, mask, source):
 
 
 @triton.jit
-def _lane(word, LANE: tl.constexpr, DTYPE: tl.constexpr):
+def lane_of(word, LANE: tl.constexpr, DTYPE: tl.constexpr):
+    """Element number LANE of each word."""
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     if BITS == 64 or BITS == 32:
         return word.to(DTYPE, bitcast=True)
@@ -181,7 +182,8 @@ def _lane(word, LANE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _unlane(value, LANE: tl.constexpr, DTYPE: tl.constexpr):
+def lane_word(value, LANE: tl.constexpr, DTYPE: tl.constexpr):
+    """Words that hold `value` as element number LANE, and zeros beside it."""
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     if BITS == 64:
         return value.to(tl.int64, bitcast=True)
@@ -199,8 +201,8 @@ def fold_words(words, OP: tl.constexpr, DTYPE: tl.constexpr):
     LANES: tl.constexpr = 1 if DTYPE.primitive_bitwidth >= 32 else 32 // DTYPE.primitive_bitwidth
     result = tl.zeros(words[0].shape, words[0].dtype)
     for lane in tl.static_range(LANES):
-        total = widen(_lane(words[0], lane, DTYPE), DTYPE)
+        total = widen(lane_of(words[0], lane, DTYPE), DTYPE)
         for rank in tl.static_range(1, len(words)):
-            total = accumulate(total, widen(_lane(words[rank], lane, DTYPE), DTYPE), OP)
-        result |= _unlane(settle(total, OP, len(words), DTYPE), lane, DTYPE)
+            total = accumulate(total, widen(lane_of(words[rank], lane, DTYPE), DTYPE), OP)
+        result |= lane_word(settle(total, OP, len(words), DTYPE), lane, DTYPE)
     return result

@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def widen(value, DTYPE: tl.constexpr):
-    """`value` in the type in which DTYPE is accumulated: fp32 for 16-bit floats, int32 for small integers."""
-    if tl.float16 == DTYPE or tl.bfloat16 == DTYPE:
+    """`value` in the type in which DTYPE is accumulated: fp32 for smaller floats, int32 for small integers."""
+    if tl.float16 == DTYPE or tl.bfloat16 == DTYPE or DTYPE.is_fp8():
         return value.to(tl.float32)
     elif tl.int8 == DTYPE or tl.uint8 == DTYPE:
         return value.to(tl.int32)

@@ -92,7 +92,7 @@ def _holds(seen, value, CMP: tl.constexpr):
 
 @triton.jit
 def look(pointer):
-    """The int64 at `pointer`, read by one thread for the whole block, so that the block decides as one.
+    """The integer at `pointer`, read by one thread for the whole block, so that the block decides as one.
 
     Ordering: relaxed at sys scope. (Triton makes a load of an atomic addition of zero.)
     """

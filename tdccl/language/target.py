@@ -19,7 +19,8 @@ triton.knobs.runtime.interpret = emulated()
 os.environ.pop("TRITON_INTERPRET", None)  # the knob leaves it there, for child processes that decide for themselves
 
 
-def _device(twin):
+def device(twin):
+    """Makes a device function of a Triton one; in emulation the Python function `twin` takes its place."""
     return lambda function: twin if emulated() else triton.jit(function)
 
 
@@ -32,7 +33,7 @@ def _host_pause(polls):
     time.sleep(min(1e-3, 20e-6 * int(polls)))
 
 
-@_device(_host_clock)
+@device(_host_clock)
 def clock(team):
     """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
     if team.backend == "hip":
@@ -41,7 +42,7 @@ def clock(team):
         return globaltimer()
 
 
-@_device(_host_pause)
+@device(_host_pause)
 def pause(polls):
     """Called between two polls of a wait; nothing on a GPU."""
     pass

@@ -3,7 +3,7 @@
 Every block of a kernel owns its own piece of the heap on every rank, so that block b only ever deals
 with block b of its peers:
 
-    state     the epoch of this block, and a word that the first failed wait claims     (local use)
+    state     the epoch of this block, a word that the first failed wait claims, and two of `multimem_barrier`
     signals   SIGNAL_KINDS x MAX_RANKS words of 8 bytes: where peers tell this block something
     packets   2 parities x ranks x team.packets words of 8 bytes: the slots of the LL protocol
     ring      2 parities x ring_bytes: scratch through which tiles of ordinary tensors pass
@@ -42,7 +42,7 @@ LAST_EPOCH = tl.constexpr(0xFFFFFFFF)
 class Team(NamedTuple):
     """First argument of every communicating kernel; `Communicator.team` makes it.
 
-    heap     *i64: table of the base addresses of all ranks' heaps
+    heap     *i64: table of the base addresses of all ranks' heaps, then their multicast address or 0
     local    *i8: base of this rank's own heap
     rank     i32
     control  *i64: words of pinned host memory, the abort word and the fault record (`FAULT_FIELDS`)
@@ -76,7 +76,8 @@ TEAM_TYPES = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * 8)
 
 
 class Symmetric(NamedTuple):
-    """A buffer that exists on every rank: *i64 table of all ranks' segment bases, and i64 offset in bytes."""
+    """A buffer that exists on every rank: *i64 table of all ranks' segment bases (then their multicast address or
+    0), and i64 offset in bytes."""
 
     bases: object
     offset: object

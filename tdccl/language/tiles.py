@@ -36,7 +36,8 @@ def pick(values, index):
 
 
 @triton.jit
-def _slot_offset(team, epoch, ring, step, SLOT_BYTES: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr):
+def slot_offset(team, epoch, ring, step, SLOT_BYTES: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Byte offset in any rank's heap of the slot for `step` in ring number `ring` of this block; see `remote_slot`."""
     return ring_offset(team, epoch, WHOLE) + (ring * DEPTH + step % DEPTH) * SLOT_BYTES
 
 
@@ -50,7 +51,7 @@ def remote_slot(
     its geometry sees to it that they fit into `team.ring_bytes`, or into twice as much if WHOLE. Ordering: none.
     """
     slot_bytes: tl.constexpr = SPAN * DTYPE.primitive_bitwidth // 8
-    return heap_at(team, _slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), pe, DTYPE)
+    return heap_at(team, slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), pe, DTYPE)
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def local_slot(
 ):
     """The same slot on this rank. Ordering: none."""
     slot_bytes: tl.constexpr = SPAN * DTYPE.primitive_bitwidth // 8
-    return local_at(team, _slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), DTYPE)
+    return local_at(team, slot_offset(team, epoch, ring, step, slot_bytes, DEPTH, WHOLE), DTYPE)
 
 
 @triton.jit

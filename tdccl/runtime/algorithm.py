@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tdccl.runtime import bare
+from tdccl.transport import Multicast
 from tdccl.tuning import Rules
 
 _layout = bare.read("tdccl.language.team")
@@ -21,6 +22,8 @@ class Call(NamedTuple):
     in_place   send and recv overlap
     on_device  all_to_all_vdev only: addresses of the split lists, bytes of a row, of send and of recv
     timeout    seconds that each wait of it may last; None: as long as the communicator's
+    multicast_alignment  the largest power of two, at most 16, that divides every symmetric address of the call; 0 where
+                         one lies in memory that multimem does not reach
     """
 
     collective: str
@@ -34,6 +37,7 @@ class Call(NamedTuple):
     in_place: bool
     on_device: tuple[int, int, int, int, int] | None = None
     timeout: float | None = None
+    multicast_alignment: int = 16
 
     @property
     def itemsize(self) -> int:
@@ -60,6 +64,7 @@ class Context(NamedTuple):
     size: int
     ring_bytes: int
     rules: Rules
+    multicast: Multicast = Multicast(None, "nobody asked for it")
 
 
 def context_of(size: int, scratch: int, rules: Rules) -> Context:
@@ -142,6 +147,7 @@ class Algorithm:
     symmetric  which of send and recv must be symmetric memory; they reach the kernel as `Symmetric`
     splits     takes all_to_all's split lists
     in_place   send and recv may overlap
+    multimem   None, or (call) -> why multimem cannot do the call, None if it can
     """
 
     name: str
@@ -152,6 +158,7 @@ class Algorithm:
     symmetric: tuple[str, ...] = ()
     splits: bool = False
     in_place: bool = True
+    multimem: Callable[[Call], str | None] | None = None
 
     @property
     def path(self) -> str:
@@ -168,9 +175,20 @@ class Algorithm:
             return f"{' and '.join(sorted(missing))} not in symmetric memory"
         if call.in_place and not self.in_place:
             return "not in place"
+        if self.multimem is not None and (reason := self._beyond_multimem(call, context)):
+            return reason
         if self.packets is not None and words_of(call) > self.packets(call, context):
             return f"more than {self.packets(call, context)} words"
         return None
+
+    def _beyond_multimem(self, call: Call, context: Context) -> str | None:
+        if context.multicast.kind is None:
+            return f"no multicast: {context.multicast.reason}"
+        if self.symmetric and not call.multicast_alignment:
+            return "symmetric memory without a multicast address"
+        if self.symmetric and call.multicast_alignment < 16:
+            return "symmetric memory not aligned to 16 bytes"
+        return self.multimem(call)
 
 
 def words_of(call: Call) -> int:

@@ -1,4 +1,4 @@
-"""The host's half of the files of `language/` and `collectives/`, without Triton.
+"""The host's half of the files of `language/`, `collectives/` and `nvls/`, without Triton.
 
 These files hold kernels, and beside them the layout of the heap and the tables of algorithms, which is all that a call
 needs once its kernel is compiled. Importing them imports Triton, a compiler. So the host reads them a second time, as
@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from tdccl.environment import emulated
 
 _PACKAGE = Path(__file__).parent.parent
-_READ = ("tdccl.language", "tdccl.collectives")
+_READ = ("tdccl.language", "tdccl.collectives", "tdccl.nvls")
 _modules: dict[str, ModuleType] = {}
 
 
@@ -44,10 +44,11 @@ _triton = _Anything()
 _triton.language = _Anything()
 _triton.language.constexpr = _Constexpr
 _triton.jit = BareKernel
+_triton.constexpr_function = lambda function: function
 
 
 def read(name: str) -> ModuleType:
-    """A module of `tdccl.language` or `tdccl.collectives` without Triton; in emulation, which needs Triton, itself."""
+    """A module of one of these packages without Triton; in emulation, which needs Triton, itself."""
     if emulated():
         return importlib.import_module(name)
     module = _modules.get(name)

@@ -59,7 +59,8 @@ def key_of(identity: str) -> str:
 def source_digest() -> str:
     """A digest of the sources of all kernels and of how they are compiled: a pack made from others is stale."""
     package = Path(__file__).parent.parent
-    files = [*package.glob("language/*.py"), *package.glob("collectives/*.py"), package / "runtime" / "launch.py"]
+    kernels = (file for folder in ("language", "collectives", "nvls") for file in package.glob(f"{folder}/*.py"))
+    files = [*kernels, package / "runtime" / "launch.py"]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())

@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 
+import numpy as np
 import torch
 
 from tdccl.errors import InitError
@@ -12,10 +13,18 @@ from tdccl.transport.symmetric_memory import SymmetricMemory
 
 _FOLDER = "/dev/shm"
 _TOKEN_BYTES = 16
+_windows: dict[int, list[int]] = {}  # emulated multicast address -> what every rank's segment has here
+
+
+def behind_multicast(address: int) -> list[int]:
+    """Every rank's segment, for the address that `SymmetricMemory.multicast` gives."""
+    return _windows[address]
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
     """Allocates `nbytes` zeroed bytes on every rank; collective over the bootstrap's ranks.
+
+    Its multicast address is that of pages which nobody may touch: a kernel that goes there but by multimem dies.
 
     The segments never have a name, so that no crash at any moment leaves a file behind; the peers open them through
     this process's descriptor, which is closed as soon as all have mapped it. Raises InitError where shared memory
@@ -40,11 +49,16 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     addresses = [tensor.data_ptr() for tensor in tensors]
     local = tensors[bootstrap.rank]
     del tensors
+    window = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0)
+    multicast = np.frombuffer(window, np.uint8).ctypes.data
+    _windows[multicast] = addresses
 
     def release(bootstrap, peers_gone):
+        del _windows[multicast]
+        window.close()
         maps.clear()  # the peers' are unmapped by it, this rank's when the last tensor that lies there is gone
 
-    return SymmetricMemory(local, addresses, release)
+    return SymmetricMemory(local, addresses, release, multicast)
 
 
 def show(bootstrap: Bootstrap, nbytes: int) -> tuple[memoryview, dict[int, memoryview]]:

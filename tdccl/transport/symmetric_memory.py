@@ -16,16 +16,16 @@ class SymmetricMemory:
     address    where it starts, and
     nbytes     its size
     addresses  every rank's segment as this process sees it
-    peers      the same as an int64 tensor on the device: the table that kernels read
-    multicast  address through which all segments are written at once, or 0
+    multicast  address through which the switch reaches all segments at once, or 0
+    peers      `addresses`, then `multicast`, as an int64 tensor on the device: the table that kernels read
     """
 
-    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[..., None]):
+    def __init__(self, local: torch.Tensor, addresses: list[int], release: Callable[..., None], multicast: int = 0):
         self.local = local
         self.address, self.nbytes = local.data_ptr(), local.numel()
         self.addresses = addresses
-        self.peers = torch.tensor(addresses, dtype=torch.int64, device=local.device)
-        self.multicast = 0
+        self.multicast = multicast
+        self.peers = torch.tensor([*addresses, multicast], dtype=torch.int64, device=local.device)
         self._release = release
 
     def release(self, bootstrap: Bootstrap | None, peers_gone: Callable[[], bool]) -> None:

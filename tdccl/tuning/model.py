@@ -4,6 +4,9 @@
 
 Its three numbers are fitted, for each algorithm and placement, to all measured tables: least squares of the relative
 error. It chooses algorithms; grid and tiles are those of the measured table with the nearest number of ranks.
+
+NVLS algorithms were never measured. Each is taken to wait as long as the algorithm that has the same barriers or
+pipeline, and to send at what NCCL's reach on 8 H100s.
 """
 
 import itertools
@@ -16,6 +19,24 @@ import numpy as np
 from tdccl.tuning.table import PLACEMENTS, Row, Sent, Table, merged, package_files, parse
 
 _SIZES = [1 << power for power in range(6, 32)]
+# NVLS algorithms, and those with the same waits.
+_WAITS_LIKE = {
+    "all_reduce": {
+        "nvls_one_shot": "two_shot_pull",
+        "nvls_two_shot": "two_shot_pull",
+        "nvls_one_shot_staged": "two_shot_staged",
+        "nvls_two_shot_staged": "two_shot_staged",
+    },
+    "all_gather": {"nvls_push": "push", "nvls_staged": "staged"},
+    "reduce_scatter": {"nvls_reduce": "pull", "nvls_staged": "staged"},
+    "broadcast": {"nvls_push": "scatter_gather_direct", "nvls_staged": "scatter_gather_staged"},
+}
+# An all_reduce with a busbw of 480 GB/s at 8 ranks sends 1 + 1/8 of its message through the switch at 309 GB/s.
+_SWITCH_GBPS = 309
+# What was never measured must promise this much more than what was.
+_WORTH = 0.9
+# A fraction of the blocks keeps the switch busy.
+_SWITCH_SHAPE = {"blocks": 32, "warps": 16, "tile": 32 << 10}
 
 
 class Cost(NamedTuple):
@@ -94,6 +115,39 @@ def table(gpu: str, world: int, sent: Sent) -> Table:
         rows.setdefault(collective, {})[placement] = merged(modelled)
     sources = ", ".join(f"{made['world']} x {made['gpu']}" for made in tables)
     return Table(f"modelled for {world} x {gpu} from {sources}", rows)
+
+
+def with_multicast(table: Table, world: int, sent: Sent) -> Table:
+    """The table, with NVLS algorithms where the model has them faster than what the table chooses."""
+    known = rivals_in([json.loads(path.read_text()) for path in package_files()])
+    rows = {collective: dict(placements) for collective, placements in table.rows.items()}
+    for collective, placement in itertools.product(_WAITS_LIKE, PLACEMENTS):
+        costs = {name: rival.cost for name, rival in known[collective, placement].items()}
+        switched = {
+            name: costs[like]._replace(a_byte=1 / (_SWITCH_GBPS * 1e3))
+            for name, like in _WAITS_LIKE[collective].items()
+            if like in costs
+        }
+        costs |= switched
+        modelled = []
+        given = table.rows.get(collective, {}).get(placement, [])
+        for nbytes in sorted({*_SIZES, *(row.upto for row in given if row.upto)} if given else ()):
+            row = table.row(collective, placement, nbytes)
+            if row.algorithm not in costs:
+                modelled.append(row._replace(upto=nbytes))
+                continue
+            times = {
+                name: costs[name].microseconds(world, sent(collective, name, nbytes, world))
+                for name in [row.algorithm, *switched]
+            }
+            fastest = min(times, key=times.get)
+            if times[fastest] < _WORTH * times[row.algorithm]:
+                modelled.append(Row(nbytes, fastest, _SWITCH_SHAPE))
+            else:
+                modelled.append(row._replace(upto=nbytes))
+        if modelled:
+            rows[collective][placement] = merged(modelled)
+    return Table(f"{table.source}; NVLS modelled, not measured", rows)
 
 
 def _changes(shapes: Table, collective: str, placement: str, nbytes: int, algorithm: str) -> dict[str, int]:

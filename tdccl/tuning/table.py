@@ -63,20 +63,25 @@ class Table:
 Sent = Callable[[str, str, int, int], float]
 
 
-def table_for(gpu: str, world: int, sent: Sent) -> Table:
-    """The table for this kind of GPU, or for "emulation", and number of ranks; `sent` is for the cost model.
+def table_for(gpu: str, world: int, multicast: bool, sent: Sent) -> Table:
+    """The table for this kind of GPU, or for "emulation", and number of ranks, with multicast between them or without;
+    `sent` is for the cost model.
 
-    In order: one of `TDCCL_TUNING`, one of the package, one that the cost model makes.
+    In order: one of `TDCCL_TUNING`, one of the package, one that the cost model makes. Where none was measured with
+    multicast, the model adds to the one without.
     Raises InitError for a file of TDCCL_TUNING that is not a table.
     """
     given = [(path, read(path)) for path in environment.tuning_tables()]
     for path, made in [*given, *((path, json.loads(path.read_text())) for path in package_files())]:
-        if made["gpu"] == gpu and made["world"] == world:
+        alike = gpu == EMULATED or made.get("multicast", False) == multicast
+        if made["gpu"] == gpu and made["world"] == world and alike:
             return parse(made, f"measured on {world} x {gpu} ({Path(path).name})")
     if gpu == EMULATED:
         return parse(json.loads((_FOLDER / "emulation.json").read_text()), EMULATED)
     from tdccl.tuning import model  # needs numpy, and only here
 
+    if multicast:
+        return model.with_multicast(table_for(gpu, world, False, sent), world, sent)
     return model.table(gpu, world, sent)
 
 

@@ -1,0 +1,138 @@
+"""NVLink multicast: whether these ranks have it, and symmetric memory on GPUs that has a multicast address.
+
+The memory is torch's symmetric memory. Nothing of it is imported, and no multicast object made, unless
+`environment.multicast_forbidden_by` finds nothing that forbids it.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from tdccl.environment import emulated, multicast_forbidden_by, multimem_by_unicast
+from tdccl.errors import InitError, TdcclError
+from tdccl.transport.bootstrap import Bootstrap
+from tdccl.transport.symmetric_memory import SymmetricMemory
+
+_carriers = itertools.count(1)
+_never_freed: list[Any] = []  # what a peer may still be using after a failure
+
+
+class Multicast(NamedTuple):
+    """How multimem reaches all ranks: "switch", "unicast" (see `tdccl.language.multimem`) or None, and why."""
+
+    kind: str | None
+    reason: str
+
+
+def multicast_between(bootstrap: Bootstrap, device: torch.device) -> Multicast:
+    """What all these ranks have in common; collective. It looks, and makes no multicast object."""
+    by_unicast = multimem_by_unicast()
+    if emulated():
+        return Multicast("unicast" if by_unicast else "switch", "emulated")
+    mine = "TDCCL_NVLS=unicast" if by_unicast else _missing(bootstrap, device)
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    everyone = bootstrap.exchange((mine, gpu))
+    reason = next((reason for reason, _ in everyone if reason), None)
+    if reason == "TDCCL_NVLS=unicast" and len({reason for reason, _ in everyone}) == 1:
+        return Multicast("unicast", reason)
+    if reason is None and len({gpu for _, gpu in everyone}) < bootstrap.size:
+        reason = "two ranks share a GPU"
+    return Multicast("switch", "the GPUs and their switch have it") if reason is None else Multicast(None, reason)
+
+
+def _missing(bootstrap: Bootstrap, device: torch.device) -> str | None:
+    """Why this rank cannot take part in multicast, or None."""
+    if bootstrap.size == 1:
+        return "there is one rank only"
+    if variable := multicast_forbidden_by():
+        return f"{variable} forbids it"
+    return None if supported(device) else f"{torch.cuda.get_device_name(device)} has none here"
+
+
+def supported(device: torch.device) -> bool:
+    """Whether the driver says that this GPU can take part in multicast."""
+    from cuda.bindings import driver
+
+    driver.cuInit(0)
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
+    status, value = driver.cuDeviceGetAttribute(attribute, device.index)
+    return status == driver.CUresult.CUDA_SUCCESS and bool(value)
+
+
+def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
+    """Allocates `nbytes` zeroed bytes on every rank's GPU; collective over the bootstrap's ranks.
+
+    Its `multicast` is 0, on all ranks alike, where the driver refuses a multicast object. Raises InitError where
+    multicast is forbidden, memory is short, or a peer's cannot be reached.
+    """
+    if variable := multicast_forbidden_by():
+        raise InitError(f"{variable} forbids NVLink multicast, and memory with a multicast address was asked for")
+    from torch.distributed import _symmetric_memory as torch_symmetric
+
+    try:
+        with torch.cuda.device(device):
+            local = torch_symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+            # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                local.zero_()
+            stream.synchronize()
+            handle = _rendezvous(bootstrap, local)
+    except RuntimeError as error:
+        raise InitError(f"no symmetric memory of {nbytes} bytes a rank with a multicast address: {error}") from error
+    addresses = [address + handle.offset for address in handle.buffer_ptrs]
+    held = [handle]
+
+    def release(bootstrap, peers_gone):
+        try:
+            if bootstrap is not None:
+                bootstrap.barrier()  # no peer may be using it any more
+                held.clear()
+                return
+        except TdcclError:
+            pass
+        _never_freed.extend([local, *held])
+        held.clear()
+
+    return SymmetricMemory(local, addresses, release, handle.multicast_ptr)
+
+
+def _rendezvous(bootstrap: Bootstrap, local: torch.Tensor):
+    """torch's handle on all ranks' memory. It wants a group of torch's by name: one that can do nothing else."""
+    import torch.distributed as dist
+    from torch._C import _distributed_c10d as c10d
+    from torch.distributed import _symmetric_memory as torch_symmetric
+
+    name = f"tdccl-multicast-{next(_carriers)}"
+    store = rounds_store(bootstrap)  # named, because C++ does not keep what is Python's of it
+    carrier = dist.ProcessGroup(store, bootstrap.rank, bootstrap.size)
+    nothing = c10d.FakeProcessGroup._create_internal(bootstrap.rank, bootstrap.size)
+    carrier._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, nothing)
+    carrier._set_group_name(name)
+    c10d._register_process_group(name, carrier)
+    try:
+        return torch_symmetric.rendezvous(local, name)
+    finally:
+        c10d._unregister_process_group(name)
+
+
+def rounds_store(bootstrap: Bootstrap):
+    """A Store for torch's rendezvous, which goes round after round: each rank sets its value, then gets the others'.
+
+    torch numbers the rounds by all that the process has seen, in any group, and waits for ever where the ranks' numbers
+    differ. Here a round is one exchange of the bootstrap, whatever its number.
+    """
+    import torch.distributed as dist
+
+    class Rounds(dist.Store):
+        def set(self, key, value):
+            self._values = bootstrap.exchange(bytes(value))
+
+        def get(self, key):
+            return self._values[int(key.rpartition("/")[2])]
+
+        def wait(self, keys, timeout=None):
+            """The exchange has waited."""
+
+    return Rounds()

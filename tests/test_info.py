@@ -1,0 +1,34 @@
+"""`python -m tdccl.info` says what there is, and what would be chosen."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pool
+import pytest
+import torch
+
+
+def info(*words, **variables) -> str:
+    kept = {name: value for name, value in os.environ.items() if not re.search("NVLS|MULTICAST|SCRATCH", name)}
+    command = [sys.executable, "-m", "tdccl.info", *words]
+    done = subprocess.run(command, cwd=pool.ROOT, env=kept | variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_tells_of_this_host():
+    said = info(TDCCL_EMULATE="1")
+    assert f"torch {torch.__version__}" in said and "NVLink multicast: emulated" in said
+    rows = {line.split("  ")[1]: line for line in said.splitlines() if line.startswith("  ")}
+    assert "one_shot_ll" in rows["1 KiB"] and "two_shot_staged / two_shot_pull" in rows["1 GiB"]
+
+
+@pytest.mark.parametrize("multicast", [False, True])
+def test_it_tells_what_other_gpus_would_take(multicast):
+    said = info("--gpu", "NVIDIA H200", "--ranks", "4", *["--multicast"] * multicast, NCCL_NVLS_ENABLE="0")
+    assert "NVLink multicast: forbidden by NCCL_NVLS_ENABLE=0" in said
+    assert "measured on 4 x NVIDIA H200" in said and ("NVLS modelled" in said) == multicast
+    largest = next(line for line in said.splitlines() if line.startswith("  1 GiB"))
+    assert ("nvls_two_shot_staged / nvls_two_shot" in largest) == multicast
