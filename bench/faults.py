@@ -18,7 +18,7 @@ from bench.crew import ON_GPU, SETTLED, Crew
 
 
 def main() -> None:
-    """Tries every fault, prints what was seen and how soon, and writes it as JSON."""
+    """Tries every fault, prints what was seen and how soon, and writes it as JSON; exits with 1 if any went wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
     parser.add_argument("-n", "--ranks", type=int, help="default: one a GPU, 4 in emulation")
     parser.add_argument("-r", "--repeat", type=int, default=3, help="how often each is tried (default: 3)")
@@ -28,7 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     ranks = options.ranks or (torch.cuda.device_count() if ON_GPU else 4)
     crew = Crew(ranks)
-    rows = [_try(fault, crew, options.repeat) for fault in fault_table.table()]
+    tried = [_try(fault, crew, options.repeat) for fault in fault_table.table()]
+    rows = [row for row in tried if row is not None]
     crew.close()
     if options.vs:
         rows.append(_try_peer(options.vs, ranks, options.vs_timeout))
@@ -36,11 +37,16 @@ def main() -> None:
         command = f"python -m bench.faults {shlex.join(sys.argv[1:])}"
         report = {**output.describe(ranks, torch.device("cuda", 0), command), "faults": rows}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(None in tried)
 
 
-def _try(fault, crew: Crew, times: int) -> dict:
+def _try(fault, crew: Crew, times: int) -> dict | None:
     """One row of the report; seconds: until the last rank saw the fault, each time it was tried, in order of size."""
-    outcomes = [crew.run(fault) for _ in range(times)]
+    try:
+        outcomes = [crew.run(fault) for _ in range(times)]
+    except AssertionError as error:
+        print(f"{fault.name:45} WRONG: {error}", flush=True)
+        return None
     return _row(fault.name, fault.error, fault.waited, [outcome.seconds for outcome in outcomes if fault.timed])
 
 
