@@ -169,6 +169,8 @@ def _aborted_in_capture(part: Part) -> Seen:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         comm.all_reduce(x, y)
+        part.store.set(f"captured/{part.rank}", "")
+        part.store.wait([f"captured/{rank}" for rank in range(part.size)])  # else the call would raise at once
         if part.hit:
             part.say("struck")
             comm.abort()
