@@ -249,10 +249,10 @@ def _without_scratch(part: Part) -> Seen:
 
 
 def _of_another_version(part: Part) -> Seen:
-    given = tdccl.communicator.__version__
-    tdccl.communicator.__version__ = "0.0.1" if part.hit else given
+    given = tdccl.membership.__version__
+    tdccl.membership.__version__ = "0.0.1" if part.hit else given
     seen = _refused(part)
-    tdccl.communicator.__version__ = given
+    tdccl.membership.__version__ = given
     with part.init() as comm:
         verify(comm)
     return seen

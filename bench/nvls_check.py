@@ -21,7 +21,7 @@ import tdccl
 from bench import data
 from bench.collectives import COLLECTIVES, Buffers, Case
 from tdccl import environment, tuning
-from tdccl.communicator import ALGORITHMS, table_for
+from tdccl.decisions import ALGORITHMS, table_for
 from tdccl.runtime.algorithm import Algorithm
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import Bootstrap, discover

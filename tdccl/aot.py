@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import environment
 from tdccl.collectives import ALGORITHMS
-from tdccl.communicator import context_for, table_for
+from tdccl.decisions import context_for, table_for
 from tdccl.language.team import MAX_RANKS
 from tdccl.runtime import pack
 from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry, team_of

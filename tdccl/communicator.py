@@ -1,56 +1,33 @@
 """The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
 
-import atexit
-import contextlib
-import ctypes
 import functools
 import math
 import operator
-import os
-import socket
-import sys
 import threading
-import time
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd import profiler
 
-from tdccl import __version__, environment, transport, tuning
-from tdccl.errors import (
-    Aborted,
-    ArgumentError,
-    DestroyedError,
-    InitError,
-    Mismatch,
-    PeerFailure,
-    TdcclError,
-    Timeout,
-)
-from tdccl.runtime import agreement, arrays, bare, watcher
-from tdccl.runtime.algorithm import Call, Context, context_of, team_of
+from tdccl import environment, transport
+from tdccl.calls import Calls, overlap, shown
+from tdccl.decisions import ALGORITHMS, layout
+from tdccl.errors import ArgumentError, TdcclError
+from tdccl.runtime import arrays
+from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
-from tdccl.runtime.plan import Choice, Plan, choose
-from tdccl.runtime.recorder import PLAIN, ROOTED, Recorder, account, described, name_of, place_of, placed
-from tdccl.transport.bootstrap import Bootstrap, StoreBootstrap, discover, open_store
-
-layout = bare.read("tdccl.language.team")
-ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
+from tdccl.runtime.plan import Choice
+from tdccl.runtime.recorder import PLAIN, described
+from tdccl.transport.bootstrap import Bootstrap, StoreBootstrap, discover
 
 if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
 
-_announced = False
 _made: list[weakref.ref] = []  # by `init`, in this order
-_alive: weakref.WeakSet["Communicator"] = weakref.WeakSet()
-_inherited: list["Communicator"] = []  # from the process that this one was forked from
-_MOST_PLANS = 4096
 _DESTROYED = "this communicator is destroyed; make a new one with tdccl.init"
-_FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
-_COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
 
 
 def init(
@@ -73,41 +50,13 @@ def init(
     return communicator
 
 
-def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None) -> Context:
-    """What algorithms know of a communicator of `size` ranks with so many bytes of scratch (None: as the environment
-    says). Raises InitError if it is too small for them."""
-    rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
-    scratch = scratch or environment.scratch_bytes()
-    if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
-        rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
-    context = context_of(size, scratch, rules)
-    if context.ring_bytes < 16 << 10:
-        raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
-    return context
-
-
-def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
-    """The tuning table for this GPU and number of ranks, with multicast between them or without. Raises InitError if it
-    names what there is not."""
-
-    def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
-        return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
-
-    table = tuning.table_for(gpu, size, multicast, sent)
-    for collective in table.rows:
-        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
-        if unknown := table.algorithms(collective) - {*known}:
-            raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
-    return table
-
-
 def latest() -> "Communicator | None":
     """The communicator that `init` made last, of those alive. Not by `split`: ranks may be in different parts."""
     alive = [communicator for made in _made if (communicator := made()) and not communicator._destroyed]
     return alive[-1] if alive else None
 
 
-class Communicator:
+class Communicator(Calls):
     """Collectives over the ranks that made it together. A context manager: leaving it destroys it, and if it is by an
     exception, aborts it before.
 
@@ -132,180 +81,12 @@ class Communicator:
         max_blocks: int | None = None,
         scratch: int | None = None,
     ):
-        _announce_emulation(bootstrap.rank)
-        self.rank, self.size = bootstrap.rank, bootstrap.size
-        self.timeout = timeout
-        if self.size > layout.MAX_RANKS.value:
-            raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
-        self._bootstrap = bootstrap
-        self._emulated = environment.emulated()
-        self._scratch = scratch
-        self._debug = environment.debug()
-        self._agree(device, max_blocks)
-        self._plan_with(transport.multicast_between(bootstrap, self.device))
-        self._control = transport.Control(bootstrap, pinned=not self._emulated)
-        self._abort_word = self._control.abort
-        self._dead: set[int] = set()
-        self._destroyed = ""  # the words of the error, once it is
-        self._dumped = False
-        self._recorder = Recorder(bootstrap)
-        self._end_watch = self._watch_peers()
-        self._heap = self._allocate_heap()
-        if self.multicast.kind == "switch" and not self._heap.multicast:
-            self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
-        self._segments: list[transport.SymmetricMemory] = []
-        self._regions = transport.Regions()
+        super().__init__(bootstrap, device, timeout, max_blocks, scratch)
         self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
-        self._plans: dict[Call, Plan] = {}
-        self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
-        self._calls_on: Any = None  # and while symmetric memory was this
-        self._lock = threading.RLock()
-        self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._splits = 0
-        self._interpreting: list[int] = []  # threads, in emulation
-        self._interpreted = threading.Condition()
-        self._stop_word = ctypes.c_int64.from_address(self._heap.address + layout.STOP_BYTE.value)
-        self._team = self._make_team()
-        _alive.add(self)
 
-    def _plan_with(self, multicast: transport.Multicast) -> None:
-        """Lets algorithms and table know what the ranks have of multicast."""
-        self.multicast = multicast
-        self._context = self._context._replace(multicast=multicast)
-        self.table = table_for(self.gpu, self.size, multicast.kind == "switch")
-
-    def _agree(self, device, max_blocks: int | None) -> None:
-        """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
-        host = f"{socket.gethostname()}/{_boot_id()}"
-        mine = {"tdccl": __version__, "emulated": self._emulated}
-        error = None
-        try:
-            mine |= self._decide(device, max_blocks)
-        except InitError as refused:  # told to the others, who would wait for this rank
-            mine, error = {**mine, "error": str(refused)}, refused
-        everyone = self._bootstrap.exchange((host, mine))
-        if error is not None:
-            raise error
-        for rank, (other_host, other) in enumerate(everyone):
-            if other != mine:
-                raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
-            if other_host != host:
-                raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
-
-    def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
-        """Sets what calls depend on; returns what of it must be equal on all ranks."""
-        self._forced = _forced_algorithms()
-        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
-        self._context = context_for(self.size, self.max_blocks, self._scratch)
-        self.device = _device(device, self.rank)
-        self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
-        self.table = table_for(self.gpu, self.size)
-        equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
-        return {**equal, "debug": self._debug, "tuning": self.table.digest()}
-
-    def _make_team(self) -> layout.Team:
-        """What tdccl's own kernels get."""
-        backend = "emulation" if environment.emulated() else "cuda"
-        return team_of(self._context, backend)._replace(
-            heap=self._heap.peers.data_ptr(),
-            local=self._heap.address,
-            rank=self.rank,
-            control=self._control.words.data_ptr(),
-            timeout=int(self.timeout * 1e9),
-        )
-
-    # ---- faults ------------------------------------------------------------------------------------
-
-    def _watch_peers(self):
-        """Has the deaths of the peers told to this communicator as long as it lives, and their faults end the waits of
-        its bootstrap; returns what ends that."""
-        this = weakref.ref(self)
-
-        def interrupt():
-            if communicator := this():
-                communicator.raise_fault()
-
-        self._bootstrap.interrupt = interrupt
-        pids = [(rank, pid) for rank, pid in enumerate(self._control.pids) if pid not in (None, os.getpid())]
-        watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
-        return weakref.finalize(self, _end_watches, watches)
-
-    def _allocate_heap(self) -> transport.SymmetricMemory:
-        """Scratch; if a rank can get none, no other waits for it."""
-        try:
-            return self._allocate(layout.heap_bytes(team_of(self._context, "")))
-        except BaseException as error:
-            self._control.fail(layout.ABORTED, self.rank)
-            self._end_watch()
-            self._control.leave()
-            if isinstance(error, Aborted | PeerFailure):
-                raise InitError(f"rank {error.rank} could not get its scratch, or died: see what it says") from error
-            raise
-
-    def abort(self) -> None:
-        """Ends the kernels of this communicator that are running, within 100 ms, here and on the other ranks; there and
-        here later calls raise Aborted. From any thread; waits for nobody. `destroy` then frees what the rank has."""
-        if not self._destroyed:
-            self._control.fail(layout.ABORTED, self.rank)
-
-    def shrink(self, exclude: list[int]) -> "Communicator":
-        """A communicator of the ranks that are not in `exclude`, in their order; only these call it, all of them.
-
-        It works after any fault, in the same processes, whether or not a store or MPI still does, because the ranks
-        meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
-        excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
-
-        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
-        PeerFailure: one that is not excluded has died.
-        """
-        store, members = self.meet(exclude)
-        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
-        bootstrap.interrupt = functools.partial(self._check_alive, members)
-        smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
-        self.destroy()
-        return smaller
-
-    def meet(self, exclude: list[int]) -> tuple[Any, list[int]]:
-        """What `shrink` begins with: aborts, and returns a new Store among the ranks that are not in `exclude`, and
-        those ranks. Raises as `shrink`."""
-        members = survivors(self.rank, self.size, exclude)
-        if self._destroyed:
-            raise DestroyedError(self._destroyed)
-        self.abort()
-        mask, first = sum(1 << rank for rank in members), members[0]
-        if self.rank == first:
-            store = open_store("127.0.0.1", 0, True, self.timeout)
-            self._control.announce(mask, store.port)
-            return store, members
-        deadline = time.monotonic() + self.timeout
-        while not (port := self._control.announced(first, mask)):
-            self._check_alive(members)
-            if time.monotonic() > deadline:
-                raise InitError(
-                    f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
-                )
-            time.sleep(1e-3)
-        return open_store("127.0.0.1", port, False, self.timeout), members
-
-    def _check_alive(self, members: list[int]) -> None:
-        for rank in self._dead.intersection(members):
-            raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
-
-    @functools.cached_property
-    def team(self):
-        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton)."""
-        import triton.language as tl
-
-        from tdccl.language import Team
-
-        plain = self._team
-        addresses = {"heap": self._heap.peers, "local": self._heap.local.view(torch.int8)}
-        addresses["control"] = self._control.words
-        constants = {name: tl.constexpr(getattr(plain, name)) for name in plain._fields[5:]}
-        return Team(**{**plain._asdict(), **addresses, **constants})
-
-    # ---- collectives -------------------------------------------------------------------------------
+    # ---- collectives -----------------------------------------------------------------------------------
 
     def all_reduce(
         self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None, timeout: float | None = None
@@ -420,7 +201,7 @@ class Communicator:
         splits, row = self._row_splits(source, send_splits, recv_splits)
         shape = (sum(recv_splits), *source.shape[1:])
         source, target, result = self._pair("all_to_all", send, recv, lambda _: shape, expected=math.prod(shape))
-        if _overlap(source, target):
+        if overlap(source, target):
             raise ArgumentError("all_to_all: recv overlaps send; in place it takes equal pieces only")
         splits = tuple(tuple(count * row for count in counts) for counts in splits)
         self._run("all_to_all", source, target, 0, splits=splits, stream=stream, timeout=timeout)
@@ -467,7 +248,7 @@ class Communicator:
                     f"all_to_all_vdev: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, expected int64 "
                     f"with {count} elements"
                 )
-        if _overlap(source, target):
+        if overlap(source, target):
             raise ArgumentError("all_to_all_vdev: recv overlaps send")
         sizes = (row, source.numel() * source.itemsize, target.numel() * target.itemsize)
         on_device = (splits.data_ptr(), received.data_ptr(), *sizes)
@@ -528,7 +309,7 @@ class Communicator:
 
     def _move_by_root(self, collective: str, source, target, count: int, root: int, stream, timeout) -> None:
         """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
-        if source is not target and _overlap(source, target):
+        if source is not target and overlap(source, target):
             raise ArgumentError(f"{collective}: recv overlaps send")
         one = tuple(count * (rank == root) for rank in range(self.size))
         everyone = (count * (self.rank == root),) * self.size
@@ -548,7 +329,7 @@ class Communicator:
         row = math.prod(source.shape[1:])
         shape = (sum(counts), *source.shape[1:])
         source, target, result = self._pair("all_gather", send, recv, lambda _: shape, expected=math.prod(shape))
-        if _overlap(source, target):
+        if overlap(source, target):
             raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
         splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
         self._run("all_gather", source, target, 0, splits=splits, stream=stream, timeout=timeout)
@@ -560,7 +341,7 @@ class Communicator:
         nothing = self._heap.local[:0]
         self._run("barrier", nothing, nothing, 0, stream=stream, timeout=timeout)
 
-    # ---- messages between two ranks ----------------------------------------------------------------
+    # ---- messages between two ranks --------------------------------------------------------------------
 
     def send(self, send: Any, to: int, *, stream: Any = None, timeout: float | None = None) -> None:
         """Sends an array of any shape and dtype to rank `to`, which calls `recv` for as many bytes.
@@ -643,7 +424,7 @@ class Communicator:
                 return
             index = self._recorder.note(what, 0, collectives=0)
         if profiler._is_profiler_enabled:
-            launch = _shown(what, launch)
+            launch = shown(what, launch)
         self._interpret(
             launch, 0, 0
         )  # without the lock: it may wait for a peer that waits for another lane of this rank
@@ -656,7 +437,7 @@ class Communicator:
         name = "send" if out else "recv"
         return described(name, "transfer", tensor.dtype, None, rank, PLAIN, PLAIN, True, tensor.numel(), nbytes)
 
-    # ---- memory, groups, inspection ---------------------------------------------------------------
+    # ---- memory, groups, inspection --------------------------------------------------------------------
 
     def empty(self, shape: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor in symmetric memory, zeroed; collective, with the same size on all ranks.
@@ -723,9 +504,6 @@ class Communicator:
         self.check()
         return self._arenas.block()
 
-    def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
-        return transport.allocate(self._bootstrap, nbytes, self.device, self.multicast)
-
     def _add(self, memory: transport.SymmetricMemory) -> None:
         self._segments.append(memory)
         self._regions.add(transport.Region(memory.address, memory.address + memory.nbytes, memory))
@@ -773,78 +551,24 @@ class Communicator:
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
         return Explanation(call, self._choose(call), self._heap.nbytes)
 
-    def limit_blocks(self, max_blocks: int | None) -> None:
-        """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
-        other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
-        try:
-            self._context = context_for(self.size, max_blocks, self._scratch)._replace(multicast=self.multicast)
-        except InitError as error:
-            raise ArgumentError(f"limit_blocks: {error}") from error
-        self.max_blocks = max_blocks
-        self._plans.clear()
-        self._calls.clear()
+    # ---- its end ------------------------------------------------------------------------------------------
 
-    def use_table(self, table: tuning.Table) -> None:
-        """Decides by another tuning table from the next call on; every rank has to be given the same."""
-        self.table = table
-        self._plans.clear()
-        self._calls.clear()
+    def shrink(self, exclude: list[int]) -> "Communicator":
+        """A communicator of the ranks that are not in `exclude`, in their order; only these call it, all of them.
 
-    def check(self) -> None:
-        """Raises DestroyedError after `destroy`, and Timeout, PeerFailure or Aborted after a fault; every call does
-        this first. On a GPU a timeout shows when the kernel has ended: call it after a synchronisation."""
-        if self._destroyed:
-            raise DestroyedError(self._destroyed)
-        self.raise_fault()
+        It works after any fault, in the same processes, whether or not a store or MPI still does, because the ranks
+        meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
+        excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
 
-    def dump(self, folder: str | os.PathLike) -> str:
-        """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
-        which is made if need be; returns its path. `python -m tdccl.trace` reads it. Works after a failure too."""
-        if self._destroyed:
-            self.check()
-        return str(self._recorder.dump(folder, None))
-
-    def _dump_for(self, error: TdcclError) -> None:
-        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
-        folder = environment.trace_folder()
-        if folder and not self._dumped:
-            self._dumped = True
-            with contextlib.suppress(OSError):  # the error itself says more
-                self._recorder.dump(folder, f"{type(error).__name__}: {error}")
-
-    def raise_fault(self) -> None:
-        """Raises Timeout, PeerFailure or Aborted after a fault, even if `destroy` has been called since."""
-        if not self._abort_word.value:
-            return
-        error = self._fault()
-        self._dump_for(error)
-        raise error
-
-    def _fault(self) -> TdcclError:
-        """What the abort word and the record beside it say."""
-        fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
-        code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
-        calls = account(self._recorder.histories())
-        if code == layout.ABORTED:
-            what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
-            return Aborted("\n  ".join([what, *calls]), rank)
-        if code == layout.PEER_DIED:
-            what = f"rank {rank} (pid {self._control.pids[rank]}) died; shrink(exclude=[{rank}]) goes on without it"
-            return PeerFailure("\n  ".join([what, *calls]), rank)
-        if code == layout.GRID_TOO_LARGE:
-            blocks = self._context.rules.heap_blocks
-            return TdcclError(
-                f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
-            )
-        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
-        if fault["kind"] == _COMPARISON:
-            what = f"to compare call {fault['epoch']}"
-        else:
-            what = f"block {fault['block']}, {kinds[fault['kind']]} of epoch {fault['epoch']} "
-            what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
-        self._control.share()
-        waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
-        return Timeout("\n  ".join([waited, *calls]))
+        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
+        PeerFailure: one that is not excluded has died.
+        """
+        store, members = self.meet(exclude)
+        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        bootstrap.interrupt = functools.partial(self._check_alive, members)
+        smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        self.destroy()
+        return smaller
 
     def destroy(self) -> None:
         """Ends all use: waits for this rank's work, then frees scratch and symmetric memory; collective.
@@ -897,272 +621,6 @@ class Communicator:
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}, device={self.device})"
 
-    # ---- how a call is checked and launched ---------------------------------------------------------
-
-    def _checked(self, collective: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        self.check()
-        if tensor.device != self.device:
-            raise ArgumentError(f"{collective}: {name} is on {tensor.device}, expected {self.device}")
-        if tensor.is_conj() or tensor.is_neg():
-            raise ArgumentError(f"{collective}: {name} is a lazy view; pass resolve_conj() and resolve_neg() of it")
-        if not tensor.is_contiguous():
-            raise ArgumentError(
-                f"{collective}: {name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
-                "pass a contiguous() copy"
-            )
-        return tensor
-
-    def _pair(self, collective, send, recv, shape_of_recv, shrinks=False, expected=None):
-        """(send, recv) as checked tensors, and what to return to the user."""
-        source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
-        if recv is None:
-            target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
-            return source, target, arrays.like(target, send)
-        target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv", written=True))
-        if target.dtype != source.dtype:
-            raise ArgumentError(f"{collective}: send is {source.dtype}, recv is {target.dtype}; expected equal dtypes")
-        if expected is not None:
-            if target.numel() != expected:
-                raise ArgumentError(
-                    f"{collective}: recv has {target.numel()} elements, expected {expected} by recv_splits"
-                )
-            return source, target, recv
-        small, large, names = (target, source, "send") if shrinks else (source, target, "recv")
-        ranks = 1 if collective in ("all_reduce", "all_to_all", "reduce") else self.size
-        if large.numel() != ranks * small.numel():
-            times = f"{ranks} ranks x {small.numel()} = " if ranks > 1 else ""
-            raise ArgumentError(
-                f"{collective}: {names} has {large.numel()} elements, expected {times}{ranks * small.numel()}"
-            )
-        return source, target, recv
-
-    def _row_splits(self, source, send_splits, recv_splits):
-        for name, splits in (("send_splits", send_splits), ("recv_splits", recv_splits)):
-            counts = list(splits)
-            if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
-                raise ArgumentError(f"all_to_all: {name} is {counts}, expected {self.size} counts >= 0")
-        rows = source.shape[0] if source.dim() else 0
-        if sum(send_splits) != rows:
-            raise ArgumentError(f"all_to_all: send has {rows} rows, expected sum(send_splits) = {sum(send_splits)}")
-        if send_splits[self.rank] != recv_splits[self.rank]:
-            raise ArgumentError(
-                f"all_to_all: rank {self.rank} sends itself {send_splits[self.rank]} rows but expects "
-                f"{recv_splits[self.rank]}"
-            )
-        counts = (send_splits, recv_splits)
-        return tuple(tuple(map(operator.index, splits)) for splits in counts), math.prod(source.shape[1:])
-
-    def _call(self, collective, source, target, count, op, root, splits) -> Call:
-        send, recv = source.data_ptr(), target.data_ptr()
-        low = (send | recv) & 15
-        segments, multicast_alignment = (None, None), 16
-        if self._segments:
-            segments = (
-                self._segment_of(send, source.numel() * source.itemsize),
-                self._segment_of(recv, target.numel() * target.itemsize),
-            )
-            if self.multicast.kind is not None:
-                multicast_alignment = self._multicast_alignment(segments, (send, recv))
-        if op is None:
-            dtype, size = "u8", source.itemsize
-            count *= size
-            if splits is not None:
-                splits = tuple(tuple(n * size for n in counts) for counts in splits)
-        else:
-            dtype = arrays.TRITON_NAMES[source.dtype]
-        in_place = _overlap(source, target)
-        if in_place and source is not target:
-            self._check_in_place(collective, source, target)
-        alignment = 16 if low == 0 else low & -low
-        return Call(
-            collective, count, dtype, op, root, alignment, splits, segments, in_place,
-            multicast_alignment=multicast_alignment,
-        )  # fmt: skip
-
-    def _multicast_alignment(self, segments, addresses) -> int:
-        """`Call.multicast_alignment`."""
-        found = [(segment, address) for segment, address in zip(segments, addresses) if segment is not None]
-        if self.multicast.kind == "switch" and not all(segment.multicast for segment, _ in found):
-            return 0
-        return min((16 if address % 16 == 0 else address & -address for _, address in found), default=16)
-
-    def _check_in_place(self, collective, source, target) -> None:
-        """Overlapping is only in place if the smaller buffer is this rank's piece of the larger, or both are one."""
-        small, large = sorted((source, target), key=torch.Tensor.numel)
-        piece = 0 if small.numel() == large.numel() else self.rank * small.numel() * small.itemsize
-        if small.data_ptr() - large.data_ptr() != piece:
-            raise ArgumentError(
-                f"{collective}: send and recv overlap, but not in place; expected "
-                + ("the same buffer" if piece == 0 else f"rank {self.rank}'s piece of the larger one")
-            )
-
-    def _places(self, call: Call, *tensors: torch.Tensor) -> tuple[int, ...]:
-        """Where send and recv lie, as they are recorded."""
-        if call.segments == (None, None):
-            return PLAIN, PLAIN
-        return tuple(
-            PLAIN if segment is None else place_of(self._segments.index(segment), tensor.data_ptr() - segment.address)
-            for tensor, segment in zip(tensors, call.segments)
-        )
-
-    def _segment_of(self, address: int, nbytes: int):
-        return self._regions.find(address, nbytes)
-
-    def _choose(self, call: Call) -> Choice:
-        forced = self._forced.get(call.collective)
-        return choose(ALGORITHMS[call.collective], call, self._context, self.table, forced)
-
-    def _again(self, key: tuple, stream) -> bool:
-        """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
-        try:
-            ready = self._calls.get(key)
-        except TypeError:  # an op or a root that is no key: it will be refused
-            return False
-        if ready is None or self._regions.table is not self._calls_on:
-            return False
-        if self._destroyed or self._abort_word.value:
-            self.check()
-        self._start(*ready, stream)
-        return True
-
-    def _run(
-        self, collective, source, target, count,
-        op=None, root=None, splits=None, stream=None, timeout=None, key=None, on_device=None, called=None,
-    ) -> None:  # fmt: skip
-        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew.
-
-        called: the collective's name to the user, if it is another.
-        """
-        empty = count == 0 and splits is None and on_device is None and collective != "barrier"
-        if empty and not self._debug:
-            return
-        call = self._call(collective, source, target, count, op, root or 0, splits)
-        call = call._replace(on_device=on_device, timeout=timeout)
-        with self._lock:
-            if self._debug:
-                self._compare(called or collective, source, target, count, op, root, splits, call)
-                if empty:
-                    return
-            plan = self._plan(call)
-            uneven = splits is not None or on_device is not None
-            elements = source.numel() if uneven else count
-            what = described(
-                called or collective, plan.choice.algorithm.name, source.dtype, op, root,
-                *self._places(call, source, target), uneven, elements, elements * source.itemsize,
-            )  # fmt: skip
-            ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and key[-1] is not None and not self._debug:
-                if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
-                    self._calls, self._calls_on = {}, self._regions.table
-                self._calls[key] = ready
-            self._start(*ready, stream)
-
-    def _plan(self, call: Call) -> Plan:
-        plan = self._plans.get(call)
-        if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()  # split lists may differ in every call
-            team = self._team
-            if call.timeout is not None:
-                if not call.timeout > 0:
-                    raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
-                team = team._replace(timeout=int(call.timeout * 1e9))
-            with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments)
-        return plan
-
-    def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
-        """Raises Mismatch on all ranks unless all are about to make this call, Timeout if one comes to none."""
-        dtype = str(source.dtype).removeprefix("torch.")
-        alike = collective not in ROOTED and splits is None and call.on_device is None
-        if splits is not None:
-            count = None
-        elif call.on_device is not None:
-            count = call.on_device[2] // source.itemsize  # of a row
-        places = map(placed, self._places(call, source, target)) if alike else (None, None)
-        number = self._recorder.collectives + 1
-        mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
-        try:
-            agreement.check_alike(self._bootstrap.exchange(mine))
-        except Mismatch as error:
-            self._dump_for(error)
-            raise
-        except InitError as error:
-            if not error.absent:
-                raise
-            fault = {"peer": error.absent[0], "kind": _COMPARISON, "epoch": number, "timeout": int(self.timeout * 1e9)}
-            words = [fault.get(name, 0) for name in layout.FAULT_FIELDS[1:]]
-            self._control.words[1 : len(words) + 1] = torch.tensor(words)
-            self._abort_word.value = layout.TIMED_OUT | self.rank << 8
-            self.check()
-
-    def _start(self, what: bytes, launch, send: int, recv: int, stream, lanes=("scratch",), collectives=1) -> None:
-        """Launches on `stream`, after what was launched last in each of the lanes: calls in one lane share memory.
-
-        what: the call as it is recorded.
-        """
-        if profiler._is_profiler_enabled:
-            launch = _shown(what, launch)
-        with self._lock:
-            if self._emulated:
-                index = self._recorder.note(what, 0)
-                self._interpret(launch, send, recv)
-                self._recorder.end(index)
-                return
-            index = self.device.index
-            handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
-            for lane in lanes:
-                if self._streams.get(lane) != handle:
-                    self._follow(lane, handle)
-            self._recorder.note(what, handle, collectives)
-            if torch._C._cuda_getDevice() == index:
-                launch(send, recv, handle)
-            else:
-                with self._on_device():
-                    launch(send, recv, handle)
-
-    def _interpret(self, launch, send: int, recv: int) -> None:
-        """A launch in emulation, which is the call itself. A fault that no wait of it met is for the next call."""
-        thread = threading.get_ident()
-        with self._interpreted:
-            if self._destroyed:
-                raise DestroyedError(self._destroyed)
-            self._interpreting.append(thread)
-        try:
-            launch(send, recv, 0)
-            while self._stop_word.value:  # set before the abort word, if this rank's deadline was the first to pass
-                self.raise_fault()
-                time.sleep(1e-5)
-        except TdcclError:
-            raise
-        except BaseException:  # KeyboardInterrupt, say: this rank is no longer where its peers think
-            self.abort()
-            raise
-        finally:
-            with self._interpreted:
-                self._interpreting.remove(thread)
-                self._interpreted.notify_all()
-
-    def _on_device(self):
-        return contextlib.nullcontext() if self._emulated else torch.cuda.device(self.device)
-
-    def _on(self, stream):
-        """torch's context of a stream in any form."""
-        if self._emulated or stream is None:
-            return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.ExternalStream(arrays.stream_handle(stream), self.device))
-
-    def _follow(self, lane, handle: int) -> None:
-        """A call on a new stream waits for those on the last one in its lane."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # a graph is ordered with other work where it is replayed
-        last = self._streams.get(lane)
-        if last is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.ExternalStream(last, self.device))
-            torch.cuda.ExternalStream(handle, self.device).wait_event(event)
-        self._streams[lane] = handle
-
 
 @dataclass(frozen=True)
 class Explanation:
@@ -1197,114 +655,5 @@ class Explanation:
         return "\n".join(lines)
 
 
-def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
-    """The ranks of a shrunk group. Raises ArgumentError unless `exclude` are some of `size` ranks without `rank`."""
-    excluded = set(exclude)
-    if not excluded or not excluded <= set(range(size)) or rank in excluded:
-        raise ArgumentError(
-            f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"
-        )
-    return [member for member in range(size) if member not in excluded]
-
-
-def _peer_died(this: "weakref.ref[Communicator]", rank: int) -> None:
-    """Told by the watcher. One that has destroyed the communicator may go."""
-    communicator = this()
-    if communicator is not None and not communicator._control.has_left(rank):
-        communicator._dead.add(rank)
-        communicator._control.fail(layout.PEER_DIED, rank)  # everywhere: else the first to raise would seem the culprit
-
-
-def _end_watches(watches: list) -> None:
-    for end in watches:
-        end()
-
-
-@atexit.register
-def _take_leave() -> None:
-    """Tells the peers if this process ends without `destroy`: MPI would keep it waiting for those that wait for it."""
-    left = [communicator for communicator in _alive if not communicator._destroyed]
-    if left and "mpi4py.MPI" in sys.modules:
-        time.sleep(watcher.GRACE)  # what they still wait for may have been sent
-        for communicator in left:
-            communicator._control.fail(layout.PEER_DIED, communicator.rank)
-
-
-def _disown() -> None:
-    """In a forked child: neither the peers nor the GPU know it."""
-    _inherited.extend(_alive)  # never freed here
-    for communicator in _inherited:
-        communicator._destroyed = _FORKED
-
-
-os.register_at_fork(after_in_child=_disown)
-
-
-def _shown(what: bytes, launch):
-    """`launch` as torch's profiler shows it, by the call's name."""
-    name = f"tdccl:{name_of(what)}"
-
-    def launch_shown(*arguments):
-        with profiler.record_function(name):
-            launch(*arguments)
-
-    return launch_shown
-
-
-def _forced_algorithms() -> dict[str, str]:
-    forced = environment.forced_algorithms()
-    for collective, name in forced.items():
-        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
-        if name not in known:
-            expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
-            raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")
-    return forced
-
-
-def _device(device, rank: int) -> torch.device:
-    """This rank's device, made the current one. Raises InitError if it is none that kernels run on."""
-    if environment.emulated():
-        return torch.device("cpu")
-    if device is None:
-        device = rank % torch.cuda.device_count()
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if device.type != "cuda":
-        raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _capped(rules: tuning.Rules, max_blocks: int | None) -> tuning.Rules:
-    if max_blocks is None:
-        return rules
-    if not hasattr(max_blocks, "__index__") or max_blocks < 1:
-        raise InitError(f"max_blocks is {max_blocks!r}, expected a number of blocks from 1 to {rules.rings}")
-    return replace(rules, blocks=min(rules.blocks, max_blocks))
-
-
 def _scaled(shape, size: int):
     return (size, *shape[1:]) if not shape else (shape[0] * size, *shape[1:])
-
-
-def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
-    start, other = left.data_ptr(), right.data_ptr()
-    return start < other + right.numel() * right.itemsize and other < start + left.numel() * left.itemsize
-
-
-def _boot_id() -> str:
-    """Tells two hosts of the same name apart; containers on one kernel share it, and share memory too."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return str(os.getuid())
-
-
-def _announce_emulation(rank: int) -> None:
-    global _announced
-    if environment.emulated() and not _announced and rank == 0:
-        note = "tdccl: no GPU, kernels run in Triton's interpreter: for correctness, not for speed"
-        print(note, file=sys.stderr, flush=True)
-    _announced = True

@@ -13,7 +13,7 @@ import torch
 
 import tdccl
 from tdccl import environment, transport, tuning
-from tdccl.communicator import ALGORITHMS, context_for, table_for
+from tdccl.decisions import ALGORITHMS, context_for, table_for
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import choose
 

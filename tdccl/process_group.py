@@ -15,8 +15,9 @@ from torch.distributed import ReduceOp
 from torch.futures import Future
 
 from tdccl import environment
-from tdccl.communicator import Communicator, survivors
+from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
+from tdccl.membership import survivors
 from tdccl.transport.bootstrap import StoreBootstrap
 
 # By number: a ReduceOp takes a microsecond to look up.

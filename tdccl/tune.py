@@ -20,7 +20,7 @@ import triton
 
 import tdccl
 from tdccl import aot, environment, tuning
-from tdccl.communicator import ALGORITHMS
+from tdccl.decisions import ALGORITHMS
 from tdccl.runtime.algorithm import Algorithm, Geometry
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import discover

@@ -10,7 +10,7 @@ import torch
 
 from tdccl import aot
 from tdccl.collectives import ALGORITHMS
-from tdccl.communicator import table_for
+from tdccl.decisions import table_for
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.arrays import TRITON_NAMES
 from tdccl.runtime.plan import choose

@@ -239,15 +239,15 @@ sys.modules["cuda.bindings"] = SimpleNamespace(
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
-from tdccl import communicator
+from tdccl import decisions
 from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.plan import Plan, choose
 
-context = communicator.context_for(4)
-table, team = communicator.table_for("another GPU", 4), team_of(context, "cuda")
+context = decisions.context_for(4)
+table, team = decisions.table_for("another GPU", 4), team_of(context, "cuda")
 for count in (100, 1 << 20):
     call = Call("reduce_scatter", count, "bf16", "sum", 0, 16, None, (None, None), False)
-    Plan(choose(communicator.ALGORITHMS["reduce_scatter"], call, context, table), call, team, []).launch(0, 0, 0)
+    Plan(choose(decisions.ALGORITHMS["reduce_scatter"], call, context, table), call, team, []).launch(0, 0, 0)
 assert len(launches) == 2
 assert "triton" not in sys.modules
 """

@@ -17,7 +17,8 @@ from test_training import LONG
 
 import tdccl
 from tdccl.collectives import ALGORITHMS
-from tdccl.communicator import Communicator, layout
+from tdccl.communicator import Communicator
+from tdccl.decisions import layout
 
 
 def worlds(*sizes):

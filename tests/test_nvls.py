@@ -29,7 +29,7 @@ import tdccl
 from bench import implementations
 from tdccl import environment, tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.communicator import table_for
+from tdccl.decisions import table_for
 from tdccl.errors import InitError
 from tdccl.transport import Multicast, multicast, multicast_between
 from tdccl.transport.bootstrap import StoreBootstrap

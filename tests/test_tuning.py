@@ -12,7 +12,7 @@ import torch
 import tdccl
 from tdccl import tune, tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.communicator import table_for
+from tdccl.decisions import table_for
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import choose
 from tdccl.tuning import model, table

@@ -1,0 +1,74 @@
+"""What calls depend on and all ranks must have alike: algorithms, scratch, rules, the tuning table."""
+
+from dataclasses import replace
+
+import torch
+
+from tdccl import environment, tuning
+from tdccl.errors import InitError
+from tdccl.runtime import bare
+from tdccl.runtime.algorithm import Context, context_of
+
+layout = bare.read("tdccl.language.team")
+ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
+
+
+def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None) -> Context:
+    """What algorithms know of a communicator of `size` ranks with so many bytes of scratch (None: as the environment
+    says). Raises InitError if it is too small for them."""
+    rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
+    scratch = scratch or environment.scratch_bytes()
+    if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
+        rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
+    context = context_of(size, scratch, rules)
+    if context.ring_bytes < 16 << 10:
+        raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
+    return context
+
+
+def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
+    """The tuning table for this GPU and number of ranks, with multicast between them or without. Raises InitError if it
+    names what there is not."""
+
+    def sent(collective: str, name: str, nbytes: int, ranks: int) -> float:
+        return next(a for a in ALGORITHMS[collective] if a.name == name).sent(ranks) * nbytes
+
+    table = tuning.table_for(gpu, size, multicast, sent)
+    for collective in table.rows:
+        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        if unknown := table.algorithms(collective) - {*known}:
+            raise InitError(f"{table.source}: {collective} by {', '.join(unknown)}: expected {', '.join(known)}")
+    return table
+
+
+def forced_algorithms() -> dict[str, str]:
+    forced = environment.forced_algorithms()
+    for collective, name in forced.items():
+        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
+            raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")
+    return forced
+
+
+def device_of(device, rank: int) -> torch.device:
+    """This rank's device, made the current one. Raises InitError if it is none that kernels run on."""
+    if environment.emulated():
+        return torch.device("cpu")
+    if device is None:
+        device = rank % torch.cuda.device_count()
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _capped(rules: tuning.Rules, max_blocks: int | None) -> tuning.Rules:
+    if max_blocks is None:
+        return rules
+    if not hasattr(max_blocks, "__index__") or max_blocks < 1:
+        raise InitError(f"max_blocks is {max_blocks!r}, expected a number of blocks from 1 to {rules.rings}")
+    return replace(rules, blocks=min(rules.blocks, max_blocks))

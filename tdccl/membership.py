@@ -1,0 +1,299 @@
+"""Who the ranks of a communicator are, that they decide alike, and that they fail together."""
+
+import atexit
+import contextlib
+import functools
+import os
+import socket
+import sys
+import time
+import weakref
+from typing import Any
+
+import torch
+
+from tdccl import __version__, environment, transport, tuning
+from tdccl.decisions import context_for, device_of, forced_algorithms, layout, table_for
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+from tdccl.runtime import watcher
+from tdccl.runtime.algorithm import team_of
+from tdccl.runtime.recorder import Recorder, account
+from tdccl.transport.bootstrap import Bootstrap, open_store
+
+_announced = False
+_alive: weakref.WeakSet["Membership"] = weakref.WeakSet()
+_inherited: list["Membership"] = []  # from the process that this one was forked from
+_FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
+COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
+
+
+class Membership:
+    """The ranks of a communicator: they agree on what calls depend on, and a fault of one ends the waits of all."""
+
+    def __init__(
+        self,
+        bootstrap: Bootstrap,
+        device: torch.device | str | int | None,
+        timeout: float,
+        max_blocks: int | None,
+        scratch: int | None,
+    ):
+        _announce_emulation(bootstrap.rank)
+        self.rank, self.size = bootstrap.rank, bootstrap.size
+        self.timeout = timeout
+        if self.size > layout.MAX_RANKS.value:
+            raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
+        self._bootstrap = bootstrap
+        self._emulated = environment.emulated()
+        self._scratch = scratch
+        self._debug = environment.debug()
+        self._agree(device, max_blocks)
+        self._plan_with(transport.multicast_between(bootstrap, self.device))
+        self._control = transport.Control(bootstrap, pinned=not self._emulated)
+        self._abort_word = self._control.abort
+        self._dead: set[int] = set()
+        self._destroyed = ""  # the words of the error, once it is
+        self._dumped = False
+        self._recorder = Recorder(bootstrap)
+        self._end_watch = self._watch_peers()
+        self._heap = self._allocate_heap()
+        if self.multicast.kind == "switch" and not self._heap.multicast:
+            self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
+        self._team = self._make_team()
+        _alive.add(self)
+
+    def _agree(self, device, max_blocks: int | None) -> None:
+        """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
+        host = f"{socket.gethostname()}/{_boot_id()}"
+        mine = {"tdccl": __version__, "emulated": self._emulated}
+        error = None
+        try:
+            mine |= self._decide(device, max_blocks)
+        except InitError as refused:  # told to the others, who would wait for this rank
+            mine, error = {**mine, "error": str(refused)}, refused
+        everyone = self._bootstrap.exchange((host, mine))
+        if error is not None:
+            raise error
+        for rank, (other_host, other) in enumerate(everyone):
+            if other != mine:
+                raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
+            if other_host != host:
+                raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
+
+    def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
+        """Sets what calls depend on; returns what of it must be equal on all ranks."""
+        self._forced = forced_algorithms()
+        self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
+        self._context = context_for(self.size, self.max_blocks, self._scratch)
+        self.device = device_of(device, self.rank)
+        self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
+        self.table = table_for(self.gpu, self.size)
+        equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
+        return {**equal, "debug": self._debug, "tuning": self.table.digest()}
+
+    def _plan_with(self, multicast: transport.Multicast) -> None:
+        """Lets algorithms and table know what the ranks have of multicast."""
+        self.multicast = multicast
+        self._context = self._context._replace(multicast=multicast)
+        self.table = table_for(self.gpu, self.size, multicast.kind == "switch")
+
+    def _make_team(self) -> layout.Team:
+        """What tdccl's own kernels get."""
+        backend = "emulation" if environment.emulated() else "cuda"
+        return team_of(self._context, backend)._replace(
+            heap=self._heap.peers.data_ptr(),
+            local=self._heap.address,
+            rank=self.rank,
+            control=self._control.words.data_ptr(),
+            timeout=int(self.timeout * 1e9),
+        )
+
+    @functools.cached_property
+    def team(self):
+        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton)."""
+        import triton.language as tl
+
+        from tdccl.language import Team
+
+        plain = self._team
+        addresses = {"heap": self._heap.peers, "local": self._heap.local.view(torch.int8)}
+        addresses["control"] = self._control.words
+        constants = {name: tl.constexpr(getattr(plain, name)) for name in plain._fields[5:]}
+        return Team(**{**plain._asdict(), **addresses, **constants})
+
+    def _watch_peers(self):
+        """Has the deaths of the peers told to this communicator as long as it lives, and their faults end the waits of
+        its bootstrap; returns what ends that."""
+        this = weakref.ref(self)
+
+        def interrupt():
+            if communicator := this():
+                communicator.raise_fault()
+
+        self._bootstrap.interrupt = interrupt
+        pids = [(rank, pid) for rank, pid in enumerate(self._control.pids) if pid not in (None, os.getpid())]
+        watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
+        return weakref.finalize(self, _end_watches, watches)
+
+    def _allocate_heap(self) -> transport.SymmetricMemory:
+        """Scratch; if a rank can get none, no other waits for it."""
+        try:
+            return self._allocate(layout.heap_bytes(team_of(self._context, "")))
+        except BaseException as error:
+            self._control.fail(layout.ABORTED, self.rank)
+            self._end_watch()
+            self._control.leave()
+            if isinstance(error, Aborted | PeerFailure):
+                raise InitError(f"rank {error.rank} could not get its scratch, or died: see what it says") from error
+            raise
+
+    def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
+        return transport.allocate(self._bootstrap, nbytes, self.device, self.multicast)
+
+    def abort(self) -> None:
+        """Ends the kernels of this communicator that are running, within 100 ms, here and on the other ranks; there and
+        here later calls raise Aborted. From any thread; waits for nobody. `destroy` then frees what the rank has."""
+        if not self._destroyed:
+            self._control.fail(layout.ABORTED, self.rank)
+
+    def meet(self, exclude: list[int]) -> tuple[Any, list[int]]:
+        """What `shrink` begins with: aborts, and returns a new Store among the ranks that are not in `exclude`, and
+        those ranks. Raises as `shrink`."""
+        members = survivors(self.rank, self.size, exclude)
+        if self._destroyed:
+            raise DestroyedError(self._destroyed)
+        self.abort()
+        mask, first = sum(1 << rank for rank in members), members[0]
+        if self.rank == first:
+            store = open_store("127.0.0.1", 0, True, self.timeout)
+            self._control.announce(mask, store.port)
+            return store, members
+        deadline = time.monotonic() + self.timeout
+        while not (port := self._control.announced(first, mask)):
+            self._check_alive(members)
+            if time.monotonic() > deadline:
+                raise InitError(
+                    f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
+                )
+            time.sleep(1e-3)
+        return open_store("127.0.0.1", port, False, self.timeout), members
+
+    def _check_alive(self, members: list[int]) -> None:
+        for rank in self._dead.intersection(members):
+            raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
+
+    def check(self) -> None:
+        """Raises DestroyedError after `destroy`, and Timeout, PeerFailure or Aborted after a fault; every call does
+        this first. On a GPU a timeout shows when the kernel has ended: call it after a synchronisation."""
+        if self._destroyed:
+            raise DestroyedError(self._destroyed)
+        self.raise_fault()
+
+    def dump(self, folder: str | os.PathLike) -> str:
+        """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
+        which is made if need be; returns its path. `python -m tdccl.trace` reads it. Works after a failure too."""
+        if self._destroyed:
+            self.check()
+        return str(self._recorder.dump(folder, None))
+
+    def _dump_for(self, error: TdcclError) -> None:
+        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
+        folder = environment.trace_folder()
+        if folder and not self._dumped:
+            self._dumped = True
+            with contextlib.suppress(OSError):  # the error itself says more
+                self._recorder.dump(folder, f"{type(error).__name__}: {error}")
+
+    def raise_fault(self) -> None:
+        """Raises Timeout, PeerFailure or Aborted after a fault, even if `destroy` has been called since."""
+        if not self._abort_word.value:
+            return
+        error = self._fault()
+        self._dump_for(error)
+        raise error
+
+    def _fault(self) -> TdcclError:
+        """What the abort word and the record beside it say."""
+        fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
+        code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
+        calls = account(self._recorder.histories())
+        if code == layout.ABORTED:
+            what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
+            return Aborted("\n  ".join([what, *calls]), rank)
+        if code == layout.PEER_DIED:
+            what = f"rank {rank} (pid {self._control.pids[rank]}) died; shrink(exclude=[{rank}]) goes on without it"
+            return PeerFailure("\n  ".join([what, *calls]), rank)
+        if code == layout.GRID_TOO_LARGE:
+            blocks = self._context.rules.heap_blocks
+            return TdcclError(
+                f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
+            )
+        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
+        if fault["kind"] == COMPARISON:
+            what = f"to compare call {fault['epoch']}"
+        else:
+            what = f"block {fault['block']}, {kinds[fault['kind']]} of epoch {fault['epoch']} "
+            what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
+        self._control.share()
+        waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
+        return Timeout("\n  ".join([waited, *calls]))
+
+
+def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
+    """The ranks of a shrunk group. Raises ArgumentError unless `exclude` are some of `size` ranks without `rank`."""
+    excluded = set(exclude)
+    if not excluded or not excluded <= set(range(size)) or rank in excluded:
+        raise ArgumentError(
+            f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"
+        )
+    return [member for member in range(size) if member not in excluded]
+
+
+def _peer_died(this: "weakref.ref[Membership]", rank: int) -> None:
+    """Told by the watcher. One that has destroyed the communicator may go."""
+    communicator = this()
+    if communicator is not None and not communicator._control.has_left(rank):
+        communicator._dead.add(rank)
+        communicator._control.fail(layout.PEER_DIED, rank)  # everywhere: else the first to raise would seem the culprit
+
+
+def _end_watches(watches: list) -> None:
+    for end in watches:
+        end()
+
+
+@atexit.register
+def _take_leave() -> None:
+    """Tells the peers if this process ends without `destroy`: MPI would keep it waiting for those that wait for it."""
+    left = [communicator for communicator in _alive if not communicator._destroyed]
+    if left and "mpi4py.MPI" in sys.modules:
+        time.sleep(watcher.GRACE)  # what they still wait for may have been sent
+        for communicator in left:
+            communicator._control.fail(layout.PEER_DIED, communicator.rank)
+
+
+def _disown() -> None:
+    """In a forked child: neither the peers nor the GPU know it."""
+    _inherited.extend(_alive)  # never freed here
+    for communicator in _inherited:
+        communicator._destroyed = _FORKED
+
+
+os.register_at_fork(after_in_child=_disown)
+
+
+def _boot_id() -> str:
+    """Tells two hosts of the same name apart; containers on one kernel share it, and share memory too."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return str(os.getuid())
+
+
+def _announce_emulation(rank: int) -> None:
+    global _announced
+    if environment.emulated() and not _announced and rank == 0:
+        note = "tdccl: no GPU, kernels run in Triton's interpreter: for correctness, not for speed"
+        print(note, file=sys.stderr, flush=True)
+    _announced = True
