@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("variants.py")
 def compiled(what, *target) -> list[dict]:
     run = subprocess.run([sys.executable, PROGRAM, what, *target], capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines() if line]
 
 
 def names():

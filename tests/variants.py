@@ -1,6 +1,8 @@
 """Compiles kernels for GPUs without a GPU. Run as a program by `test_compile`, because a process either
 interprets or compiles: `python variants.py kernels cuda 90 32` prints one JSON line a kernel."""
 
+import concurrent.futures
+import itertools
 import json
 import os
 import re
@@ -121,20 +123,30 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
 
 
 def main(backend: str, arch: str, warp: str) -> None:
+    """Every kernel, on all cores; with TDCCL_LONG=1 for more numbers of ranks."""
+    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if os.environ.get("TDCCL_LONG", "0") != "0" else (4, 3)
+    names = [(collective, place) for collective, listed in ALGORITHMS.items() for place in range(len(listed))]
+    jobs = [(backend, arch, warp, size, *name) for size, name in itertools.product(sizes, names)]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
+        for lines in workers.map(compile_algorithm, jobs):
+            print("\n".join(lines), flush=True)
+
+
+def compile_algorithm(job: tuple) -> list[str]:
+    """The facts of one algorithm's kernels, a line of JSON each."""
+    backend, arch, warp, size, collective, place = job
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
-    for size in (4, 2, 3, 8) if arch == "90" else (4,):
-        context = context_of(size)
-        for collective, algorithms in ALGORITHMS.items():
-            for algorithm in algorithms:
-                calls = list(calls_of(collective, algorithm))
-                calls = calls if (size, arch) == (4, "90") else calls[:1]
-                name = f"{collective}.{algorithm.name}"
-                for kind in kinds_of(algorithm, size, arch):
-                    reached = context._replace(multicast=Multicast(kind, "for a test"))
-                    for call in calls if kind != "unicast" else calls[:1]:
-                        compiled, geometry = compile_call(algorithm, call, reached, target)
-                        facts = {"name": name, "size": size, "dtype": call.dtype, "op": call.op, "multimem": kind}
-                        tell(facts | {"aligned": geometry.aligned}, compiled)
+    algorithm, context = ALGORITHMS[collective][place], context_of(size)
+    calls = list(calls_of(collective, algorithm))
+    calls = calls if (size, arch) == (4, "90") else calls[:1]
+    lines = []
+    for kind in kinds_of(algorithm, size, arch):
+        reached = context._replace(multicast=Multicast(kind, "for a test"))
+        for call in calls if kind != "unicast" else calls[:1]:
+            compiled, geometry = compile_call(algorithm, call, reached, target)
+            facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
+            lines.append(told(facts | {"multimem": kind, "aligned": geometry.aligned}, compiled))
+    return lines
 
 
 def kinds_of(algorithm, size: int, arch: str) -> list[str | None]:
@@ -155,17 +167,19 @@ def forms(backend: str, arch: str, warp: str) -> None:
         listed += [(dtype, op, "switch", False) for dtype in ("fp8e4nv", "fp8e5") for op in ("sum", "min")]
     for dtype, op, kind, red in listed:
         compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target)
-        tell({"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}, compiled)
+        facts = {"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}
+        print(told(facts, compiled), flush=True)
 
 
-def tell(facts: dict, compiled) -> None:
+def told(facts: dict, compiled) -> str:
+    """The facts, with those of the machine code, as a line of JSON."""
     if "hsaco" in compiled.asm:
         facts["code"] = len(compiled.asm["hsaco"])
     else:
         facts |= sass_facts(compiled.asm["sass"])
         if facts["multimem"] is not None:
             facts |= multimem_facts(compiled)
-    print(json.dumps(facts), flush=True)
+    return json.dumps(facts)
 
 
 if __name__ == "__main__":
