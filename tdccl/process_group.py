@@ -141,7 +141,7 @@ class BarrierWork(Work):
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
             self._event.synchronize()
-        self._communicator.raise_fault()  # a barrier that gave up must not look passed
+            self._communicator.raise_fault()  # a barrier that gave up must not look passed
         return True
 
 
@@ -659,7 +659,7 @@ class ProcessGroup(dist.ProcessGroup):
         seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else None
         if not self._gpu:
             communicator.barrier(timeout=seconds)
-            return BarrierWork([], communicator)
+            return BarrierWork([])
         stream = _current_stream(communicator.device.index)
         if opts.asyncOp:
             self._stream.wait_stream(stream)
@@ -694,7 +694,7 @@ class ProcessGroup(dist.ProcessGroup):
         stream = self._stream
         if stream is None:
             call(communicator, *arguments, **options)
-            return Work(list(outputs), communicator)
+            return Work(list(outputs))  # it has ended, and well: what befalls a rank later is not its matter
         stream.wait_stream(_current_stream(stream.device_index))
         with OnStream(stream):
             call(communicator, *arguments, **options)
