@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pool
 import pytest
@@ -149,6 +150,16 @@ def test_under_a_cap_its_own_rows_decide():
     names = [found.row("all_gather", "plain", 1 << 20, blocks).algorithm for blocks in (None, 128, 33, 32, 17, 16, 1)]
     assert names == ["push_ll"] * 5 + ["staged"] * 2
     assert found.digest() != tuning.Table("a test", rows).digest()
+
+
+def test_under_a_cap_blocks_that_are_fewer_have_larger_tiles():
+    rows = {"all_gather": {"plain": [tuning.Row(None, "staged", {"blocks": 128, "tile": 8 << 10, "warps": 8})]}}
+    call = call_of("all_gather", 1 << 26)
+    context = Context(4, 128 << 10, replace(tuning.GPU, blocks=16))
+    capped = choose(ALGORITHMS["all_gather"], call, context, tuning.Table("a test", rows)).geometry
+    free = chosen(rows, call).geometry
+    assert (free.grid, free.warps, free.constants["TILE"]) == (128, 8, (8 << 10) // 8)
+    assert (capped.grid, capped.warps, capped.constants["TILE"]) == (16, 16, (32 << 10) // 8)
 
 
 def test_the_tuner_prefers_few_blocks_where_they_are_as_fast():

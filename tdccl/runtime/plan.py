@@ -57,8 +57,11 @@ def _rows(call: Call, context: Context, table: Table) -> list[Row]:
 def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) -> Context:
     """The context with what the table's row for the algorithm changes of the rules."""
     changes = next((row.changes for row in _rows(call, context, table) if row.algorithm == algorithm.name), {})
-    rules = replace(context.rules, **changes)
-    rules = replace(rules, blocks=min(rules.blocks, context.rules.blocks))  # a cap stays one
+    given, rules = context.rules, replace(context.rules, **changes)
+    if rules.blocks > given.blocks:  # under a cap, a block needs more bytes under way than the row gives it
+        rules = replace(
+            rules, blocks=given.blocks, tile=max(rules.tile, given.tile), warps=max(rules.warps, given.warps)
+        )
     return context._replace(rules=rules)
 
 
