@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -77,6 +78,7 @@ def main() -> None:
 def _begin(backend: str) -> None:
     """The default group. What is measured of memory is the group's, so the device's own is there before."""
     gc.collect()
+    environment.forbid_multicast_to_others()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -256,9 +258,8 @@ def _options() -> argparse.Namespace:
     for name, default in (_EMULATION if environment.emulated() else _GPU).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend"
-    if options.vs:
-        options.command += f" --vs {options.vs}"
+    given = shlex.join(sys.argv[1:])
+    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend {given}".rstrip()
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     return options
