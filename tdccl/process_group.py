@@ -13,7 +13,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from tdccl import environment
+from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
@@ -732,13 +732,14 @@ class ProcessGroup(dist.ProcessGroup):
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()
                 bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds)
+                blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
                 if not self._gpu:
-                    self._communicator = Communicator(bootstrap, None, seconds, scratch=self._scratch)
+                    self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)
                     return self._communicator
                 device = self.bound_device_id or device or torch.device("cuda")
                 with torch.cuda.device(device):
                     device = torch.device("cuda", torch.cuda.current_device())
-                    communicator = Communicator(bootstrap, device, seconds, scratch=self._scratch)
+                    communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
                     self._stream = torch.cuda.Stream(device)
                     self._handle = self._stream.cuda_stream
                 self._communicator = communicator  # last: other threads look at it without the lock
