@@ -1,0 +1,5 @@
+"""Expert parallelism: dispatch and combine of tokens between the ranks of a mixture of experts."""
+
+from tdccl.ep.expert_parallel import Dispatched, ExpertParallel, Plan
+
+__all__ = ["Dispatched", "ExpertParallel", "Plan"]
