@@ -126,12 +126,11 @@ class ExpertParallel:
             "PLACES": places, "COLUMNS": columns,
         }  # fmt: skip
         self._planning = Workspace(
-            comm, blocks, {"ROUTING": 2 * self.max_rows * top_k * 4, "SIZES": 2 * blocks * comm.size * 4}
+            comm, blocks, {"routing": 2 * self.max_rows * top_k * 4, "sizes": 2 * blocks * comm.size * 4}
         )
-        self._routing |= self._planning.offsets
-        row_words = {"ROWS": hidden * dtype.itemsize, "SCALE_ROWS": self.groups * 4, "WEIGHT_ROWS": top_k * 4}
+        row_words = {"rows": hidden * dtype.itemsize, "scale_rows": self.groups * 4, "weight_rows": top_k * 4}
         self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_words.items()})
-        self.landing = self._moving.local("ROWS", dtype).view(self.max_rows, hidden)
+        self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
         width = columns + layout_width()
         self._counts = torch.empty(blocks * comm.size * width, dtype=torch.int32, device=comm.device)
         self._complaints = torch.zeros(4, dtype=torch.int64, pin_memory=not environment.emulated())
@@ -218,9 +217,9 @@ class ExpertParallel:
         words = scales.shape[1] if scales is not None else self._scale_words(quant)
         kept = layout == "compact" and out is None
         if kept:
-            rows = self._moving.local("ROWS", torch.uint8)[: self.max_rows * self.hidden * payload.itemsize]
+            rows = self._moving.local("rows", torch.uint8)[: self.max_rows * self.hidden * payload.itemsize]
             rows = rows.view(payload).view(self.max_rows, self.hidden)
-            out_scales = self._moving.local("SCALE_ROWS", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
+            out_scales = self._moving.local("scale_rows", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
         else:
             if out is None:
                 rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
@@ -234,7 +233,7 @@ class ExpertParallel:
         constants = {
             **self._row_constants(), "QUANT": quant or "", "SCALES": words, "SCALE_TILE": self._scale_tile(quant, words),
             "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
-            "LOCAL": self.local_experts, "ALIGN": plan.align, **self._moving.offsets,
+            "LOCAL": self.local_experts, "ALIGN": plan.align,
             "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL, "SEND": True, "RECV": True,
         }  # fmt: skip
         tensors = (
@@ -304,7 +303,6 @@ class ExpertParallel:
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
             "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
-            "ROWS": self._moving.offsets["ROWS"], "WEIGHT_ROWS": self._moving.offsets["WEIGHT_ROWS"],
             "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": _UNROLL, "SEND": True, "RECV": True,
         }  # fmt: skip
         tensors = (

@@ -67,14 +67,14 @@ def going_to(idx, rank, LOCAL: tl.constexpr):
 
 
 @triton.jit
-def _routing_offset(parity, source, ROUTING: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
-    return ROUTING + (parity * SIZE + source) * TOKENS * TOP_K * 4
+def _routing_offset(buffers, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
+    return buffers[0] + (parity * SIZE + source) * TOKENS * TOP_K * 4
 
 
 @triton.jit
-def _sizes_offset(parity, SIZES: tl.constexpr, SIZE):
+def _sizes_offset(buffers, parity, SIZE):
     """Of this block's words that say how many tokens each source has."""
-    return SIZES + (parity * tl.num_programs(0) + tl.program_id(0)) * SIZE * 4
+    return buffers[1] + (parity * tl.num_programs(0) + tl.program_id(0)) * SIZE * 4
 
 
 @triton.jit
@@ -88,14 +88,15 @@ def _load_routing(pointer, first, last, TILE: tl.constexpr, TOP_K: tl.constexpr,
 
 @triton.jit
 def exchange(
-    team, tensors, sizes, DTYPE: tl.constexpr, ROUTING: tl.constexpr, SIZES: tl.constexpr, TOKENS: tl.constexpr,
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Block b gives its range of this rank's routing to all ranks, and counts what is in range b of every source.
 
     tensors: addresses of the routing (DTYPE [n, TOP_K]), of the plan (int32 words, filled with -1 here), of the counts
     (int32 [blocks, ranks, COLUMNS + MAX_RANKS]: tokens for each expert of this rank, then for each rank), and of the
-    complaints. sizes: n, and the words of the plan.
+    complaints. sizes: n, and the words of the plan. buffers: byte offsets from the team's heap to the routing of all
+    ranks (int32 [2, ranks, TOKENS, TOP_K]) and the sizes (int32 [2, blocks, ranks]).
 
     Waits:    block b for block b of every peer, once.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
@@ -113,11 +114,11 @@ def exchange(
         idx = clean(idx, token, complaints, EXPERTS)
         for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
             pe = (team.rank + distance) % team.size
-            routing = _routing_offset(parity, team.rank, ROUTING, TOKENS, TOP_K, team.size)
+            routing = _routing_offset(buffers, parity, team.rank, TOKENS, TOP_K, team.size)
             tl.store(shmem.heap_at(team, routing, pe, tl.int32) + offset, idx, mask=mask)
     for distance in tl.static_range(1, team.size + 1):
         pe = (team.rank + distance) % team.size
-        address = tl.load(team.heap + pe) + _sizes_offset(parity, SIZES, team.size) + team.rank * 4
+        address = tl.load(team.heap + pe) + _sizes_offset(buffers, parity, team.size) + team.rank * 4
         tl.store(address.to(tl.pointer_type(tl.int32)), count)
     shmem.signal_all(team, epoch, shmem.DATA, 1)
 
@@ -130,15 +131,15 @@ def exchange(
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
     local: tl.constexpr = EXPERTS // team.size
     for source in tl.static_range(team.size):
-        routing = shmem.local_at(team, _routing_offset(parity, source, ROUTING, TOKENS, TOP_K, team.size), tl.int32)
-        first, last = range_of_block(size_of(team, parity, source, SIZES, TOKENS))
+        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
+        first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
         of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
         for start in range(first, last, TILE):
             token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
             mine = tl.reshape(local_experts(idx, team.rank, local), [TILE * PLACES])
             of_expert += tl.sum((mine[:, None] == column[None, :]).to(tl.int32), axis=0)
-            for pe in tl.static_range(team.size):
-                of_rank += tl.where(rank == pe, tl.sum(going_to(idx, pe, local)), 0)
+            for to in tl.static_range(team.size):
+                of_rank += tl.where(rank == to, tl.sum(going_to(idx, to, local)), 0)
         row = counts + (tl.program_id(0) * team.size + source) * (COLUMNS + shmem.MAX_RANKS)
         tl.store(row + column, of_expert)
         tl.store(row + COLUMNS + rank, of_rank)
@@ -146,9 +147,9 @@ def exchange(
 
 
 @triton.jit
-def size_of(team, parity, source, SIZES: tl.constexpr, TOKENS: tl.constexpr):
+def size_of(team, buffers, parity, source, TOKENS: tl.constexpr):
     """How many tokens a source has, as it told this block. Ordering: a plain load."""
-    words = (team.local + _sizes_offset(parity, SIZES, team.size)).to(tl.pointer_type(tl.int32))
+    words = (team.local + _sizes_offset(buffers, parity, team.size)).to(tl.pointer_type(tl.int32))
     return tl.minimum(tl.maximum(tl.load(words + source), 0), TOKENS)
 
 
@@ -164,7 +165,7 @@ def _before_and_total(counts, source, FIRST: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def place(
-    team, tensors, ROUTING: tl.constexpr, SIZES: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
+    team, buffers, tensors, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +200,7 @@ def place(
         rows = tl.sum(tl.where(rank == team.rank, total, 0))
         total_rows += rows
         received = tl.where(rank == source, rows, received)
-        tokens = tl.where(rank == source, size_of(team, parity, source, SIZES, TOKENS), tokens)
+        tokens = tl.where(rank == source, size_of(team, buffers, parity, source, TOKENS), tokens)
     aligned = (of_experts + ALIGN - 1) // ALIGN * ALIGN
     ends = tl.cumsum(aligned, axis=0)
     start_of_expert = ends - aligned
@@ -212,8 +213,8 @@ def place(
         tl.store(expert_offsets + 1 + column, ends, mask=column == local - 1)
 
     for source in tl.static_range(team.size):
-        routing = shmem.local_at(team, _routing_offset(parity, source, ROUTING, TOKENS, TOP_K, team.size), tl.int32)
-        first, last = range_of_block(size_of(team, parity, source, SIZES, TOKENS))
+        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
+        first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
         row_start, expert_start = row_starts[source], start_of_expert + experts_before[source]
         for start in range(first, last, TILE):
             token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
@@ -238,8 +239,8 @@ def place(
             row_start += tl.sum(comes)
         start_of_expert += experts_total[source]
 
-    routing = shmem.local_at(team, _routing_offset(parity, team.rank, ROUTING, TOKENS, TOP_K, team.size), tl.int32)
-    first, last = range_of_block(size_of(team, parity, team.rank, SIZES, TOKENS))
+    routing = shmem.local_at(team, _routing_offset(buffers, parity, team.rank, TOKENS, TOP_K, team.size), tl.int32)
+    first, last = range_of_block(size_of(team, buffers, parity, team.rank, TOKENS))
     for start in range(first, last, TILE):
         token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
         for pe in tl.static_range(team.size):

@@ -29,9 +29,9 @@ def _chunk(told, source, step, CHUNK: tl.constexpr):
 
 @triton.jit
 def _push_chunk(
-    team, x, scales, weights, sent_row, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    team, buffers, x, scales, weights, sent_row, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, SCALE_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Stores these tokens' rows, scales and weights at their places in the landing buffers of the ranks they go to.
@@ -60,22 +60,22 @@ def _push_chunk(
             for u in tl.static_range(UNROLL):
                 place = tl.load(sent_row + (token + u) * team.size + pe, mask=token + u < last, other=-1)
                 goes, place = place >= 0, place.to(tl.int64)
-                target = shmem.heap_at(team, ROWS, pe, PAYLOAD) + place * WIDTH
+                target = shmem.heap_at(team, buffers[0], pe, PAYLOAD) + place * WIDTH
                 tl.store(target + column, payloads[u], mask=in_row & goes)
                 if SCALES > 0:
-                    target = shmem.heap_at(team, SCALE_ROWS, pe, tl.int32) + place * SCALES
+                    target = shmem.heap_at(team, buffers[1], pe, tl.int32) + place * SCALES
                     tl.store(target + word, words[u], mask=(word < SCALES) & goes)
                 if WEIGHTED:
-                    target = shmem.heap_at(team, WEIGHT_ROWS, pe, tl.float32) + place * TOP_K
+                    target = shmem.heap_at(team, buffers[2], pe, tl.float32) + place * TOP_K
                     tl.store(target + k, factors[u], mask=(k < TOP_K) & goes)
 
 
 @triton.jit
 def _take_chunk(
-    team, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last, PAYLOAD: tl.constexpr,
+    team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last, PAYLOAD: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
-    PLACES: tl.constexpr, WEIGHTED: tl.constexpr, OUT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    PLACES: tl.constexpr, WEIGHTED: tl.constexpr, OUT: tl.constexpr, TOKENS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Takes what these tokens of a source have here out of the landing buffer. Ordering: wait for the source first."""
     column, in_row = row_tile(WIDTH, PADDED, False)
@@ -86,10 +86,10 @@ def _take_chunk(
             row = tl.load(recv_row + source * TOKENS + token + u, mask=token + u < last, other=-1).to(tl.int64)
             rows = rows + (row,)
             if OUT != "landing":
-                landed = shmem.local_at(team, ROWS, PAYLOAD) + row * WIDTH
+                landed = shmem.heap_at(team, buffers[0], team.rank, PAYLOAD) + row * WIDTH
                 payloads = payloads + (tl.load(landed + column, mask=in_row & (row >= 0)),)
                 if SCALES > 0:
-                    landed = shmem.local_at(team, SCALE_ROWS, tl.int32) + row * SCALES
+                    landed = shmem.heap_at(team, buffers[1], team.rank, tl.int32) + row * SCALES
                     words = words + (tl.load(landed + word, mask=(word < SCALES) & (row >= 0)),)
         for u in tl.static_range(UNROLL):
             row = rows[u]
@@ -108,7 +108,7 @@ def _take_chunk(
             if WEIGHTED:
                 here = (k < TOP_K) & (row >= 0)
                 target = tl.load(expert_row + row * TOP_K + k, mask=here, other=-1)
-                factor = tl.load(shmem.local_at(team, WEIGHT_ROWS, tl.float32) + row * TOP_K + k, mask=here)
+                factor = tl.load(shmem.heap_at(team, buffers[2], team.rank, tl.float32) + row * TOP_K + k, mask=here)
                 if OUT == "expert":
                     tl.store(out_weights + target, factor, mask=(target >= 0) & (target < capacity))
                 else:
@@ -136,10 +136,10 @@ def _clear_padding(
 
 @triton.jit
 def dispatch(
-    team, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr,
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr,
     SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr,
-    OUT: tl.constexpr, TOKENS: tl.constexpr, LOCAL: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    OUT: tl.constexpr, TOKENS: tl.constexpr, LOCAL: tl.constexpr, ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
     """At step s block b pushes chunk s of its range of tokens into the landing buffers of the ranks where they go, then
@@ -148,7 +148,8 @@ def dispatch(
     tensors: addresses of x (DTYPE [n, WIDTH]), scales, weights; of the plan's sent_row, recv_row, expert_row, told,
     expert_counts, expert_offsets; of out, out_scales, out_weights and the complaints. sizes: rows that out has.
     OUT: "landing" (rows stay there), "compact" or "expert". QUANT: "" (scales, if any, come with x), "fp8_128" or
-    "fp8_128_ue8m0". SEND and RECV: this launch does the first half, the second, or both.
+    "fp8_128_ue8m0". buffers: byte offsets from the team's heap to
+    the landing rows, scales and weights. SEND and RECV: this launch does the first half, the second, or both.
 
     Waits:    block b for block b of every peer on entry, then of each source once a chunk.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
@@ -176,8 +177,8 @@ def dispatch(
         if SEND:
             first, last = _chunk(told, team.rank, step, CHUNK)
             _push_chunk(
-                team, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES, SCALE_TILE,
-                TOP_K, PLACES, WEIGHTED, ROWS, SCALE_ROWS, WEIGHT_ROWS, UNROLL,
+                team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES, SCALE_TILE,
+                TOP_K, PLACES, WEIGHTED, UNROLL,
             )  # fmt: skip
             shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < own_steps)
         if RECV:
@@ -187,9 +188,9 @@ def dispatch(
                     for source in tl.static_range(team.size):
                         first, last = _chunk(told, source, step - 1, CHUNK)
                         _take_chunk(
-                            team, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last,
-                            PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE, TOP_K, PLACES, WEIGHTED, OUT, TOKENS, ROWS,
-                            SCALE_ROWS, WEIGHT_ROWS, UNROLL,
+                            team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last,
+                            PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE, TOP_K, PLACES, WEIGHTED, OUT, TOKENS,
+                            UNROLL,
                         )  # fmt: skip
     if RECV and OUT == "expert":
         if ALIGN > 1:
@@ -208,9 +209,9 @@ def dispatch(
 
 @triton.jit
 def _stage_chunk(
-    team, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE: tl.constexpr,
+    team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr,
-    CARRY: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
+    CARRY: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Puts what these tokens of a source get from this rank into its landing buffer. Ordering: plain stores."""
@@ -242,7 +243,7 @@ def _stage_chunk(
         for u in tl.static_range(UNROLL):
             row = rows[u]
             if LAYOUT != "landing":
-                target = shmem.local_at(team, ROWS, DTYPE) + row * WIDTH
+                target = shmem.heap_at(team, buffers[0], team.rank, DTYPE) + row * WIDTH
                 tl.store(target + column, staged[u], mask=in_row & (row >= 0))
             if CARRY:
                 here = (k < TOP_K) & (row >= 0)
@@ -251,14 +252,14 @@ def _stage_chunk(
                     value = tl.load(carried + expert, mask=(expert >= 0) & (expert < capacity), other=0.0)
                 else:
                     value = tl.load(carried + row * TOP_K + k, mask=(expert >= 0) & (row < capacity), other=0.0)
-                tl.store(shmem.local_at(team, WEIGHT_ROWS, tl.float32) + row * TOP_K + k, value, mask=here)
+                tl.store(shmem.heap_at(team, buffers[2], team.rank, tl.float32) + row * TOP_K + k, value, mask=here)
 
 
 @triton.jit
 def _pull_chunk(
-    team, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    team, buffers, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, BIASES: tl.constexpr, CARRY: tl.constexpr,
-    ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Adds up what all ranks have for these tokens. Ordering: wait for the peers first."""
     column, in_row = row_tile(WIDTH, PADDED, False)
@@ -269,10 +270,10 @@ def _pull_chunk(
             row = wide(token + u)
             for pe in tl.static_range(team.size):
                 place = tl.load(sent_row + row * team.size + pe, mask=row < last, other=-1).to(tl.int64)
-                landed = shmem.heap_at(team, ROWS, pe, DTYPE) + place * WIDTH
+                landed = shmem.heap_at(team, buffers[0], pe, DTYPE) + place * WIDTH
                 everyone = everyone + (tl.load(landed + column, mask=in_row & (place >= 0), other=0),)
                 if CARRY:
-                    landed = shmem.heap_at(team, WEIGHT_ROWS, pe, tl.float32) + place * TOP_K
+                    landed = shmem.heap_at(team, buffers[2], pe, tl.float32) + place * TOP_K
                     values = values + (tl.load(landed + k, mask=(k < TOP_K) & (place >= 0), other=0.0),)
         for u in tl.static_range(UNROLL):
             row = wide(token + u)
@@ -294,9 +295,9 @@ def _pull_chunk(
 
 @triton.jit
 def combine(
-    team, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr,
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr,
     PLACES: tl.constexpr, WEIGHTED: tl.constexpr, CARRY: tl.constexpr, BIASES: tl.constexpr, LAYOUT: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    TOKENS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
     """At step s block b puts chunk s of its range of every source into the landing buffer, added up over this rank's
@@ -336,8 +337,8 @@ def combine(
                 for source in tl.static_range(team.size):
                     first, last = _chunk(told, source, step, CHUNK)
                     _stage_chunk(
-                        team, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE, WIDTH,
-                        PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, ROWS, WEIGHT_ROWS, UNROLL,
+                        team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE, WIDTH,
+                        PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
                     )  # fmt: skip
             shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_sources)
         if RECV:
@@ -345,7 +346,7 @@ def combine(
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < own_steps)
                 first, last = _chunk(told, team.rank, step - 1, CHUNK)
                 _pull_chunk(
-                    team, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE, WIDTH, PADDED, TOP_K,
-                    PLACES, BIASES, CARRY, ROWS, WEIGHT_ROWS, UNROLL,
+                    team, buffers, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE, WIDTH, PADDED, TOP_K,
+                    PLACES, BIASES, CARRY, UNROLL,
                 )  # fmt: skip
     shmem.end(team, epoch)

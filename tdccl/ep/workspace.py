@@ -18,7 +18,7 @@ _numbers = itertools.count()
 class Workspace:
     """A team with epochs of its own, so that its calls and the communicator's collectives are in nobody's way.
 
-    offsets  bytes from the team's heap to each of the buffers, by name
+    offsets  bytes from the team's heap to each of the buffers, by name; kernels get them as `buffers`
     """
 
     def __init__(self, comm: Communicator, blocks: int, buffers: dict[str, int]):
@@ -71,7 +71,8 @@ class Workspace:
                 comm.raise_fault()
 
     def _bind(self, kernel, dtype: str, warps: int, constants: dict[str, Any], tensors: int, sizes: int):
-        counts = {"tensors": (0,) * tensors, "sizes": (0,) * sizes}
+        # Offsets as constants would end up in the pointers' sums, and with them what is known of their alignment.
+        counts = {"tensors": (0,) * tensors, "sizes": (0,) * sizes, "buffers": tuple(self.offsets.values())}
         geometry = Geometry(dtype, self.blocks, warps, False, counts, constants)
         with self.comm._on_device():
             return bind(kernel, Arguments(kernel, geometry, (), None), self._team, geometry, {})
