@@ -81,3 +81,13 @@ def combined(rows_of_rank: list[dict], tokens: int, hidden: int, dtype, biases=(
             added[token] = row.float()
         total += added
     return total.to(dtype)
+
+
+def packed(scales: torch.Tensor) -> torch.Tensor:
+    """Powers of two as UE8M0: four exponents in an int32, the first lowest; past the last that of zeros."""
+    count, groups = scales.shape
+    of_zeros = int(quantised(torch.zeros(1, 128), True)[1].view(torch.int32)) >> 23
+    exponents = torch.full((count, -(-groups // 4) * 4), of_zeros, dtype=torch.int64, device=scales.device)
+    exponents[:, :groups] = scales.contiguous().view(torch.int32) >> 23
+    shifted = exponents.view(count, -1, 4) << torch.tensor([0, 8, 16, 24], device=scales.device)
+    return shifted.sum(2).to(torch.int32)

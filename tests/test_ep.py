@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import same_bits
 
-from tdccl.ep import ExpertParallel
+from tdccl.ep import ExpertParallel, LowLatency
 
 
 def shape_of(comm, seed, **sizes):
@@ -100,3 +100,51 @@ def check_rounds(comm, align):
 @pytest.mark.parametrize("align", [1, 4])
 def test_rows_arrive_in_order_and_combine_bitwise(ranks, world, align):
     ranks.run(check_rounds, world, align=align)
+
+
+def check_batched(comm, low, problem, quant=None):
+    """Dispatch and combine of few tokens, compared bitwise."""
+    rank, x, weights = comm.rank, problem.x[comm.rank], problem.weights[comm.rank]
+    plan = low.plan(problem.idx[rank])
+    r = low.dispatch(x, plan, quant=quant)
+    by_expert = reference.expert_rows(problem, rank)
+    assert r.counts.tolist() == list(map(len, by_expert))
+    for expert, rows in enumerate(by_expert):
+        assert r.source[expert, : len(rows)].tolist() == [s * low.max_tokens + t for s, t, _ in rows]
+        if not rows:
+            continue
+        sent = torch.stack([problem.x[s][t] for s, t, _ in rows])
+        if quant is None:
+            assert same_bits(r.rows[expert, : len(rows)], sent)
+        else:
+            check_quantised(r.rows[expert, : len(rows)], r.scales[expert, : len(rows)], sent, quant)
+    h = torch.full((low.local_experts, low.max_rows, low.hidden), float("nan"), dtype=x.dtype, device=comm.device)
+    for expert, rows in enumerate(by_expert):
+        for row, (s, t, _) in enumerate(rows):
+            h[expert, row] = problem.x[s][t] * (rank * low.local_experts + expert + 1)
+    y = low.combine(h, plan, weights)
+    total = torch.zeros(len(x), low.hidden, device=comm.device)
+    for k in range(low.top_k):
+        idx = problem.idx[rank][:, k, None]
+        made = (x * (idx + 1)).to(x.dtype).float() * weights[:, k, None]
+        total += torch.where(idx >= 0, made, torch.zeros_like(made))
+    assert same_bits(y, total.to(x.dtype))
+
+
+def check_quantised(rows, scales, sent, quant):
+    expected, scale = reference.quantised(sent, quant == "fp8_128_ue8m0")
+    if quant == "fp8_128_ue8m0":
+        scale = reference.packed(scale)
+    assert same_bits(rows, expected) and same_bits(scales, scale)
+
+
+def check_low_latency(comm, quant, hidden):
+    given, _ = shape_of(comm, 0, hidden=hidden)
+    low = LowLatency(comm, given["max_tokens"], hidden, given["experts"], given["top_k"])
+    for seed in range(3):
+        check_batched(comm, low, shape_of(comm, seed, hidden=hidden)[1], quant)
+
+
+@pytest.mark.parametrize("quant, hidden", [(None, 64), ("fp8_128", 320), ("fp8_128_ue8m0", 1088)])
+def test_few_tokens(ranks, world, quant, hidden):
+    ranks.run(check_low_latency, world, quant=quant, hidden=hidden)

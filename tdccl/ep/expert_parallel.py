@@ -1,7 +1,7 @@
 """Dispatch and combine for mixtures of experts, on rows that are spread over the ranks of a communicator."""
 
-import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,21 +9,18 @@ import torch
 
 from tdccl import environment
 from tdccl.communicator import Communicator
+from tdccl.decisions import layout as heap
 from tdccl.ep import routing, throughput
+from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
 from tdccl.errors import ArgumentError
 from tdccl.runtime import arrays
 
 LAYOUTS = ("compact", "expert")
-QUANTS = (None, "fp8_128", "fp8_128_ue8m0")
 _BLOCKS = 2 if environment.emulated() else 128
 _UNROLL = 1 if environment.emulated() else 2
 _WARPS = 1 if environment.emulated() else 16
 _CHUNK = 8  # tokens of a block that are taken while the next are under way
-_COMPLAINTS = (
-    "an expert is neither -1 nor in 0 .. {experts}; it was left out",
-    "an expert is there twice; the second was left out",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +79,7 @@ class Dispatched:
     source: torch.Tensor
 
 
-class ExpertParallel:
+class ExpertParallel(Experts):
     """Sends tokens to the ranks of their experts and brings back what the experts made of them.
 
     Expert e is on rank e // (num_experts / ranks). All memory is allocated here, once; calls are asynchronous on the
@@ -111,30 +108,22 @@ class ExpertParallel:
         a multiple of them. top_k: experts of a token. dtype: bfloat16, float16 or float32. max_blocks: the largest
         grid, to leave other multiprocessors to computation.
         """
-        comm.check()
         blocks = _BLOCKS if max_blocks is None else max_blocks
-        _check_sizes(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
-        self.comm, self.max_tokens, self.hidden, self.top_k, self.dtype = comm, max_tokens, hidden, top_k, dtype
-        self.num_experts, self.local_experts = num_experts, num_experts // comm.size
-        self.max_rows = comm.size * max_tokens
-        self.groups = -(-hidden // 128)
-        self._dtype_name = arrays.TRITON_NAMES[dtype]
-        columns = _power_of_two(self.local_experts)
-        places = _power_of_two(top_k)
+        super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
+        columns, places = power_of_two(self.local_experts), power_of_two(top_k)
         self._routing = {
             "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),
             "PLACES": places, "COLUMNS": columns,
         }  # fmt: skip
+        entries = -(-max_tokens * top_k // 4) * 4
         self._planning = Workspace(
-            comm, blocks, {"routing": 2 * self.max_rows * top_k * 4, "sizes": 2 * blocks * comm.size * 4}
+            comm, blocks, {"routing": 2 * comm.size * entries * 4, "sizes": 2 * blocks * comm.size * 4}
         )
-        row_words = {"rows": hidden * dtype.itemsize, "scale_rows": self.groups * 4, "weight_rows": top_k * 4}
-        self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_words.items()})
+        row_bytes = {"rows": hidden * dtype.itemsize, "scales": self.groups * 4, "weights": top_k * 4}
+        self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()})
         self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
-        width = columns + layout_width()
-        self._counts = torch.empty(blocks * comm.size * width, dtype=torch.int32, device=comm.device)
-        self._complaints = torch.zeros(4, dtype=torch.int64, pin_memory=not environment.emulated())
-        self._complaint = (ctypes.c_int64 * 4).from_address(self._complaints.data_ptr())
+        width = columns + heap.MAX_RANKS.value
+        self._counts = self._empty((blocks * comm.size * width,), torch.int32)
 
     # ---- plans -----------------------------------------------------------------------------------------------
 
@@ -148,10 +137,8 @@ class ExpertParallel:
         topk_idx: int64 or int32 [n, top_k], n <= max_tokens: the experts of each token, -1 for none. align: every
         expert's rows in the layout "expert" begin at a multiple of it.
         """
-        self._check(topk_idx, "topk_idx", (None, self.top_k), (torch.int64, torch.int32))
-        tokens = topk_idx.shape[0]
-        if tokens > self.max_tokens:
-            raise ArgumentError(f"plan: topk_idx has {tokens} tokens, expected at most max_tokens = {self.max_tokens}")
+        self.check()
+        tokens = self._check_routing(topk_idx)
         if not hasattr(align, "__index__") or align < 1:
             raise ArgumentError(f"plan: align is {align!r}, expected a whole number of rows >= 1")
         plan = self._new_plan(tokens, align)
@@ -161,7 +148,7 @@ class ExpertParallel:
         self._planning.launch(
             "ep_plan", routing.exchange, name, warps, self._routing, inputs, (tokens, words), tokens * self.top_k, stream
         )
-        constants = {**self._routing, "ALIGN": align, "BLOCKS": _power_of_two(self._planning.blocks)}
+        constants = {**self._routing, "ALIGN": align, "BLOCKS": power_of_two(self._planning.blocks)}
         outputs = (
             plan.sent_row, plan.recv_row, plan.topk_idx, plan.expert_row, plan.source, plan.expert_source, plan.sizes,
             plan.counts, plan.offsets,
@@ -196,8 +183,9 @@ class ExpertParallel:
         *,
         quant: str | None = None,
         out: torch.Tensor | None = None,
+        hook: bool = False,
         stream: Any = None,
-    ) -> Dispatched:
+    ) -> "Dispatched | tuple[Dispatched, Callable[[], None]]":
         """Sends each token once to each rank that has one of its experts.
 
         x: [n, hidden] of the object's dtype, n as in the plan; or (float8_e4m3fn [n, hidden], scales [n, words] of 4
@@ -208,8 +196,10 @@ class ExpertParallel:
         this object's landing buffer, and are valid until its next dispatch or combine. "expert": it is a row for each
         of its experts here, by (expert, source rank, source token), with zeros where `plan.align` leaves gaps.
         out: [rows, hidden], for so many rows at most; what does not fit is left out and complained of. Without it,
-        "expert" makes one for the most that can come.
+        "expert" makes one for the most that can come. hook: only send, and return (what will come, a function that
+        receives it); call that before any other call of this object.
         """
+        self.check()
         x, scales, payload = self._checked_input(x, plan, quant)
         self._check_optional(weights, "weights", (plan.tokens, self.top_k), torch.float32)
         if layout not in LAYOUTS:
@@ -219,7 +209,7 @@ class ExpertParallel:
         if kept:
             rows = self._moving.local("rows", torch.uint8)[: self.max_rows * self.hidden * payload.itemsize]
             rows = rows.view(payload).view(self.max_rows, self.hidden)
-            out_scales = self._moving.local("scale_rows", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
+            out_scales = self._moving.local("scales", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
         else:
             if out is None:
                 rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
@@ -234,22 +224,23 @@ class ExpertParallel:
             **self._row_constants(), "QUANT": quant or "", "SCALES": words, "SCALE_TILE": self._scale_tile(quant, words),
             "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
             "LOCAL": self.local_experts, "ALIGN": plan.align,
-            "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL, "SEND": True, "RECV": True,
+            "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip
         tensors = (
             x, scales, weights, plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes, plan.counts, plan.offsets,
             None if kept else rows, out_scales, out_weights, self._complaints,
         )  # fmt: skip
         name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
-        self._moving.launch(
-            "ep_dispatch", throughput.dispatch, name, _WARPS, constants, tensors, (len(rows),), x.numel(), stream
-        )
+        finish = self._run(
+            self._moving, "ep_dispatch", throughput.dispatch, name, _WARPS, constants, tensors, (len(rows),), x.numel(),
+            hook, stream,
+        )  # fmt: skip
         if words:
             out_scales = out_scales.view(torch.int32 if quant == "fp8_128_ue8m0" else torch.float32)
             if scales is not None:
                 out_scales = out_scales.view(scales.dtype)
         expert = layout == "expert"
-        return Dispatched(
+        result = Dispatched(
             rows,
             out_scales if words else None,
             out_weights,
@@ -257,6 +248,7 @@ class ExpertParallel:
             plan.offsets if expert else None,
             (plan.expert_source if expert else plan.source)[: len(rows)],
         )
+        return (result, finish) if hook else result
 
     def combine(
         self,
@@ -268,20 +260,23 @@ class ExpertParallel:
         bias: torch.Tensor | tuple[torch.Tensor, ...] = (),
         carry: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        hook: bool = False,
         stream: Any = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Any:
         """The sum, for each token of this rank, of the rows that all ranks have for it: [n, hidden].
 
         h: [rows, hidden] of the object's dtype, in the layout of a dispatch by the same plan. weights: for the layout
         "expert", float32 [rows], multiplies them. bias: up to two tensors [n, hidden] that are added. carry: float32,
         in the shape of what a dispatch returns as weights; what is there goes back to the tokens beside the rows, and
-        (y, [n, top_k]) is returned. out: [n, hidden].
+        (y, [n, top_k]) is returned. out: [n, hidden]. hook: only send, and return (what else would be returned, a
+        function that receives it); call that before any other call of this object.
 
         h may be `landing`, into which then nothing is copied; fill it after a dispatch, and before any other call.
 
         Sums are fp32, and the same bits in every run: a rank's experts in top-k order, each product rounded, the sum
         rounded to the dtype; then the biases, and the ranks in rank order, rounded to the dtype.
         """
+        self.check()
         if layout not in LAYOUTS:
             raise ArgumentError(f"combine: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
         expert = layout == "expert"
@@ -303,53 +298,22 @@ class ExpertParallel:
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
             "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
-            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": _UNROLL, "SEND": True, "RECV": True,
+            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip
         tensors = (
             h, weights, carry, *(*biases, None, None)[:2], plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes,
             out, carried,
         )  # fmt: skip
-        self._moving.launch(
-            "ep_combine", throughput.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),), out.numel(),
-            stream,
+        finish = self._run(
+            self._moving, "ep_combine", throughput.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),
+            out.numel(), hook, stream,
         )  # fmt: skip
-        return out if carry is None else (out, carried)
-
-    # ---- checks ----------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raises what is wrong with the communicator, or was with the routing of calls whose kernels have ended."""
-        self.comm.check()
-        if any(self._complaint):
-            token, twice, rows = (self._complaint[kind.value] for kind in _KINDS)
-            self._complaints.zero_()
-            if rows:
-                raise ArgumentError(f"dispatch: {rows} rows came, out had not room for all; the others were left out")
-            what = _COMPLAINTS[0 if token else 1].format(experts=self.num_experts - 1)
-            raise ArgumentError(f"plan: in row {(token or twice) - 1} of topk_idx {what}")
-
-    def _check(self, tensor, name: str, shape: tuple, dtypes: tuple) -> torch.Tensor:
-        self.check()
-        fits = isinstance(tensor, torch.Tensor) and tensor.dim() == len(shape) and tensor.dtype in dtypes
-        if not fits or any(wanted not in (None, found) for wanted, found in zip(shape, tensor.shape)):
-            given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            sizes = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ArgumentError(f"{name} is {given}, expected {wanted} [{sizes}]")
-        if tensor.device != self.comm.device:
-            raise ArgumentError(f"{name} is on {tensor.device}, expected {self.comm.device}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-            raise ArgumentError(f"{name} is not contiguous, or not aligned to 16 bytes; pass a copy of it")
-        return tensor
-
-    def _check_optional(self, tensor, name: str, shape: tuple, dtype: torch.dtype) -> None:
-        if tensor is not None:
-            self._check(tensor, name, shape, (dtype,))
+        result = out if carry is None else (out, carried)
+        return (result, finish) if hook else result
 
     def _checked_input(self, x, plan: Plan, quant: str | None):
         """(x, its scales as int32 or None, dtype of the rows that arrive)."""
-        if quant not in QUANTS:
-            raise ArgumentError(f"dispatch: quant is {quant!r}, expected one of {', '.join(map(str, QUANTS))}")
+        self._check_quant(quant)
         if isinstance(x, torch.Tensor):
             self._check(x, "x", (plan.tokens, self.hidden), (self.dtype,))
             return x, None, self.dtype if quant is None else torch.float8_e4m3fn
@@ -362,57 +326,17 @@ class ExpertParallel:
             raise ArgumentError(f"scales has {scales.shape[1]} words a token, expected at most {self.groups}")
         return x, scales, torch.float8_e4m3fn
 
-    # ---- what kernels are given ------------------------------------------------------------------------------
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.comm.device)
-
-    def _scale_words(self, quant: str | None) -> int:
-        """Words of 4 bytes in which a quantised row's scales lie."""
-        return {None: 0, "fp8_128": self.groups, "fp8_128_ue8m0": -(-self.groups // 4)}[quant]
-
     def _scale_tile(self, quant: str | None, words: int) -> int:
         """What `quantise` gives, or a power of two that is not below `words`."""
         if quant is None:
-            return _power_of_two(max(1, words))
+            return power_of_two(max(1, words))
         return self._padded() // (128 if quant == "fp8_128" else 512)
 
     def _padded(self) -> int:
         """Elements of a row's tile: a power of two, and at least four groups."""
-        return max(512, _power_of_two(self.hidden))
+        return max(512, power_of_two(self.hidden))
 
     def _row_constants(self) -> dict[str, int]:
         return {
-            "WIDTH": self.hidden, "PADDED": self._padded(), "TOP_K": self.top_k, "PLACES": _power_of_two(self.top_k),
+            "WIDTH": self.hidden, "PADDED": self._padded(), "TOP_K": self.top_k, "PLACES": power_of_two(self.top_k),
         }  # fmt: skip
-
-
-_KINDS = (routing.OUT_OF_RANGE, routing.TWICE, routing.NO_ROOM)
-
-
-def layout_width() -> int:
-    """Columns of the counts beside those of the experts."""
-    return routing.shmem.MAX_RANKS.value
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
-def _check_sizes(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks) -> None:
-    """Raises ArgumentError, on all ranks alike, unless they have given the same possible sizes."""
-    sizes = {
-        "max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts, "top_k": top_k, "max_blocks": blocks,
-    }  # fmt: skip
-    everyone = comm._bootstrap.exchange((sizes, str(dtype)))
-    for name, value in sizes.items():
-        if not hasattr(value, "__index__") or value < 1:
-            raise ArgumentError(f"ExpertParallel: {name} is {value!r}, expected a whole number >= 1")
-    if num_experts % comm.size:
-        raise ArgumentError(f"ExpertParallel: num_experts is {num_experts}, expected a multiple of {comm.size} ranks")
-    if top_k > num_experts:
-        raise ArgumentError(f"ExpertParallel: top_k is {top_k}, expected at most num_experts = {num_experts}")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ArgumentError(f"ExpertParallel: dtype is {dtype}, expected bfloat16, float16 or float32")
-    if any(other != everyone[0] for other in everyone):
-        raise ArgumentError(f"ExpertParallel: the ranks differ: {everyone}")

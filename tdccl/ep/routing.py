@@ -68,7 +68,7 @@ def going_to(idx, rank, LOCAL: tl.constexpr):
 
 @triton.jit
 def _routing_offset(buffers, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
-    return buffers[0] + (parity * SIZE + source) * TOKENS * TOP_K * 4
+    return buffers[0] + (parity * SIZE + source) * ((TOKENS * TOP_K + 3) // 4 * 16)
 
 
 @triton.jit

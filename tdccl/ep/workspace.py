@@ -64,7 +64,8 @@ class Workspace:
             if start is None:
                 start = self._launches[key] = self._bind(kernel, dtype, warps, constants, len(tensors), len(sizes))
             start.assign("tensors", tuple(map(_address, tensors)))
-            start.assign("sizes", sizes)
+            if sizes:  # not every kernel takes any
+                start.assign("sizes", sizes)
             what = described(called, "ep", dtype, None, None, PLAIN, PLAIN, True, elements, elements)
             comm._start(what, start, 0, 0, stream, (self._lane,))
             if comm._emulated and self._stop_word.value:
