@@ -17,13 +17,16 @@ import torch.distributed as dist
 import tdccl
 from bench.output import describe
 from tdccl import Communicator, environment
-from tdccl.ep import ExpertParallel
+from tdccl.ep import ExpertParallel, LowLatency
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import Bootstrap, discover, launched
 
 # The numbers of the models that most use this: 7168 wide, 8 of 256 experts; 2880 wide, 4 of 128.
 _GPU = {"tokens": "4096,128,32,8,1", "shapes": "7168/8/256,2880/4/128", "iters": 10, "warmup": 3}
 _EMULATION = {"tokens": "16,1", "shapes": "256/2/8", "iters": 1, "warmup": 0}
+
+
+_FEW = 512  # tokens up to which the way for few is measured
 
 
 class Shape(NamedTuple):
@@ -142,18 +145,55 @@ def _check_throughput(bench: Bench, ep: ExpertParallel, case: Case) -> None:
     bench.check("rows by expert", torch.equal(r.rows[valid], everyone[r.source[valid].long()]))
     total = int(valid.sum())
     copied = ep.dispatch(case.x, plan, out=torch.empty_like(ep.landing))
-    bench.check("rows of a dispatch, copied", torch.equal(copied.rows[:arrived], everyone[r_source(plan, arrived)]))
+    bench.check("rows of a dispatch, copied", torch.equal(copied.rows[:arrived], everyone[_sources(plan, arrived)]))
     bench.check("expert rows are counted", total == int(plan.counts.sum()))
     quantised = ep.dispatch(case.x, plan, quant="fp8_128")
     scales = quantised.scales[:arrived].repeat_interleave(128, 1)[:, : ep.hidden]
     near = quantised.rows[:arrived].float() * scales
-    exact = everyone[r_source(plan, arrived)].float()
+    exact = everyone[_sources(plan, arrived)].float()
     error = (near - exact).abs().max() if arrived else torch.zeros(())
     bench.check("fp8 rows", bool(error <= exact.abs().max() / 16) if arrived else True)
     ep.check()
 
 
-def r_source(plan, arrived: int) -> torch.Tensor:
+def low_latency(bench: Bench, case: Case) -> None:
+    """Dispatch and combine of `LowLatency`."""
+    comm, shape = bench.comm, case.shape
+    low = LowLatency(comm, case.tokens, shape.hidden, shape.experts, shape.top_k)
+    plan = low.plan(case.idx)
+    r = low.dispatch(case.x, plan)
+    everyone = comm.all_gather(case.x)
+    valid = torch.arange(low.max_rows, device=comm.device) < r.counts[:, None]
+    bench.check("rows of a few tokens", torch.equal(r.rows[valid], everyone[r.source[valid].long()]))
+    sums = torch.zeros_like(case.x, dtype=torch.float32)
+    for k in range(shape.top_k):
+        sums += case.x.float() * case.weights[:, k, None]
+    bench.check("combine of a few tokens", torch.equal(low.combine(r.rows, plan, case.weights), sums.bfloat16()))
+    fp8 = low.dispatch(case.x, plan, quant="fp8_128")
+    near = fp8.rows[valid].float() * fp8.scales[valid].repeat_interleave(128, 1)[:, : shape.hidden]
+    exact = everyone[fp8.source[valid].long()].float()
+    bench.check("fp8 rows of a few tokens", not near.numel() or (near - exact).abs().max() <= exact.abs().max() / 16)
+    low.check()
+
+    y = torch.empty_like(case.x)
+    pairs = case.idx.numel()
+    remote = pairs - int((case.idx // case.local == comm.rank).sum())
+    row, scaled = shape.hidden * 2, shape.hidden + -(-shape.hidden // 128) * 4
+
+    def whole():
+        low.dispatch(case.x, plan, quant="fp8_128", out=fp8.rows)
+        low.combine(r.rows, plan, case.weights, out=y)
+
+    for what, call, size in (
+        ("few: dispatch bf16", lambda: low.dispatch(case.x, plan, out=r.rows), row),
+        ("few: dispatch fp8", lambda: low.dispatch(case.x, plan, quant="fp8_128", out=fp8.rows), scaled),
+        ("few: combine bf16", lambda: low.combine(r.rows, plan, case.weights, out=y), row),
+        ("few: dispatch fp8, combine bf16", whole, row + scaled),
+    ):
+        bench.measure(what, "tdccl", case, call, remote * size, pairs * size)
+
+
+def _sources(plan, arrived: int) -> torch.Tensor:
     """Which of all ranks' tokens the compact rows are."""
     return plan.source[:arrived].long()
 
@@ -228,6 +268,8 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
     for seed, (shape, tokens) in enumerate(itertools.product(options.shapes, options.tokens)):
         case = Case(comm, shape, tokens, seed)
         throughput(bench, case)
+        if tokens <= _FEW:
+            low_latency(bench, case)
         rivals(bench, case)
     bench.say(f"# Wrong results : {bench.wrong} {'FAILED' if bench.wrong else 'OK'}")
     if options.json and comm.rank == 0:

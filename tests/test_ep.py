@@ -34,7 +34,10 @@ def check_round(comm, ep, problem, align=1):
     arrived = torch.stack([problem.x[s][t] for s, t in compact]) if compact else x.new_empty(0, hidden)
     assert same_bits(r.rows[: len(compact)], arrived)
     for row, (source, token) in enumerate(compact):
-        experts = [e % problem.local if e >= 0 and e // problem.local == rank else -1 for e in problem.idx[source][token].tolist()]
+        experts = [
+            e % problem.local if e >= 0 and e // problem.local == rank else -1
+            for e in problem.idx[source][token].tolist()
+        ]
         assert plan.topk_idx[row].tolist() == experts
         kept = [w if e >= 0 else 0.0 for e, w in zip(experts, problem.weights[source][token].tolist())]
         assert r.weights[row].tolist() == kept
@@ -62,7 +65,9 @@ def check_round(comm, ep, problem, align=1):
     for expert, rows in enumerate(by_expert):
         end = start + -(-len(rows) // align) * align
         assert r.offsets[expert : expert + 2].tolist() == [start, end]
-        assert r.source[start:end].tolist() == [s * ep.max_tokens + t for s, t, _ in rows] + [-1] * (end - start - len(rows))
+        assert r.source[start:end].tolist() == [s * ep.max_tokens + t for s, t, _ in rows] + [-1] * (
+            end - start - len(rows)
+        )
         for row, (s, t, k) in enumerate(rows, start):
             assert same_bits(r.rows[row], problem.x[s][t]) and r.weights[row] == problem.weights[s][t, k]
         assert not r.rows[start + len(rows) : end].any()

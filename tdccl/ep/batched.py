@@ -19,7 +19,7 @@ _SLICES = 2 if environment.emulated() else 4
 _WARPS = 1 if environment.emulated() else 16
 _TILE = 4  # tokens that a block has under way
 _TILE_BYTES = 64 << 10  # of registers, for rows under way
-_CHUNK = 128  # tokens whose routing is looked at at once
+_CHUNK = 64  # tokens whose routing is looked at at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class LowLatency(Experts):
         self._combining = Workspace(comm, blocks, {"rows": 2 * max_tokens * top_k * hidden * dtype.itemsize})
 
     def plan(self, topk_idx: torch.Tensor) -> BatchedPlan:
-        """What a dispatch and a combine need. topk_idx: int64 or int32 [n, top_k], n <= max_tokens, -1 for no expert."""
+        """What a dispatch and a combine need. topk_idx: int64 or int32 [n, top_k], n <= max_tokens, -1: none."""
         self.check()
         tokens, ranks = self._check_routing(topk_idx), self.comm.size
         return BatchedPlan(
@@ -190,5 +190,3 @@ class LowLatency(Experts):
             "WIDTH": self.hidden, "SLICE": width, "SLICES": slices, "PADDED": padded,
             "TAKEN": 1 << (min(taken, _TILE).bit_length() - 1),
         }  # fmt: skip
-
-

@@ -146,7 +146,15 @@ class ExpertParallel(Experts):
         inputs = (topk_idx, plan.memory, self._counts, self._complaints)
         warps = 1 if environment.emulated() else 8
         self._planning.launch(
-            "ep_plan", routing.exchange, name, warps, self._routing, inputs, (tokens, words), tokens * self.top_k, stream
+            "ep_plan",
+            routing.exchange,
+            name,
+            warps,
+            self._routing,
+            inputs,
+            (tokens, words),
+            tokens * self.top_k,
+            stream,
         )
         constants = {**self._routing, "ALIGN": align, "BLOCKS": power_of_two(self._planning.blocks)}
         outputs = (
@@ -221,8 +229,8 @@ class ExpertParallel(Experts):
             shape = (len(rows),) if layout == "expert" else (len(rows), self.top_k)
             out_weights = self._empty(shape, torch.float32)
         constants = {
-            **self._row_constants(), "QUANT": quant or "", "SCALES": words, "SCALE_TILE": self._scale_tile(quant, words),
-            "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
+            **self._row_constants(), "QUANT": quant or "", "SCALES": words,
+            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
             "LOCAL": self.local_experts, "ALIGN": plan.align,
             "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip

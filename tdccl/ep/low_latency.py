@@ -68,12 +68,14 @@ def _chunk_of_routing(
 @triton.jit
 def _notes_offset(buffers, parity, source, SLICES: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
     """Of what a source says of its rows to this block's slice: expert here * TOKENS + earlier rows from it, or -1."""
-    return buffers[2] + ((parity * SLICES + tl.program_id(0) % SLICES) * SIZE + source) * ((TOKENS * TOP_K + 3) // 4 * 16)
+    return buffers[2] + ((parity * SLICES + tl.program_id(0) % SLICES) * SIZE + source) * (
+        (TOKENS * TOP_K + 3) // 4 * 16
+    )
 
 
 @triton.jit
 def _counts_offset(buffers, parity, source, COLUMNS: tl.constexpr, SIZE):
-    """Of the words by which a source tells this block how many rows each expert here gets, and how many tokens it has."""
+    """Of the words by which a source tells this block its rows for each expert here, and how many tokens it has."""
     return buffers[3] + ((parity * tl.num_programs(0) + tl.program_id(0)) * SIZE + source) * (COLUMNS + 4) * 4
 
 
@@ -108,7 +110,9 @@ def _send_rows(
     place, number = tl.arange(0, PLACES), tl.arange(0, CHUNK * PLACES)
     for start in range(0, _tokens_of_group(count, SLICES), TILE):
         token, live = _my_tokens(start, count, TILE, SLICES)
-        tile = tl.load(x + wide(token)[:, None] * WIDTH + column[None, :], mask=live[:, None] & in_slice[None, :], other=0)
+        tile = tl.load(
+            x + wide(token)[:, None] * WIDTH + column[None, :], mask=live[:, None] & in_slice[None, :], other=0
+        )
         if QUANT != "":
             groups = tl.reshape(tile, [TILE * (PADDED // 128), 128])
             quantised, words = quantise(groups, QUANT == "fp8_128_ue8m0")
@@ -166,7 +170,11 @@ def _take_rows(
         here = (note >= 0) & (note < LOCAL * TOKENS) & (row < room)
         row += note // TOKENS * room
         if tl.program_id(0) % SLICES == 0:
-            tl.store(placed + source * TOKENS * TOP_K + entry, tl.where(here, row, -1), mask=tl.reshape(mask, [TILE * PLACES]))
+            tl.store(
+                placed + source * TOKENS * TOP_K + entry,
+                tl.where(here, row, -1),
+                mask=tl.reshape(mask, [TILE * PLACES]),
+            )
             tl.store(sources + row, source * TOKENS + entry // TOP_K, mask=here)
         slot = wide((parity * team.size + source) * TOKENS * TOP_K + entry)
         landed = shmem.heap_at(team, buffers[0], team.rank, PAYLOAD) + slot[:, None] * WIDTH + column[None, :]
@@ -175,7 +183,9 @@ def _take_rows(
         if SCALES > 0:
             landed = shmem.heap_at(team, buffers[1], team.rank, tl.int32) + slot[:, None] * SCALES + word[None, :]
             words = tl.load(landed, mask=here[:, None] & in_words[None, :])
-            tl.store(out_scales + wide(row)[:, None] * SCALES + word[None, :], words, mask=here[:, None] & in_words[None, :])
+            tl.store(
+                out_scales + wide(row)[:, None] * SCALES + word[None, :], words, mask=here[:, None] & in_words[None, :]
+            )
 
 
 @triton.jit

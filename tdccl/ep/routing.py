@@ -5,7 +5,7 @@ rank that has one of its experts. There its *compact row* is counted by (source 
 rows*, one for each of its experts there, by (local expert, source rank, source token), every expert beginning at a
 multiple of `align`.
 
-Tokens are cut into ranges: of every source, range b belongs to block b, in the kernels here and in those that move rows.
+Tokens are cut into ranges: of every source, range b belongs to block b, here and in the kernels that move rows.
 Nothing is counted by atomics, so all places are the same in every run.
 """
 
@@ -88,8 +88,8 @@ def _load_routing(pointer, first, last, TILE: tl.constexpr, TOP_K: tl.constexpr,
 
 @triton.jit
 def exchange(
-    team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
-    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Block b gives its range of this rank's routing to all ranks, and counts what is in range b of every source.
 
@@ -135,7 +135,7 @@ def exchange(
         first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
         of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
         for start in range(first, last, TILE):
-            token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
+            _, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
             mine = tl.reshape(local_experts(idx, team.rank, local), [TILE * PLACES])
             of_expert += tl.sum((mine[:, None] == column[None, :]).to(tl.int32), axis=0)
             for to in tl.static_range(team.size):
@@ -165,9 +165,8 @@ def _before_and_total(counts, source, FIRST: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def place(
-    team, buffers, tensors, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    team, buffers, tensors, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, ALIGN: tl.constexpr,
+    TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before.
 
@@ -217,7 +216,7 @@ def place(
         first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
         row_start, expert_start = row_starts[source], start_of_expert + experts_before[source]
         for start in range(first, last, TILE):
-            token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
+            token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
             mine = local_experts(idx, team.rank, local)
             comes = going_to(idx, team.rank, local)
             row = row_start + tl.cumsum(comes, axis=0) - comes
@@ -242,7 +241,7 @@ def place(
     routing = shmem.local_at(team, _routing_offset(buffers, parity, team.rank, TOKENS, TOP_K, team.size), tl.int32)
     first, last = range_of_block(size_of(team, buffers, parity, team.rank, TOKENS))
     for start in range(first, last, TILE):
-        token, offset, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
+        token, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
         for pe in tl.static_range(team.size):
             goes = going_to(idx, pe, local)
             row = tl.sum(tl.where(rank == pe, sent_start, 0)) + tl.cumsum(goes, axis=0) - goes

@@ -29,10 +29,9 @@ def _chunk(told, source, step, CHUNK: tl.constexpr):
 
 @triton.jit
 def _push_chunk(
-    team, buffers, x, scales, weights, sent_row, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    UNROLL: tl.constexpr,
+    team, buffers, x, scales, weights, sent_row, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
+    PLACES: tl.constexpr, WEIGHTED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Stores these tokens' rows, scales and weights at their places in the landing buffers of the ranks they go to.
 
@@ -72,9 +71,9 @@ def _push_chunk(
 
 @triton.jit
 def _take_chunk(
-    team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last, PAYLOAD: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
-    PLACES: tl.constexpr, WEIGHTED: tl.constexpr, OUT: tl.constexpr, TOKENS: tl.constexpr,
+    team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last,
+    PAYLOAD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr,
+    TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr, OUT: tl.constexpr, TOKENS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Takes what these tokens of a source have here out of the landing buffer. Ordering: wait for the source first."""
@@ -138,9 +137,8 @@ def _clear_padding(
 def dispatch(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr,
     SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr,
-    OUT: tl.constexpr, TOKENS: tl.constexpr, LOCAL: tl.constexpr, ALIGN: tl.constexpr,
-    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    SEND: tl.constexpr, RECV: tl.constexpr,
+    OUT: tl.constexpr, TOKENS: tl.constexpr, LOCAL: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
     """At step s block b pushes chunk s of its range of tokens into the landing buffers of the ranks where they go, then
     takes chunk s - 1 of every source out of its own, to where `OUT` says.
@@ -177,8 +175,8 @@ def dispatch(
         if SEND:
             first, last = _chunk(told, team.rank, step, CHUNK)
             _push_chunk(
-                team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES, SCALE_TILE,
-                TOP_K, PLACES, WEIGHTED, UNROLL,
+                team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES,
+                SCALE_TILE, TOP_K, PLACES, WEIGHTED, UNROLL,
             )  # fmt: skip
             shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < own_steps)
         if RECV:
@@ -188,8 +186,8 @@ def dispatch(
                     for source in tl.static_range(team.size):
                         first, last = _chunk(told, source, step - 1, CHUNK)
                         _take_chunk(
-                            team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last,
-                            PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE, TOP_K, PLACES, WEIGHTED, OUT, TOKENS,
+                            team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first,
+                            last, PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE, TOP_K, PLACES, WEIGHTED, OUT, TOKENS,
                             UNROLL,
                         )  # fmt: skip
     if RECV and OUT == "expert":
@@ -211,8 +209,7 @@ def dispatch(
 def _stage_chunk(
     team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr,
-    CARRY: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    CARRY: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Puts what these tokens of a source get from this rank into its landing buffer. Ordering: plain stores."""
     column, in_row = row_tile(WIDTH, PADDED, False)
@@ -297,14 +294,13 @@ def _pull_chunk(
 def combine(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr,
     PLACES: tl.constexpr, WEIGHTED: tl.constexpr, CARRY: tl.constexpr, BIASES: tl.constexpr, LAYOUT: tl.constexpr,
-    TOKENS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    SEND: tl.constexpr, RECV: tl.constexpr,
+    TOKENS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
     """At step s block b puts chunk s of its range of every source into the landing buffer, added up over this rank's
     experts, then adds up all ranks' rows for chunk s - 1 of its own tokens.
 
-    tensors: addresses of h, weights, carried, two biases; of the plan's sent_row, recv_row, expert_row, told; of out and
-    out_carried. sizes: rows that h has. LAYOUT: of h, "landing" if it is the landing buffer. SEND and RECV as in
+    tensors: addresses of h, weights, carried, two biases; of the plan's sent_row, recv_row, expert_row, told; of out
+    and out_carried. sizes: rows that h has. LAYOUT: of h, "landing" if it is the landing buffer. SEND and RECV as in
     `dispatch`.
 
     Sums are fp32: of a token's experts on one rank in top-k order, rounded to DTYPE; then the biases, and the ranks in
@@ -337,8 +333,8 @@ def combine(
                 for source in tl.static_range(team.size):
                     first, last = _chunk(told, source, step, CHUNK)
                     _stage_chunk(
-                        team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE, WIDTH,
-                        PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
+                        team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE,
+                        WIDTH, PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
                     )  # fmt: skip
             shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_sources)
         if RECV:
@@ -346,7 +342,7 @@ def combine(
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < own_steps)
                 first, last = _chunk(told, team.rank, step - 1, CHUNK)
                 _pull_chunk(
-                    team, buffers, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE, WIDTH, PADDED, TOP_K,
-                    PLACES, BIASES, CARRY, UNROLL,
+                    team, buffers, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE, WIDTH, PADDED,
+                    TOP_K, PLACES, BIASES, CARRY, UNROLL,
                 )  # fmt: skip
     shmem.end(team, epoch)
