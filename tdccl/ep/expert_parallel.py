@@ -230,9 +230,9 @@ class ExpertParallel(Experts):
             out_weights = self._empty(shape, torch.float32)
         constants = {
             **self._row_constants(), "QUANT": quant or "", "SCALES": words,
-            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
-            "LOCAL": self.local_experts, "ALIGN": plan.align,
-            "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
+            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None,
+            "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens, "LOCAL": self.local_experts,
+            "ALIGN": plan.align, "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip
         tensors = (
             x, scales, weights, plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes, plan.counts, plan.offsets,
