@@ -306,7 +306,7 @@ class ExpertParallel(Experts):
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
             "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
-            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": _UNROLL,
+            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": 1 if expert else _UNROLL,
         }  # fmt: skip
         tensors = (
             h, weights, carry, *(*biases, None, None)[:2], plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes,
