@@ -1,13 +1,12 @@
-"""Compiles the kernels of expert parallelism as they are launched, for GPUs without a GPU. Run as a program by `test_ep`,
+"""Compiles the kernels of expert parallelism as they are launched, without a GPU. Run as a program by `test_ep`,
 because a process either interprets or compiles: `python ep_variants.py cuda 90 32` prints a line of JSON a kernel."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["TDCCL_EMULATE"] = "0"
 
 import torch

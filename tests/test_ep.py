@@ -16,7 +16,7 @@ from reference import same_bits
 
 import tdccl
 from tdccl import environment
-from tdccl.ep import ExpertParallel, LowLatency
+from tdccl.ep import ExpertParallel, LowLatency, autograd
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 
@@ -437,3 +437,37 @@ def test_bench(tmp_path):
     assert "# Wrong results : 0 OK" in run.stdout
     found = json.loads((tmp_path / "ep.json").read_text())
     assert all(row["time_us"] > 0 for row in found["ep"])
+
+
+def check_gradients(comm, compiled):
+    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by."""
+    given, problem = shape_of(comm, 7, max_tokens=5, tokens=[rank % 5 + 1 for rank in range(comm.size)])
+    ep = ExpertParallel(comm, 5, given["hidden"], given["experts"], given["top_k"], torch.float32)
+    idx = problem.idx[comm.rank]
+    for layout in ("compact", "expert"):
+        x, weights = problem.x[comm.rank].float().requires_grad_(), problem.weights[comm.rank].requires_grad_()
+
+        def layer(x, weights, idx=idx, layout=layout):
+            plan = autograd.plan(ep, idx)
+            rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
+            total = factors if layout == "expert" else factors.sum(1)
+            return autograd.combine(ep, rows * total[:, None], plan, len(x), layout)
+
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run(x, weights)
+        y.square().sum().backward()
+        kept = torch.where(idx >= 0, weights.detach(), 0.0)
+        total = kept.sum(1, keepdim=True)
+        exact = x.detach() * total
+        torch.testing.assert_close(y.detach(), exact)
+        torch.testing.assert_close(x.grad, 2 * exact * total)
+        of_weights = (2 * exact * x.detach()).sum(1, keepdim=True).expand_as(kept)
+        torch.testing.assert_close(weights.grad, torch.where(idx >= 0, of_weights, 0.0))
+        weights.grad = None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients(ranks, world, compiled):
+    if compiled and world != 2:
+        pytest.skip("traced alike by any number of ranks")
+    ranks.run(check_gradients, world, compiled=compiled)
