@@ -70,6 +70,7 @@ from tdccl.language.team import (
     Team,
     begin,
     end,
+    resume,
 )
 from tdccl.language.tiles import load_ranks, local_slot, pick, remote_slot, slot_offset, span_start, steps_of
 

@@ -176,6 +176,12 @@ def begin(team):
 
 
 @triton.jit
+def resume(team):
+    """The epoch in which this block's last launch ended, for one that goes on with the same call."""
+    return tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
 def end(team, epoch):
     """Closes the call: the next launch of this block sees a new epoch. All waits must be over."""
     tl.debug_barrier()

@@ -1,0 +1,368 @@
+"""Dispatch and combine for mixtures of experts, on rows that are spread over the ranks of a communicator."""
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tdccl import environment
+from tdccl.communicator import Communicator
+from tdccl.decisions import layout as heap
+from tdccl.ep import routing, throughput
+from tdccl.ep.experts import Experts, power_of_two
+from tdccl.ep.workspace import Workspace
+from tdccl.errors import ArgumentError
+from tdccl.runtime import arrays
+
+LAYOUTS = ("compact", "expert")
+_BLOCKS = 2 if environment.emulated() else 128
+_UNROLL = 1 if environment.emulated() else 2
+_WARPS = 1 if environment.emulated() else 16
+_CHUNK = 8  # tokens of a block that are taken while the next are under way
+_numbers = itertools.count()
+by_number: "weakref.WeakValueDictionary[int, ExpertParallel]" = weakref.WeakValueDictionary()  # for operators of torch
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the rows of a routing go: made by `ExpertParallel.plan`, used by any number of dispatches and combines.
+
+    All but the first two are int32 tensors on the device. `ranks` is R, `max_tokens` T, top_k K, experts a rank L.
+
+    tokens          n, of this rank
+    align           of which the offsets are multiples
+    memory          of all the others, which are views of it
+    sent_row        [n, R]: the compact row of a token on each rank, -1 where it does not go
+    recv_row        [R, T]: the compact row here of each token of each rank, -1 where it does not come
+    topk_idx        [R * T, K]: the experts of a compact row as numbered here, -1 for those of other ranks
+    expert_row      [R * T, K]: the expert rows of a compact row, -1 likewise
+    source          [R * T]: rank * T + token of a compact row, -1 past the last
+    expert_source   [most expert rows]: the same of an expert row, -1 between the experts too
+    sizes           [R]: tokens of each rank
+    received, sent  [R]: compact rows from, and to, each rank
+    counts          [L]: rows of each expert here
+    offsets         [L + 1]: the expert row at which each begins, and where the last ends
+    """
+
+    tokens: int
+    align: int
+    memory: torch.Tensor
+    sent_row: torch.Tensor
+    recv_row: torch.Tensor
+    topk_idx: torch.Tensor
+    expert_row: torch.Tensor
+    source: torch.Tensor
+    expert_source: torch.Tensor
+    sizes: torch.Tensor
+    received: torch.Tensor
+    sent: torch.Tensor
+    counts: torch.Tensor
+    offsets: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatched:
+    """What a dispatch brought to this rank.
+
+    rows     [rows, hidden]: of x's dtype, or float8_e4m3fn
+    scales   None; or [rows, groups of 128]: float32, or int32 with four exponents each (UE8M0), the first lowest
+    weights  None; or float32: compact [rows, top_k], 0 where the expert is not here; expert [rows]
+    counts   int32: compact [ranks], rows from each; expert [local experts]
+    offsets  int32, where each of these begins, and where the last ends; None if compact, whose rows have no gaps
+    source   int32 [rows]: rank * max_tokens + token; -1 where there is no row
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+    weights: torch.Tensor | None
+    counts: torch.Tensor
+    offsets: torch.Tensor | None
+    source: torch.Tensor
+
+
+class ExpertParallel(Experts):
+    """Sends tokens to the ranks of their experts and brings back what the experts made of them.
+
+    Expert e is on rank e // (num_experts / ranks). All memory is allocated here, once; calls are asynchronous on the
+    current stream (or `stream`), can be captured in CUDA graphs, and never wait on the host. All ranks make the same
+    calls in the same order, with any number of tokens each. Calls of different objects may go on at once.
+
+    Errors: ArgumentError before anything is launched, where shapes, dtypes or devices are wrong. What only the device
+    knows, wrong experts and rows beyond the memory given for them, is left out there, and raises ArgumentError in the
+    first call (or `check`) after the kernel has ended. Faults of peers raise as in the communicator's own calls.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        max_tokens: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        max_blocks: int | None = None,
+    ):
+        """Collective, with the same arguments on all ranks.
+
+        max_tokens: the most tokens that a rank ever has. hidden: elements of a row. num_experts: on all ranks together,
+        a multiple of them. top_k: experts of a token. dtype: bfloat16, float16 or float32. max_blocks: the largest
+        grid, to leave other multiprocessors to computation.
+        """
+        blocks = _BLOCKS if max_blocks is None else max_blocks
+        super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
+        columns, places = power_of_two(self.local_experts), power_of_two(top_k)
+        self._routing = {
+            "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),
+            "PLACES": places, "COLUMNS": columns,
+        }  # fmt: skip
+        entries = -(-max_tokens * top_k // 4) * 4
+        self._planning = Workspace(
+            comm, blocks, {"routing": 2 * comm.size * entries * 4, "sizes": 2 * blocks * comm.size * 4}
+        )
+        row_bytes = {"rows": hidden * dtype.itemsize, "scales": self.groups * 4, "weights": top_k * 4}
+        self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()})
+        self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
+        width = columns + heap.MAX_RANKS.value
+        self.number = next(_numbers)
+        by_number[self.number] = self
+        self._counts = self._empty((blocks * comm.size * width,), torch.int32)
+
+    # ---- plans -----------------------------------------------------------------------------------------------
+
+    def most_expert_rows(self, align: int = 1) -> int:
+        """The expert rows that a rank can get at most, whatever the routing."""
+        return self.max_rows * min(self.top_k, self.local_experts) + self.local_experts * (align - 1)
+
+    def plan(self, topk_idx: torch.Tensor, align: int = 1, *, stream: Any = None) -> Plan:
+        """Finds where this rank's tokens go and what the others send here, all on the device.
+
+        topk_idx: int64 or int32 [n, top_k], n <= max_tokens: the experts of each token, -1 for none. align: every
+        expert's rows in the layout "expert" begin at a multiple of it.
+        """
+        self.check()
+        tokens = self._check_routing(topk_idx)
+        if not hasattr(align, "__index__") or align < 1:
+            raise ArgumentError(f"plan: align is {align!r}, expected a whole number of rows >= 1")
+        plan = self._new_plan(tokens, align)
+        words, name = plan.memory.numel(), arrays.TRITON_NAMES[topk_idx.dtype]
+        inputs = (topk_idx, plan.memory, self._counts, self._complaints)
+        warps = 1 if environment.emulated() else 8
+        self._planning.launch(
+            "ep_plan",
+            routing.exchange,
+            name,
+            warps,
+            self._routing,
+            inputs,
+            (tokens, words),
+            tokens * self.top_k,
+            stream,
+        )
+        constants = {**self._routing, "ALIGN": align, "BLOCKS": power_of_two(self._planning.blocks)}
+        outputs = (
+            plan.sent_row, plan.recv_row, plan.topk_idx, plan.expert_row, plan.source, plan.expert_source, plan.sizes,
+            plan.counts, plan.offsets,
+        )  # fmt: skip
+        self._planning.launch(
+            "ep_plan", routing.place, "i32", warps, constants, (self._counts, *outputs), (), words, stream
+        )
+        return plan
+
+    def _new_plan(self, tokens: int, align: int) -> Plan:
+        return self.plan_of(self._empty((self.plan_words(tokens, align),), torch.int32), tokens, align)
+
+    def plan_words(self, tokens: int, align: int) -> int:
+        """Words of the memory of a plan."""
+        return sum(words for _, words in self._plan_layout(tokens, align).values())
+
+    def plan_of(self, memory: torch.Tensor, tokens: int, align: int) -> Plan:
+        """The plan whose `memory` this is."""
+        layout = self._plan_layout(tokens, align)
+        parts = memory.split([words for _, words in layout.values()])
+        named = {name: part[: math.prod(shape)].view(shape) for (name, (shape, _)), part in zip(layout.items(), parts)}
+        told = dict(zip(("sizes", "received", "sent"), named.pop("told")))
+        return Plan(tokens=tokens, align=align, memory=memory, **named, **told)
+
+    def _plan_layout(self, tokens: int, align: int) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and words of each array of a plan; each begins at a multiple of 16 bytes."""
+        ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
+        shapes = {
+            "sent_row": (tokens, ranks), "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k),
+            "expert_row": (rows, top_k), "source": (rows,), "expert_source": (self.most_expert_rows(align),),
+            "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
+        }  # fmt: skip
+        return {name: (shape, -(-math.prod(shape) // 4) * 4) for name, shape in shapes.items()}
+
+    # ---- dispatch and combine --------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        plan: Plan,
+        weights: torch.Tensor | None = None,
+        layout: str = "compact",
+        *,
+        quant: str | None = None,
+        out: torch.Tensor | None = None,
+        hook: bool = False,
+        stream: Any = None,
+    ) -> "Dispatched | tuple[Dispatched, Callable[[], None]]":
+        """Sends each token once to each rank that has one of its experts.
+
+        x: [n, hidden] of the object's dtype, n as in the plan; or (float8_e4m3fn [n, hidden], scales [n, words] of 4
+        bytes). weights: float32 [n, top_k]. quant: None, "fp8_128" (a scale amax / 448 for each 128 elements, amax at
+        least 1e-4) or "fp8_128_ue8m0" (rounded up to a power of two).
+
+        layout "compact": a token is one row, by (source rank, source token). Without `out` the rows and scales stay in
+        this object's landing buffer, and are valid until its next dispatch or combine. "expert": it is a row for each
+        of its experts here, by (expert, source rank, source token), with zeros where `plan.align` leaves gaps.
+        out: [rows, hidden], for so many rows at most; what does not fit is left out and complained of. Without it,
+        "expert" makes one for the most that can come. hook: only send, and return (what will come, a function that
+        receives it); call that before any other call of this object.
+        """
+        self.check()
+        x, scales, payload = self._checked_input(x, plan, quant)
+        self._check_optional(weights, "weights", (plan.tokens, self.top_k), torch.float32)
+        if layout not in LAYOUTS:
+            raise ArgumentError(f"dispatch: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+        words = scales.shape[1] if scales is not None else self._scale_words(quant)
+        kept = layout == "compact" and out is None
+        if kept:
+            rows = self._moving.local("rows", torch.uint8)[: self.max_rows * self.hidden * payload.itemsize]
+            rows = rows.view(payload).view(self.max_rows, self.hidden)
+            out_scales = self._moving.local("scales", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
+        else:
+            if out is None:
+                rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
+            else:
+                rows = self._check(out, "out", (None, self.hidden), (payload,))
+            out_scales = self._empty((len(rows), words), torch.int32)
+        out_weights = None
+        if weights is not None:
+            shape = (len(rows),) if layout == "expert" else (len(rows), self.top_k)
+            out_weights = self._empty(shape, torch.float32)
+        constants = {
+            **self._row_constants(), "QUANT": quant or "", "SCALES": words,
+            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None,
+            "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens, "LOCAL": self.local_experts,
+            "ALIGN": plan.align, "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
+        }  # fmt: skip
+        tensors = (
+            x, scales, weights, plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes, plan.counts, plan.offsets,
+            None if kept else rows, out_scales, out_weights, self._complaints,
+        )  # fmt: skip
+        name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
+        finish = self._run(
+            self._moving, "ep_dispatch", throughput.dispatch, name, _WARPS, constants, tensors, (len(rows),), x.numel(),
+            hook, stream,
+        )  # fmt: skip
+        if words:
+            out_scales = out_scales.view(torch.int32 if quant == "fp8_128_ue8m0" else torch.float32)
+            if scales is not None:
+                out_scales = out_scales.view(scales.dtype)
+        expert = layout == "expert"
+        result = Dispatched(
+            rows,
+            out_scales if words else None,
+            out_weights,
+            plan.counts if expert else plan.received,
+            plan.offsets if expert else None,
+            (plan.expert_source if expert else plan.source)[: len(rows)],
+        )
+        return (result, finish) if hook else result
+
+    def combine(
+        self,
+        h: torch.Tensor,
+        plan: Plan,
+        weights: torch.Tensor | None = None,
+        layout: str = "compact",
+        *,
+        bias: torch.Tensor | tuple[torch.Tensor, ...] = (),
+        carry: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        hook: bool = False,
+        stream: Any = None,
+    ) -> Any:
+        """The sum, for each token of this rank, of the rows that all ranks have for it: [n, hidden].
+
+        h: [rows, hidden] of the object's dtype, in the layout of a dispatch by the same plan. weights: for the layout
+        "expert", float32 [rows], multiplies them. bias: up to two tensors [n, hidden] that are added. carry: float32,
+        in the shape of what a dispatch returns as weights; what is there goes back to the tokens beside the rows, and
+        (y, [n, top_k]) is returned. out: [n, hidden]. hook: only send, and return (what else would be returned, a
+        function that receives it); call that before any other call of this object.
+
+        h may be `landing`, into which then nothing is copied; fill it after a dispatch, and before any other call.
+
+        Sums are fp32, and the same bits in every run: a rank's experts in top-k order, each product rounded, the sum
+        rounded to the dtype; then the biases, and the ranks in rank order, rounded to the dtype.
+        """
+        self.check()
+        if layout not in LAYOUTS:
+            raise ArgumentError(f"combine: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+        expert = layout == "expert"
+        self._check(h, "h", (None, self.hidden), (self.dtype,))
+        self._check_optional(weights, "weights", (len(h),), torch.float32)
+        if weights is not None and not expert:
+            raise ArgumentError('combine: weights are for layout="expert"; multiply compact rows by theirs before')
+        self._check_optional(carry, "carry", (len(h),) if expert else (len(h), self.top_k), torch.float32)
+        biases = (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+        if len(biases) > 2:
+            raise ArgumentError(f"combine: {len(biases)} biases, expected at most 2")
+        for each in biases:
+            self._check(each, "bias", (plan.tokens, self.hidden), (self.dtype,))
+        if out is None:
+            out = self._empty((plan.tokens, self.hidden), self.dtype)
+        self._check(out, "out", (plan.tokens, self.hidden), (self.dtype,))
+        carried = self._empty((plan.tokens, self.top_k), torch.float32) if carry is not None else None
+        zero_copy = not expert and h.data_ptr() == self.landing.data_ptr()
+        constants = {
+            **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
+            "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
+            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": 1 if expert else _UNROLL,
+        }  # fmt: skip
+        tensors = (
+            h, weights, carry, *(*biases, None, None)[:2], plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes,
+            out, carried,
+        )  # fmt: skip
+        finish = self._run(
+            self._moving, "ep_combine", throughput.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),
+            out.numel(), hook, stream,
+        )  # fmt: skip
+        result = out if carry is None else (out, carried)
+        return (result, finish) if hook else result
+
+    def _checked_input(self, x, plan: Plan, quant: str | None):
+        """(x, its scales as int32 or None, dtype of the rows that arrive)."""
+        self._check_quant(quant)
+        if isinstance(x, torch.Tensor):
+            self._check(x, "x", (plan.tokens, self.hidden), (self.dtype,))
+            return x, None, self.dtype if quant is None else torch.float8_e4m3fn
+        if quant is not None:
+            raise ArgumentError(f"dispatch: x has scales, so quant is {quant!r} too late; expected None")
+        x, scales = x
+        self._check(x, "x", (plan.tokens, self.hidden), (torch.float8_e4m3fn,))
+        self._check(scales, "scales", (plan.tokens, None), (torch.float32, torch.int32))
+        if scales.shape[1] > self.groups:
+            raise ArgumentError(f"scales has {scales.shape[1]} words a token, expected at most {self.groups}")
+        return x, scales, torch.float8_e4m3fn
+
+    def _scale_tile(self, quant: str | None, words: int) -> int:
+        """What `quantise` gives, or a power of two that is not below `words`."""
+        if quant is None:
+            return power_of_two(max(1, words))
+        return self._padded() // (128 if quant == "fp8_128" else 512)
+
+    def _padded(self) -> int:
+        """Elements of a row's tile: a power of two, and at least four groups."""
+        return max(512, power_of_two(self.hidden))
+
+    def _row_constants(self) -> dict[str, int]:
+        return {
+            "WIDTH": self.hidden, "PADDED": self._padded(), "TOP_K": self.top_k, "PLACES": power_of_two(self.top_k),
+        }  # fmt: skip

@@ -1,0 +1,309 @@
+"""Dispatch and combine for few tokens: one launch and one round of signals each, a copy for each (token, expert).
+
+Every (source, token, place in top-k) has a slot of its own on every rank, so nothing has to be agreed on before a row
+is sent: how many rows go to which expert travels beside the rows. Slots are doubled by the parity of the epoch.
+
+A row is cut into SLICES. Block b has slice b % SLICES of the tokens g, g + G, ... of every source, where g is its group
+b // SLICES, and G the number of groups. Several tokens are under way at once.
+"""
+
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.ep.routing import at, clean
+from tdccl.ep.rows import quantise, wide
+
+
+@triton.jit
+def _my_tokens(start, count, TILE: tl.constexpr, SLICES: tl.constexpr):
+    """The TILE tokens of this block's group from number `start` on, and which of them there are."""
+    token = tl.program_id(0) // SLICES + (start + tl.arange(0, TILE)) * (tl.num_programs(0) // SLICES)
+    return token, token < count
+
+
+@triton.jit
+def _tokens_of_group(count, SLICES: tl.constexpr):
+    """How many of the `count` tokens of a source are this block's."""
+    groups = tl.num_programs(0) // SLICES
+    return tl.cdiv(tl.maximum(count - tl.program_id(0) // SLICES, 0), groups)
+
+
+@triton.jit
+def _slice_tile(WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr):
+    """Offsets in a row of this block's elements, and which of them there are."""
+    inside = tl.arange(0, PADDED)
+    column = tl.program_id(0) % SLICES * SLICE + inside
+    return column, (inside < SLICE) & (column < WIDTH)
+
+
+@triton.jit
+def _scale_tile(SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr, SLICES: tl.constexpr, SCALE_TILE: tl.constexpr):
+    """The same of its words of scales."""
+    inside = tl.arange(0, SCALE_TILE)
+    word = tl.program_id(0) % SLICES * SCALE_SLICE + inside
+    return word, (inside < SCALE_SLICE) & (word < SCALES)
+
+
+@triton.jit
+def _routing_of(topk, token, live, complaints, TOP_K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr):
+    """The experts [tokens, PLACES] of some of this rank's tokens."""
+    place = tl.arange(0, PLACES)
+    mask = live[:, None] & (place < TOP_K)[None, :]
+    idx = tl.load(topk + token[:, None] * TOP_K + place[None, :], mask=mask, other=-1)
+    return clean(idx, token, complaints, EXPERTS)
+
+
+@triton.jit
+def _chunk_of_routing(
+    topk, start, count, complaints, TOP_K: tl.constexpr, PLACES: tl.constexpr, EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The experts of CHUNK tokens from `start` on, in one row."""
+    token = start + tl.arange(0, CHUNK)
+    idx = _routing_of(topk, token, token < count, complaints, TOP_K, PLACES, EXPERTS)
+    return tl.reshape(idx, [CHUNK * PLACES])
+
+
+@triton.jit
+def _notes_offset(buffers, parity, source, SLICES: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
+    """Of what a source says of its rows to this block's slice: expert here * TOKENS + earlier rows from it, or -1."""
+    return buffers[2] + ((parity * SLICES + tl.program_id(0) % SLICES) * SIZE + source) * (
+        (TOKENS * TOP_K + 3) // 4 * 16
+    )
+
+
+@triton.jit
+def _counts_offset(buffers, parity, source, COLUMNS: tl.constexpr, SIZE):
+    """Of the words by which a source tells this block its rows for each expert here, and how many tokens it has."""
+    return buffers[3] + ((parity * tl.num_programs(0) + tl.program_id(0)) * SIZE + source) * (COLUMNS + 4) * 4
+
+
+@triton.jit
+def _send_rows(
+    team, buffers, parity, x, topk, complaints, count, DTYPE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    SLICES: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr,
+    SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores this block's slices of all rows, what they are, and how many, on the ranks of their experts.
+
+    Ordering: plain stores; signal the peers after it.
+    """
+    local: tl.constexpr = EXPERTS // team.size
+    PAYLOAD: tl.constexpr = DTYPE if QUANT == "" else tl.uint8
+    expert = tl.arange(0, EXPERT_TILE)
+    rows = tl.zeros([EXPERT_TILE], tl.int32)
+    for start in range(0, count, CHUNK):
+        flat = _chunk_of_routing(topk, start, count, complaints, TOP_K, PLACES, EXPERTS, CHUNK)
+        rows += tl.histogram(tl.maximum(flat, 0), EXPERT_TILE, mask=flat >= 0)
+    to = tl.load(team.heap + expert // local, mask=expert < EXPERTS, other=0)
+    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + expert % local * 4
+    tl.store(to.to(tl.pointer_type(tl.int32)), rows, mask=expert < EXPERTS)
+    rank = tl.arange(0, shmem.MAX_RANKS)
+    to = tl.load(team.heap + rank, mask=rank < team.size, other=0)
+    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + COLUMNS * 4
+    tl.store(to.to(tl.pointer_type(tl.int32)), tl.zeros_like(rank) + count, mask=rank < team.size)
+
+    column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
+    word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
+    place, number = tl.arange(0, PLACES), tl.arange(0, CHUNK * PLACES)
+    for start in range(0, _tokens_of_group(count, SLICES), TILE):
+        token, live = _my_tokens(start, count, TILE, SLICES)
+        tile = tl.load(
+            x + wide(token)[:, None] * WIDTH + column[None, :], mask=live[:, None] & in_slice[None, :], other=0
+        )
+        if QUANT != "":
+            groups = tl.reshape(tile, [TILE * (PADDED // 128), 128])
+            quantised, words = quantise(groups, QUANT == "fp8_128_ue8m0")
+            tile, words = tl.reshape(quantised, [TILE, PADDED]), tl.reshape(words, [TILE, SCALE_TILE])
+        idx = _routing_of(topk, token, live, complaints, TOP_K, PLACES, EXPERTS)
+        flat = tl.reshape(idx, [TILE * PLACES])
+        before = tl.reshape(tl.broadcast_to(token[:, None] * PLACES, [TILE, PLACES]), [TILE * PLACES])
+        earlier = tl.zeros([TILE * PLACES], tl.int32)
+        for part in range(0, tl.max(tl.where(live, token, 0)), CHUNK):
+            others = _chunk_of_routing(topk, part, count, complaints, TOP_K, PLACES, EXPERTS, CHUNK)
+            same = (flat[:, None] == others[None, :]) & (number[None, :] + part * PLACES < before[:, None])
+            earlier += tl.sum(same.to(tl.int32), axis=1)
+        earlier = tl.reshape(earlier, [TILE, PLACES])
+        note = idx % local * TOKENS + earlier
+        owner = tl.where(idx >= 0, idx // local, -1)
+        for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
+            pe = (team.rank + distance) % team.size
+            notes = _notes_offset(buffers, parity, team.rank, SLICES, TOKENS, TOP_K, team.size)
+            target = shmem.heap_at(team, notes, pe, tl.int32) + token[:, None] * TOP_K + place[None, :]
+            tl.store(target, tl.where(owner == pe, note, -1), mask=live[:, None] & (place < TOP_K)[None, :])
+        for k in tl.static_range(TOP_K):
+            owner_k = tl.sum(tl.where(place[None, :] == k, owner, 0), axis=1)
+            goes = live & (owner_k >= 0)
+            base = tl.load(team.heap + owner_k, mask=goes, other=0)
+            slot = wide(((parity * team.size + team.rank) * TOKENS + token) * TOP_K + k)
+            target = base + buffers[0] + slot * (WIDTH * PAYLOAD.primitive_bitwidth // 8)
+            target = tl.multiple_of(target.to(tl.pointer_type(PAYLOAD)), ALIGN)
+            tl.store(target[:, None] + column[None, :], tile, mask=goes[:, None] & in_slice[None, :])
+            if QUANT != "":
+                target = (base + buffers[1] + slot * (SCALES * 4)).to(tl.pointer_type(tl.int32))
+                tl.store(target[:, None] + word[None, :], words, mask=goes[:, None] & in_words[None, :])
+
+
+@triton.jit
+def _take_rows(
+    team, buffers, parity, source, count, first_rows, out, out_scales, placed, sources, PAYLOAD: tl.constexpr,
+    WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr,
+    SCALE_SLICE: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LOCAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copies this block's slices of what a source sent here to their places. Ordering: wait for the source first."""
+    column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
+    word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
+    place, expert = tl.arange(0, PLACES), tl.arange(0, COLUMNS)
+    room: tl.constexpr = team.size * TOKENS
+    for start in range(0, _tokens_of_group(count, SLICES), TILE):
+        token, live = _my_tokens(start, count, TILE, SLICES)
+        entry = token[:, None] * TOP_K + place[None, :]
+        mask = live[:, None] & (place < TOP_K)[None, :]
+        notes = _notes_offset(buffers, parity, source, SLICES, TOKENS, TOP_K, team.size)
+        note = tl.load(shmem.local_at(team, notes, tl.int32) + entry, mask=mask, other=-1)
+        note, entry = tl.reshape(note, [TILE * PLACES]), tl.reshape(entry, [TILE * PLACES])
+        chosen = (note // TOKENS)[:, None] == expert[None, :]
+        row = tl.sum(tl.where(chosen, first_rows[None, :], 0), axis=1) + note % TOKENS
+        here = (note >= 0) & (note < LOCAL * TOKENS) & (row < room)
+        row += note // TOKENS * room
+        if tl.program_id(0) % SLICES == 0:
+            tl.store(
+                placed + source * TOKENS * TOP_K + entry,
+                tl.where(here, row, -1),
+                mask=tl.reshape(mask, [TILE * PLACES]),
+            )
+            tl.store(sources + row, source * TOKENS + entry // TOP_K, mask=here)
+        slot = wide((parity * team.size + source) * TOKENS * TOP_K + entry)
+        landed = shmem.heap_at(team, buffers[0], team.rank, PAYLOAD) + slot[:, None] * WIDTH + column[None, :]
+        tile = tl.load(landed, mask=here[:, None] & in_slice[None, :])
+        tl.store(out + wide(row)[:, None] * WIDTH + column[None, :], tile, mask=here[:, None] & in_slice[None, :])
+        if SCALES > 0:
+            landed = shmem.heap_at(team, buffers[1], team.rank, tl.int32) + slot[:, None] * SCALES + word[None, :]
+            words = tl.load(landed, mask=here[:, None] & in_words[None, :])
+            tl.store(
+                out_scales + wide(row)[:, None] * SCALES + word[None, :], words, mask=here[:, None] & in_words[None, :]
+            )
+
+
+@triton.jit
+def dispatch(
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, IDX: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    SLICES: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr,
+    SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    TAKEN: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
+):  # fmt: skip
+    """Each block sends its slices of its tokens, then takes its slices of what came from all ranks.
+
+    tensors: addresses of x (DTYPE [n, WIDTH]) and the routing (int64 or int32, of IDX bits, [n, TOP_K]); of out
+    ([experts here, ranks * TOKENS, WIDTH]), out_scales, placed, sources, counts, sizes; of the complaints. sizes: n.
+    buffers: byte offsets from the team's heap to slots of rows and of scales, notes and counts.
+    SEND and RECV: this launch does the first half, the second, or both. TILE and TAKEN: tokens at once in each. ALIGN:
+    of which a row's bytes are a multiple.
+
+    Waits:    block b for block b of every peer, once.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    all buffers alternate by the parity of the epoch; each rank hears from all in each call. Counts from peers
+              are cut to what there is room for.
+    """
+    PAYLOAD: tl.constexpr = DTYPE if QUANT == "" else tl.uint8
+    local: tl.constexpr = EXPERTS // team.size
+    complaints, count = at(tensors[8], tl.int64), sizes[0].to(tl.int32)
+    if SEND:
+        epoch = shmem.begin(team)
+        topk = at(tensors[1], tl.int64 if IDX == 64 else tl.int32)
+        _send_rows(
+            team, buffers, epoch % 2, at(tensors[0], DTYPE), topk, complaints, count, DTYPE, WIDTH, SLICE, SLICES,
+            PADDED, QUANT, SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, CHUNK, EXPERTS, EXPERT_TILE, COLUMNS,
+            ALIGN, TILE,
+        )  # fmt: skip
+        shmem.signal_all(team, epoch, shmem.DATA, 1)
+    else:
+        epoch = shmem.resume(team)
+    if RECV:
+        parity = epoch % 2
+        epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
+        told, tokens = at(tensors[6], tl.int32), at(tensors[7], tl.int32)
+        expert = tl.arange(0, COLUMNS)
+        rows = tl.zeros([COLUMNS], tl.int32)
+        for source in range(team.size):  # a loop, as code that runs once costs as much to fetch as to run
+            words = shmem.local_at(team, _counts_offset(buffers, parity, source, COLUMNS, team.size), tl.int32)
+            found = tl.load(words + expert, mask=expert < local, other=0)
+            size = tl.minimum(tl.maximum(tl.load(words + COLUMNS), 0), TOKENS)
+            if tl.program_id(0) == 0:
+                tl.store(tokens + source, size)
+            _take_rows(
+                team, buffers, parity, source, size, rows, at(tensors[2], PAYLOAD), at(tensors[3], tl.int32),
+                at(tensors[4], tl.int32), at(tensors[5], tl.int32), PAYLOAD, WIDTH, SLICE, SLICES, PADDED, SCALES,
+                SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, COLUMNS, local, TAKEN,
+            )  # fmt: skip
+            rows += tl.minimum(tl.maximum(found, 0), TOKENS)
+        if tl.program_id(0) == 0:
+            tl.store(told + expert, rows, mask=expert < local)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def combine(
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, IDX: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    SLICES: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr, TILE: tl.constexpr, TAKEN: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
+):  # fmt: skip
+    """Each block sends its slices of the rows that its experts made to where their tokens came from, and adds up its
+    slices of its own tokens: fp32, in top-k order, each row times its weight, rounded to DTYPE at the end.
+
+    tensors: addresses of h, of the plan's placed and sizes, of the routing, weights (float32 [n, TOP_K]), out and the
+    complaints. sizes: n. buffers: byte offset to the slots (DTYPE [2, TOKENS, TOP_K, WIDTH]). Otherwise as `dispatch`.
+
+    Waits:    block b for block b of every peer, once.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    slots alternate by the parity of the epoch; each rank hears from all in each call.
+    """
+    column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
+    place = tl.arange(0, PLACES)
+    if SEND:
+        epoch = shmem.begin(team)
+        parity = epoch % 2
+        h, placed, tokens = at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32)
+        for distance in range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
+            pe = (team.rank + distance) % team.size
+            size = tl.load(tokens + pe)
+            slots = shmem.heap_at(team, buffers[0], pe, DTYPE)
+            for start in range(0, _tokens_of_group(size, SLICES), TAKEN):
+                token, live = _my_tokens(start, size, TAKEN, SLICES)
+                entry = tl.reshape(token[:, None] * TOP_K + place[None, :], [TAKEN * PLACES])
+                mask = tl.reshape(live[:, None] & (place < TOP_K)[None, :], [TAKEN * PLACES])
+                row = tl.load(placed + pe * TOKENS * TOP_K + entry, mask=mask, other=-1)
+                there = (row >= 0)[:, None] & in_slice[None, :]
+                tile = tl.load(h + wide(row)[:, None] * WIDTH + column[None, :], mask=there)
+                slot = wide(parity * TOKENS * TOP_K + entry)
+                tl.store(slots + slot[:, None] * WIDTH + column[None, :], tile, mask=there)
+        shmem.signal_all(team, epoch, shmem.DATA, 1)
+    else:
+        epoch = shmem.resume(team)
+    if RECV:
+        parity = epoch % 2
+        epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
+        topk = at(tensors[3], tl.int64 if IDX == 64 else tl.int32)
+        weights, out = at(tensors[4], tl.float32), at(tensors[5], DTYPE)
+        complaints, count = at(tensors[6], tl.int64), sizes[0].to(tl.int32)
+        slots = shmem.heap_at(team, buffers[0], team.rank, DTYPE)
+        for start in range(0, _tokens_of_group(count, SLICES), TILE):
+            token, live = _my_tokens(start, count, TILE, SLICES)
+            idx = _routing_of(topk, token, live, complaints, TOP_K, PLACES, EXPERTS)
+            values, factors = (), ()
+            for k in tl.static_range(TOP_K):  # all loads are under way before the first sum
+                here = live & (tl.sum(tl.where(place[None, :] == k, idx, 0), axis=1) >= 0)
+                slot = wide((parity * TOKENS + token) * TOP_K + k)
+                landed = slots + slot[:, None] * WIDTH + column[None, :]
+                values = values + (tl.load(landed, mask=here[:, None] & in_slice[None, :], other=0),)
+                factors = factors + (tl.load(weights + token * TOP_K + k, mask=here, other=0.0),)
+            total = tl.zeros([TILE, PADDED], tl.float32)
+            for k in tl.static_range(TOP_K):
+                total += values[k].to(tl.float32) * factors[k][:, None]
+            target = out + wide(token)[:, None] * WIDTH + column[None, :]
+            tl.store(target, total.to(DTYPE), mask=live[:, None] & in_slice[None, :])
+    shmem.end(team, epoch)
