@@ -354,7 +354,7 @@ if dist.is_initialized():
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
 @pytest.mark.parametrize("kind", ["gloo", "tdccl", "mpi"])
-def test_kinds_of_groups(kind, tmp_path):
+def test_kinds_of_groups(kind, tmp_path, installed):
     from test_process_group import CHECKOUT, MPIRUN, mpirun, run
 
     program = str(tmp_path / "program.py")
@@ -366,5 +366,5 @@ def test_kinds_of_groups(kind, tmp_path):
         output = mpirun(2, sys.executable, program, kind)
     else:
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-        output = run(*launcher, program, kind, path=(CHECKOUT,))
+        output = run(*launcher, program, kind, path=(CHECKOUT, installed))
     assert output.count("ok") == 2
