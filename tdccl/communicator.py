@@ -130,14 +130,23 @@ class Communicator(Calls):
         return result
 
     def reduce_scatter(
-        self, send: Any, recv: Any = None, op: str = "sum", *, stream: Any = None, timeout: float | None = None
+        self,
+        send: Any,
+        recv: Any = None,
+        op: str = "sum",
+        send_splits: list[int] | None = None,
+        *,
+        stream: Any = None,
+        timeout: float | None = None,
     ) -> Any:
         """recv = op over all ranks' pieces of `send` that belong to this rank; returns recv.
 
         send: [size * d, ...], or any shape with size times the elements of recv. recv: [d, ...]; it may be this
-        rank's piece of send (in place). op as in `all_reduce`.
+        rank's piece of send (in place). op as in `all_reduce`. send_splits: how many rows are for each rank, if not
+        equally many; then send: [sum(send_splits), ...], and it goes as pieces of the largest size, which are packed.
         """
-
+        if send_splits is not None:
+            return self._reduce_scatter_uneven(send, recv, op, send_splits, stream, timeout)
         key = ("reduce_scatter", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
@@ -334,6 +343,34 @@ class Communicator(Calls):
         splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
         self._run("all_gather", source, target, 0, splits=splits, stream=stream, timeout=timeout)
         return result
+
+    def _reduce_scatter_uneven(self, send, recv, op, send_splits, stream, timeout):
+        counts = list(send_splits)
+        source = self._checked("reduce_scatter", "send", arrays.as_tensor(send, "send"))
+        if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
+            raise ArgumentError(f"reduce_scatter: send_splits is {counts}, expected {self.size} counts >= 0")
+        if not source.dim() or source.shape[0] != sum(counts):
+            raise ArgumentError(
+                f"reduce_scatter: send has shape {tuple(source.shape)}, expected sum(send_splits) = {sum(counts)} rows"
+            )
+        shape, own = source.shape[1:], counts[self.rank]
+        with self._on(stream):
+            if recv is None:
+                target = source.new_empty((own, *shape))
+                recv = arrays.like(target, send)
+            else:
+                target = self._checked("reduce_scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
+                if target.dtype != source.dtype or target.numel() != own * math.prod(shape):
+                    raise ArgumentError(
+                        f"reduce_scatter: recv is {target.dtype} {tuple(target.shape)}, expected {source.dtype} with "
+                        f"{own * math.prod(shape)} elements by send_splits"
+                    )
+            pieces = source.new_zeros((self.size, max(counts), *shape))
+            for piece, part in zip(pieces, source.split(counts)):
+                piece[: len(part)].copy_(part)
+            reduced = self.reduce_scatter(pieces, torch.empty_like(pieces[0]), op, stream=stream, timeout=timeout)
+            target.view(own, *shape).copy_(reduced[:own])
+        return recv
 
     def barrier(self, *, stream: Any = None, timeout: float | None = None) -> None:
         """Work after it on `stream` starts only when all ranks' streams have come to theirs."""

@@ -1,11 +1,24 @@
 """Expert parallelism: where rows arrive, bit by bit, and what their combination adds up to."""
 
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import ep_reference as reference
+import pool
 import pytest
 import torch
 from reference import same_bits
 
-from tdccl.ep import ExpertParallel, LowLatency
+import tdccl
+from tdccl import environment
+from tdccl.ep import ExpertParallel, LowLatency, autograd
+
+LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 
 
 def shape_of(comm, seed, **sizes):
@@ -44,19 +57,19 @@ def check_round(comm, ep, problem, align=1):
     copied = ep.dispatch(x, plan, out=torch.empty(ep.max_rows, hidden, dtype=x.dtype, device=comm.device))
     assert same_bits(copied.rows[: len(compact)], arrived)
 
-    h = copied.rows * (rank + 2)
+    h, bias = copied.rows * (rank + 2), (x.nan_to_num(3.0), x.nan_to_num(5.0) * 3)
     expected = reference.combined(
         [{t: problem.x[s][t] * (peer + 2) for s, t in reference.compact_rows(problem, peer) if s == rank}
          for peer in range(comm.size)],
-        len(x), hidden, x.dtype, (x, x), comm.device,
+        len(x), hidden, x.dtype, bias, comm.device,
     )  # fmt: skip
-    assert same_bits(ep.combine(h, plan, bias=(x, x)), expected)
+    assert same_bits(ep.combine(h, plan, bias=bias), expected)
     y, carried = ep.combine(copied.rows, plan, carry=r.weights)
     assert same_bits(carried, torch.where(idx >= 0, weights, torch.zeros_like(weights)))
 
     landed = ep.dispatch(x, plan)
     landed.rows.mul_(rank + 2)
-    assert same_bits(ep.combine(landed.rows, plan, bias=(x, x)), expected)
+    assert same_bits(ep.combine(landed.rows, plan, bias=bias), expected)
 
     by_expert = reference.expert_rows(problem, rank)
     r = ep.dispatch(x, plan, weights, "expert")
@@ -94,17 +107,41 @@ def check_round(comm, ep, problem, align=1):
     assert same_bits(y, reference.combined(gathered, len(x), hidden, x.dtype, (), comm.device))
 
 
+def check_quantised_layouts(comm):
+    """fp8 rows and scales in every layout, quantised on the way or before."""
+    for hidden, quant in ((320, "fp8_128"), (1088, "fp8_128_ue8m0")):
+        given, problem = shape_of(comm, 5, hidden=hidden, max_tokens=6)
+        problem.x[0][:1] = 0
+        ep = ExpertParallel(comm, 6, hidden, given["experts"], given["top_k"])
+        plan, x = ep.plan(problem.idx[comm.rank]), problem.x[comm.rank]
+        before, scale = reference.quantised(x, quant == "fp8_128_ue8m0")
+        before = before, reference.packed(scale) if quant == "fp8_128_ue8m0" else scale
+        compact = [problem.x[s][t] for s, t in reference.compact_rows(problem, comm.rank)]
+        by_expert = [problem.x[s][t] for rows in reference.expert_rows(problem, comm.rank) for s, t, _ in rows]
+        out = torch.empty(ep.max_rows, hidden, dtype=torch.float8_e4m3fn, device=comm.device)
+        for sent, layout, into in ((compact, "compact", None), (compact, "compact", out), (by_expert, "expert", None)):
+            for r in (
+                ep.dispatch(x, plan, None, layout, quant=quant, out=into),
+                ep.dispatch(before, plan, None, layout),
+            ):
+                if sent:
+                    check_quantised(r.rows[: len(sent)], r.scales[: len(sent)], torch.stack(sent), quant)
+
+
+def test_fp8(ranks, world):
+    ranks.run(check_quantised_layouts, world)
+
+
 def check_rounds(comm, align):
     ep = None
-    for seed in range(3):
-        given, problem = shape_of(comm, seed)
+    for seed in range(2):
+        given, problem = shape_of(comm, seed, max_tokens=16)
         ep = ep or ExpertParallel(comm, given["max_tokens"], given["hidden"], given["experts"], given["top_k"])
         check_round(comm, ep, problem, align)
 
 
-@pytest.mark.parametrize("align", [1, 4])
-def test_rows_arrive_in_order_and_combine_bitwise(ranks, world, align):
-    ranks.run(check_rounds, world, align=align)
+def test_rows_arrive_in_order_and_combine_bitwise(ranks, world):
+    ranks.run(check_rounds, world, align=1 + 3 * (world % 2))
 
 
 def check_batched(comm, low, problem, quant=None):
@@ -144,12 +181,293 @@ def check_quantised(rows, scales, sent, quant):
 
 
 def check_low_latency(comm, quant, hidden):
-    given, _ = shape_of(comm, 0, hidden=hidden)
+    given, _ = shape_of(comm, 0, hidden=hidden, max_tokens=12)
     low = LowLatency(comm, given["max_tokens"], hidden, given["experts"], given["top_k"])
-    for seed in range(3):
-        check_batched(comm, low, shape_of(comm, seed, hidden=hidden)[1], quant)
+    for seed in range(2):
+        check_batched(comm, low, shape_of(comm, seed, hidden=hidden, max_tokens=12)[1], quant)
 
 
 @pytest.mark.parametrize("quant, hidden", [(None, 64), ("fp8_128", 320), ("fp8_128_ue8m0", 1088)])
 def test_few_tokens(ranks, world, quant, hidden):
     ranks.run(check_low_latency, world, quant=quant, hidden=hidden)
+
+
+def by_hand(comm, rows):
+    """A problem with these experts, by rank and token; rows of tokens without any are NaN."""
+    made = reference.random_problem(1, list(map(len, rows)), 64, 2 * comm.size, 2, device=comm.device)
+    idx = [torch.tensor(of_rank, dtype=torch.int32, device=comm.device).view(-1, 2) for of_rank in rows]
+    for rank, of_rank in enumerate(idx):
+        made.x[rank][of_rank.max(1).values < 0] = float("nan")
+    return made._replace(idx=idx)
+
+
+def corners(size):
+    """Experts by rank and token, two a token, two a rank."""
+    last = 2 * size - 1
+    return {
+        "nobody has tokens": [[]] * size,
+        "one rank has tokens": [[[0, last], [1, last - 1]]] + [[]] * (size - 1),
+        "no token has experts": [[[-1, -1]] * 3] * size,
+        "some tokens have none": [[[-1, -1], [last, -1], [-1, 0]]] * size,
+        "all to one expert": [[[last, -1]] * 4] * size,
+        "all to one rank": [[[1, 0]] * 4] * size,
+        "as many as there may be": [[[rank, (rank + 1) % (last + 1)]] * 4 for rank in range(size)],
+        "different counts": [[[rank, last]] * (rank % 5) for rank in range(size)],
+    }
+
+
+def check_corners(comm):
+    ep = ExpertParallel(comm, 4, 64, 2 * comm.size, 2)
+    low = LowLatency(comm, 4, 64, 2 * comm.size, 2)
+    for name, rows in corners(comm.size).items():
+        problem = by_hand(comm, rows)
+        try:
+            check_round(comm, ep, problem, align=3)
+            check_batched(comm, low, problem)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def test_corners(ranks, world):
+    ranks.run(check_corners, world)
+
+
+def check_shapes(comm):
+    """Rows of many sizes, one expert a rank, one place and more places than ranks."""
+    for hidden, experts, top_k in ((2880, 1, 1), (7168, 2, 2), (64, 8, 7), (24, 3, 3)):
+        given = {"tokens": [1] * comm.size, "hidden": hidden, "experts": experts * comm.size, "max_tokens": 1}
+        given["top_k"] = min(top_k, given["experts"])
+        _, problem = shape_of(comm, hidden, **given)
+        check_round(comm, ExpertParallel(comm, 1, hidden, given["experts"], given["top_k"]), problem)
+        check_batched(comm, LowLatency(comm, 1, hidden, given["experts"], given["top_k"]), problem)
+
+
+def test_shapes(ranks, world):
+    ranks.run(check_shapes, world)
+
+
+def check_refusals(comm):
+    """What is wrong is said, what can be is done, and nothing is written where it must not be."""
+    experts = 2 * comm.size
+    wrong = torch.tensor([[0, 1], [experts, 1], [experts - 1, experts - 1], [-7, 0]], device=comm.device)
+    taken = torch.tensor([[0, 1], [-1, 1], [experts - 1, -1], [-1, 0]], device=comm.device)
+    x = torch.randn(4, 64, device=comm.device).bfloat16()
+    ep = ExpertParallel(comm, 4, 64, experts, 2)
+    low = LowLatency(comm, 4, 64, experts, 2)
+    for made, dispatch in ((ep, lambda p: ep.dispatch(x, p)), (low, lambda p: low.dispatch(x, p))):
+        plan = made.plan(wrong)
+        if made is low:
+            found = dispatch(plan).counts.clone()
+        else:
+            wait(comm)
+            with pytest.raises(tdccl.ArgumentError, match=r"row [123] of topk_idx"):
+                made.check()
+            found = made.plan(taken).counts.clone()
+            assert torch.equal(plan.counts, found)
+        wait(comm)
+        if made is low:
+            with pytest.raises(tdccl.ArgumentError, match=r"row [123] of topk_idx"):
+                made.check()
+            assert torch.equal(dispatch(low.plan(taken)).counts, found)
+    plan = ep.plan(taken)
+    rows = int(plan.counts.sum())
+    room = torch.full((ep.max_rows, 64), 7.0, dtype=x.dtype, device=comm.device)
+    ep.dispatch(x, plan, None, "expert", out=room[: max(1, rows - 1)])
+    wait(comm)
+    assert (room[max(1, rows - 1) :] == 7).all()
+    if rows > 1:
+        with pytest.raises(tdccl.ArgumentError, match=f"{rows} rows came"):
+            ep.check()
+    for call, text in (
+        (lambda: ep.plan(torch.zeros(5, 2, dtype=torch.int64, device=comm.device)), "at most max_tokens = 4"),
+        (lambda: ep.plan(taken[:, :1].contiguous()), "topk_idx is torch.int64"),
+        (lambda: ep.plan(taken, align=0), "align is 0"),
+        (lambda: ep.dispatch(x[:3], plan), "x is torch.bfloat16"),
+        (lambda: ep.dispatch(x.float(), plan), "x is torch.float32"),
+        (lambda: ep.dispatch(x, plan, layout="batched"), "layout is 'batched'"),
+        (lambda: ep.dispatch(x, plan, quant="fp4"), "quant is 'fp4'"),
+        (lambda: low.combine(x, low.plan(taken), torch.ones(4, 2, device=comm.device)), "h is torch.bfloat16"),
+        (lambda: ExpertParallel(comm, 4, 64, 2 * comm.size, 3 * comm.size), "top_k is"),
+        (lambda: ExpertParallel(comm, 4 + comm.rank, 64, 2 * comm.size, 0), "top_k is 0"),
+    ):
+        with pytest.raises(tdccl.ArgumentError, match=text):
+            call()
+    comm._bootstrap.barrier()
+
+
+def wait(comm):
+    """For what was launched to have ended, on all ranks."""
+    if not environment.emulated():
+        torch.cuda.synchronize(comm.device)
+    comm._bootstrap.barrier()
+
+
+def test_what_is_wrong_is_said(ranks, world):
+    ranks.run(check_refusals, world)
+
+
+def check_hooks(comm):
+    """Halves give what wholes give, and nothing comes between them."""
+    given, problem = shape_of(comm, 3, max_tokens=6)
+    sizes = 6, given["hidden"], given["experts"], given["top_k"]
+    idx, x, weights = (of_ranks[comm.rank] for of_ranks in problem[:3])
+    ep, low = ExpertParallel(comm, *sizes), LowLatency(comm, *sizes)
+    plan = ep.plan(idx)
+    arrived = int(plan.received.sum())
+    whole = ep.dispatch(x, plan).rows[:arrived].clone()
+    r, receive = ep.dispatch(x, plan, hook=True)
+    with pytest.raises(tdccl.ArgumentError, match="call the hook of the last ep_dispatch first"):
+        ep.combine(r.rows, plan)
+    comm.barrier()  # on the communicator's own memory
+    receive()
+    assert same_bits(r.rows[:arrived], whole)
+    whole = ep.combine(r.rows.clone(), plan)
+    y, receive = ep.combine(r.rows.clone(), plan, hook=True)
+    receive()
+    assert same_bits(y, whole)
+    for _ in range(3):
+        plan = low.plan(idx)
+        r, receive = low.dispatch(x, plan, hook=True)
+        receive()
+        y, receive = low.combine(r.rows, plan, weights, hook=True)
+        receive()
+        assert same_bits(y, low.combine(low.dispatch(x, plan).rows, plan, weights))
+
+
+def test_halves(ranks, world):
+    ranks.run(check_hooks, world)
+
+
+def recorded(call):
+    """What repeats a call on the same memory: the replay of a graph, or the call itself where there are no graphs."""
+    call()
+    if environment.emulated():
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def check_many(comm, rounds):
+    """Back to back, with skew, changed routing and token counts, two objects in turns."""
+    made = []
+    for number, tokens in enumerate((2, 5)):
+        sizes = tokens, 64, 2 * comm.size, 2
+        ep, low = ExpertParallel(comm, *sizes), LowLatency(comm, *sizes)
+        counts = [(tokens + rank) % tokens + 1 for rank in range(comm.size)]
+        problem = reference.random_problem(number, counts, 64, 2 * comm.size, 2, device=comm.device)
+        idx, x, weights = (of_ranks[comm.rank].clone() for of_ranks in problem[:3])
+        results = {}
+
+        def call(ep=ep, low=low, idx=idx, x=x, weights=weights, results=results):
+            plan = ep.plan(idx)
+            results["many"] = ep.combine(ep.dispatch(x, plan).rows, plan)
+            plan = low.plan(idx)
+            results["few"] = low.combine(low.dispatch(x, plan).rows, plan, weights)
+
+        made.append((recorded(call), counts, idx, x, weights, results))
+    skew = random.Random(comm.rank)
+    for turn in range(rounds):
+        again, counts, idx, x, weights, results = made[turn % 2]
+        problem = reference.random_problem(100 + turn, counts, 64, 2 * comm.size, 2, device=comm.device)
+        for kept, new in zip((idx, x, weights), problem[:3]):
+            kept.copy_(new[comm.rank])
+        if turn % 16 < 2:
+            time.sleep(skew.random() / 100)
+        again()
+        ranks_of = torch.stack([((idx >= 0) & (idx // 2 == rank)).any(1) for rank in range(comm.size)], 1).sum(1)
+        times = x.float() * ranks_of[:, None] + 0.0  # no -0
+        assert same_bits(results["many"], times.to(x.dtype)), turn
+        total = torch.zeros(len(x), 64, device=comm.device)
+        for k in range(2):
+            total += torch.where(idx[:, k, None] >= 0, x.float() * weights[:, k, None], torch.zeros_like(total))
+        assert same_bits(results["few"], total.to(x.dtype)), turn
+
+
+def test_back_to_back(ranks, world):
+    ranks.run(check_many, world, rounds=4)
+
+
+@LONG
+def test_a_thousand_back_to_back(ranks, world):
+    ranks.run(check_many, world, seconds=3600, rounds=1000)
+
+
+@LONG
+@pytest.mark.skipif(not environment.emulated(), reason="eight GPUs")
+def test_eight_ranks():
+    eight = pool.RankPool(8)
+    try:
+        for body, arguments in ((check_corners, {}), (check_quantised_layouts, {}), (check_many, {"rounds": 10})):
+            eight.run(body, 8, 1200, **arguments)
+    finally:
+        eight.close()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        ("cuda", "90", "32"),
+        pytest.param(("cuda", "100", "32"), marks=LONG),
+        pytest.param(("hip", "gfx942", "64"), marks=LONG),
+    ],
+    ids=["sm_90", "sm_100", "gfx942"],
+)
+def test_kernels_compile_and_access_16_bytes(target):
+    program = Path(__file__).with_name("ep_variants.py")
+    run = subprocess.run([sys.executable, program, *target], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} >= {
+        "routing.exchange", "routing.place", "throughput.dispatch", "throughput.combine", "low_latency.dispatch",
+        "low_latency.combine",
+    }  # fmt: skip
+    for kernel in kernels if target[0] == "cuda" else ():
+        assert not kernel["narrow"], kernel
+        if kernel["moves"]:
+            assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
+
+
+def test_bench(tmp_path):
+    program = [sys.executable, "-m", "bench", "ep", "--tokens", "2", "-J", str(tmp_path / "ep.json")]
+    run = subprocess.run(program, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "# Wrong results : 0 OK" in run.stdout
+    found = json.loads((tmp_path / "ep.json").read_text())
+    assert all(row["time_us"] > 0 for row in found["ep"])
+
+
+def check_gradients(comm, compiled):
+    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by."""
+    given, problem = shape_of(comm, 7, max_tokens=5, tokens=[rank % 5 + 1 for rank in range(comm.size)])
+    ep = ExpertParallel(comm, 5, given["hidden"], given["experts"], given["top_k"], torch.float32)
+    idx = problem.idx[comm.rank]
+    for layout in ("compact", "expert"):
+        x, weights = problem.x[comm.rank].float().requires_grad_(), problem.weights[comm.rank].requires_grad_()
+
+        def layer(x, weights, idx=idx, layout=layout):
+            plan = autograd.plan(ep, idx)
+            rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
+            total = factors if layout == "expert" else factors.sum(1)
+            return autograd.combine(ep, rows * total[:, None], plan, len(x), layout)
+
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run(x, weights)
+        y.square().sum().backward()
+        kept = torch.where(idx >= 0, weights.detach(), 0.0)
+        total = kept.sum(1, keepdim=True)
+        exact = x.detach() * total
+        torch.testing.assert_close(y.detach(), exact)
+        torch.testing.assert_close(x.grad, 2 * exact * total)
+        of_weights = (2 * exact * x.detach()).sum(1, keepdim=True).expand_as(kept)
+        torch.testing.assert_close(weights.grad, torch.where(idx >= 0, of_weights, 0.0))
+        weights.grad = None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients(ranks, world, compiled):
+    if compiled and world != 2:
+        pytest.skip("traced alike by any number of ranks")
+    ranks.run(check_gradients, world, compiled=compiled)

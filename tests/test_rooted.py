@@ -85,3 +85,30 @@ def check_uneven(comm):
 
 def test_uneven_all_gather(ranks, world):
     ranks.run(check_uneven, world)
+
+
+def check_uneven_reduction(comm, dtype):
+    shared = random.Random(5)
+    for step in range(4):
+        rows = [shared.choice([0, 1, 5, 300]) for _ in range(comm.size)]
+        everyone = reference.inputs(step, comm.size, sum(rows) * 3, dtype, comm.device)
+        expected = reference.ordered(everyone, "sum").view(-1, 3).split(rows)[comm.rank]
+        send = everyone[comm.rank].view(-1, 3)
+        assert reference.same_bits(comm.reduce_scatter(send, None, "sum", rows), expected), rows
+        recv = poisoned(comm, rows[comm.rank] * 3, dtype)
+        assert comm.reduce_scatter(send, recv, send_splits=rows) is recv
+        assert reference.same_bits(recv, expected.reshape(-1)), rows
+        comm._bootstrap.barrier()
+    x = torch.ones(3, 2, device=comm.device)
+    for call, text in (
+        (lambda: comm.reduce_scatter(x, send_splits=[3] * (comm.size + 1)), "send_splits is"),
+        (lambda: comm.reduce_scatter(x, send_splits=[2] * comm.size), "sum.send_splits. = "),
+        (lambda: comm.reduce_scatter(x, x.flatten()[:1], send_splits=[3] + [0] * (comm.size - 1)), "by send_splits"),
+    ):
+        with pytest.raises(tdccl.ArgumentError, match=text):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_uneven_reduce_scatter(ranks, world, dtype):
+    ranks.run(check_uneven_reduction, world, dtype=dtype)

@@ -1,6 +1,8 @@
 """Dispatch and combine for mixtures of experts, on rows that are spread over the ranks of a communicator."""
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ _BLOCKS = 2 if environment.emulated() else 128
 _UNROLL = 1 if environment.emulated() else 2
 _WARPS = 1 if environment.emulated() else 16
 _CHUNK = 8  # tokens of a block that are taken while the next are under way
+_numbers = itertools.count()
+by_number: "weakref.WeakValueDictionary[int, ExpertParallel]" = weakref.WeakValueDictionary()  # for operators of torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,7 @@ class Plan:
 
     tokens          n, of this rank
     align           of which the offsets are multiples
+    memory          of all the others, which are views of it
     sent_row        [n, R]: the compact row of a token on each rank, -1 where it does not go
     recv_row        [R, T]: the compact row here of each token of each rank, -1 where it does not come
     topk_idx        [R * T, K]: the experts of a compact row as numbered here, -1 for those of other ranks
@@ -123,6 +128,8 @@ class ExpertParallel(Experts):
         self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()})
         self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
         width = columns + heap.MAX_RANKS.value
+        self.number = next(_numbers)
+        by_number[self.number] = self
         self._counts = self._empty((blocks * comm.size * width,), torch.int32)
 
     # ---- plans -----------------------------------------------------------------------------------------------
@@ -167,18 +174,29 @@ class ExpertParallel(Experts):
         return plan
 
     def _new_plan(self, tokens: int, align: int) -> Plan:
+        return self.plan_of(self._empty((self.plan_words(tokens, align),), torch.int32), tokens, align)
+
+    def plan_words(self, tokens: int, align: int) -> int:
+        """Words of the memory of a plan."""
+        return sum(words for _, words in self._plan_layout(tokens, align).values())
+
+    def plan_of(self, memory: torch.Tensor, tokens: int, align: int) -> Plan:
+        """The plan whose `memory` this is."""
+        layout = self._plan_layout(tokens, align)
+        parts = memory.split([words for _, words in layout.values()])
+        named = {name: part[: math.prod(shape)].view(shape) for (name, (shape, _)), part in zip(layout.items(), parts)}
+        told = dict(zip(("sizes", "received", "sent"), named.pop("told")))
+        return Plan(tokens=tokens, align=align, memory=memory, **named, **told)
+
+    def _plan_layout(self, tokens: int, align: int) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Shape and words of each array of a plan; each begins at a multiple of 16 bytes."""
         ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
         shapes = {
             "sent_row": (tokens, ranks), "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k),
             "expert_row": (rows, top_k), "source": (rows,), "expert_source": (self.most_expert_rows(align),),
             "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
         }  # fmt: skip
-        sizes = [-(-math.prod(shape) // 4) * 4 for shape in shapes.values()]  # each begins at a multiple of 16 bytes
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=self.comm.device)
-        parts = zip(shapes.items(), memory.split(sizes))
-        arrays = {name: part[: math.prod(shape)].view(shape) for (name, shape), part in parts}
-        told = dict(zip(("sizes", "received", "sent"), arrays.pop("told")))
-        return Plan(tokens=tokens, align=align, memory=memory, **arrays, **told)
+        return {name: (shape, -(-math.prod(shape) // 4) * 4) for name, shape in shapes.items()}
 
     # ---- dispatch and combine --------------------------------------------------------------------------------
 
@@ -230,9 +248,9 @@ class ExpertParallel(Experts):
             out_weights = self._empty(shape, torch.float32)
         constants = {
             **self._row_constants(), "QUANT": quant or "", "SCALES": words,
-            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None, "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens,
-            "LOCAL": self.local_experts, "ALIGN": plan.align,
-            "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
+            "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None,
+            "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens, "LOCAL": self.local_experts,
+            "ALIGN": plan.align, "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip
         tensors = (
             x, scales, weights, plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes, plan.counts, plan.offsets,
@@ -306,7 +324,7 @@ class ExpertParallel(Experts):
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
             "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
-            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": _UNROLL,
+            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": 1 if expert else _UNROLL,
         }  # fmt: skip
         tensors = (
             h, weights, carry, *(*biases, None, None)[:2], plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes,

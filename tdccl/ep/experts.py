@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.ep import routing
 from tdccl.ep.workspace import Workspace
@@ -36,7 +35,7 @@ class Experts:
         self.max_rows = comm.size * max_tokens
         self.groups = -(-hidden // 128)
         self._dtype_name = arrays.TRITON_NAMES[dtype]
-        self._complaints = torch.zeros(4, dtype=torch.int64, pin_memory=not environment.emulated())
+        self._complaints = torch.zeros(4, dtype=torch.int64, pin_memory=comm.device.type == "cuda")
         self._complaint = (ctypes.c_int64 * 4).from_address(self._complaints.data_ptr())
         self._half_done = ""
 
