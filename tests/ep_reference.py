@@ -66,7 +66,7 @@ def quantised(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.
         mantissa, exponent = torch.frexp(scale)
         exponent = exponent - (mantissa == 0.5).int()
         scale, factor = (torch.ldexp(torch.ones_like(scale), sign * exponent) for sign in (1, -1))
-    rows = (wide * factor[:, :, None]).view(count, -1)[:, :hidden].to(torch.float8_e4m3fn)
+    rows = (wide * factor[:, :, None]).flatten(1)[:, :hidden].to(torch.float8_e4m3fn)
     return rows, scale
 
 
@@ -89,5 +89,5 @@ def packed(scales: torch.Tensor) -> torch.Tensor:
     of_zeros = int(quantised(torch.zeros(1, 128), True)[1].view(torch.int32)) >> 23
     exponents = torch.full((count, -(-groups // 4) * 4), of_zeros, dtype=torch.int64, device=scales.device)
     exponents[:, :groups] = scales.contiguous().view(torch.int32) >> 23
-    shifted = exponents.view(count, -1, 4) << torch.tensor([0, 8, 16, 24], device=scales.device)
+    shifted = exponents.unflatten(1, (-1, 4)) << torch.tensor([0, 8, 16, 24], device=scales.device)
     return shifted.sum(2).to(torch.int32)

@@ -293,9 +293,9 @@ class ExpertParallel(Experts):
 
         h: [rows, hidden] of the object's dtype, in the layout of a dispatch by the same plan. weights: for the layout
         "expert", float32 [rows], multiplies them. bias: up to two tensors [n, hidden] that are added. carry: float32,
-        in the shape of what a dispatch returns as weights; what is there goes back to the tokens beside the rows, and
-        (y, [n, top_k]) is returned. out: [n, hidden]. hook: only send, and return (what else would be returned, a
-        function that receives it); call that before any other call of this object.
+        in the shape of what a dispatch returns as weights; what is there goes back to the tokens beside the rows, is
+        added up likewise, and (y, [n, top_k]) is returned. out: [n, hidden]. hook: only send, and return (what else
+        would be returned, a function that receives it); call that before any other call of this object.
 
         h may be `landing`, into which then nothing is copied; fill it after a dispatch, and before any other call.
 

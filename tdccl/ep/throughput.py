@@ -244,11 +244,11 @@ def _stage_chunk(
                 tl.store(target + column, staged[u], mask=in_row & (row >= 0))
             if CARRY:
                 here = (k < TOP_K) & (row >= 0)
-                expert = tl.load(expert_row + row * TOP_K + k, mask=here, other=-1)
                 if LAYOUT == "expert":
+                    expert = tl.load(expert_row + row * TOP_K + k, mask=here, other=-1)
                     value = tl.load(carried + expert, mask=(expert >= 0) & (expert < capacity), other=0.0)
                 else:
-                    value = tl.load(carried + row * TOP_K + k, mask=(expert >= 0) & (row < capacity), other=0.0)
+                    value = tl.load(carried + row * TOP_K + k, mask=here & (row < capacity), other=0.0)
                 tl.store(shmem.heap_at(team, buffers[2], team.rank, tl.float32) + row * TOP_K + k, value, mask=here)
 
 

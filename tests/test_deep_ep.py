@@ -1,0 +1,370 @@
+"""DeepEP's interface: what its documentation says of arguments and results, computed here from all ranks' inputs."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import ep_reference as reference
+import pool
+import pytest
+import torch
+from reference import same_bits
+
+import tdccl
+import tdccl.compat.deep_ep as deep_ep
+
+TOKENS = ([5, 0, 7, 3], [0, 0, 0, 0], [9, 12, 1, 4])  # of each rank; the last need more memory
+HIDDEN, TOP_K, LOCAL = 512, 3, 2
+
+
+@contextmanager
+def buffer_of(comm, **options):
+    buffer = deep_ep.Buffer(comm, explicitly_destroy=True, **options)
+    yield buffer
+    buffer.destroy()
+
+
+def problems(comm, dtype=torch.bfloat16, hidden=HIDDEN):
+    for seed, tokens in enumerate(TOKENS):
+        tokens = tokens[-comm.size :]
+        problem = reference.random_problem(
+            seed, tokens, hidden, LOCAL * comm.size, min(TOP_K, LOCAL * comm.size), dtype, drop=0.2, device=comm.device
+        )
+        problem.idx[0][:2] = -1  # rows without an expert
+        yield problem
+
+
+def local_experts(problem, rank, row) -> list[int]:
+    return [e % LOCAL if e >= 0 and e // LOCAL == rank else -1 for e in row.tolist()]
+
+
+def gathered(tensors, rows):
+    """tensors[source][token] of all rows."""
+    return torch.stack([tensors[source][token] for source, token in rows]) if rows else tensors[0][:0]
+
+
+def in_ranks(problem, rank):
+    """For each token of a rank and each rank, whether it goes there."""
+    ranks = range(len(problem.idx))
+    tokens = [[any(e // LOCAL == to for e in row if e >= 0) for to in ranks] for row in problem.idx[rank].tolist()]
+    return torch.tensor(tokens, dtype=torch.bool).view(-1, len(ranks))
+
+
+def per_expert(problem, rank):
+    return [int((problem.idx[rank] == expert).sum()) for expert in range(problem.experts)]
+
+
+def check_layout(comm):
+    with buffer_of(comm) as buffer:
+        for problem in problems(comm):
+            idx = problem.idx[comm.rank]
+            per_rank, rdma, of_experts, in_rank, event = buffer.get_dispatch_layout(idx, problem.experts)
+            assert in_rank.dtype is torch.bool and in_rank.cpu().equal(in_ranks(problem, comm.rank))
+            assert per_rank.dtype is torch.int32 and per_rank.tolist() == in_rank.sum(0).tolist()
+            assert of_experts.dtype is torch.int32 and of_experts.tolist() == per_expert(problem, comm.rank)
+            assert rdma is None and event.event is None
+        with pytest.raises(tdccl.ArgumentError, match="multiple of"):
+            buffer.get_dispatch_layout(idx, problem.experts * comm.size + 1 if comm.size > 1 else 0)
+
+
+def test_layout(ranks, world):
+    ranks.run(check_layout, world)
+
+
+def layout_of(buffer, problem, rank) -> dict:
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    return dict(zip(names, buffer.get_dispatch_layout(problem.idx[rank], problem.experts)))
+
+
+SENT = {
+    "rows": lambda x: x,
+    "fp8": lambda x: reference.quantised(x, False),
+    "fp8 of columns": lambda x: (reference.quantised(x, False)[0], reference.quantised(x, False)[1].T.contiguous().T),
+    "fp8 ue8m0": lambda x: (reference.quantised(x, True)[0], reference.packed(reference.quantised(x, True)[1])),
+    "fp8 a row": lambda x: (x.to(torch.float8_e4m3fn), x.float().abs().amax(1, keepdim=True)),
+}
+
+
+def check_arrived(received, sent, rows):
+    """sent: by rank what its dispatch was given."""
+    if not isinstance(sent[0], tuple):
+        assert same_bits(received, gathered(sent, rows))
+        return
+    for part, parts in zip(received, zip(*sent)):
+        assert same_bits(part[: len(rows)], gathered([each.contiguous() for each in parts], rows))
+
+
+def check_dispatch(comm, kind):
+    rank = comm.rank
+    with buffer_of(comm) as buffer:
+        for problem in problems(comm):
+            sent = [SENT[kind](x) for x in problem.x]
+            rows = reference.compact_rows(problem, rank)
+            layout = layout_of(buffer, problem, rank)
+            received, idx, weights, counts, handle, event = buffer.dispatch(
+                sent[rank], **layout, topk_idx=problem.idx[rank], topk_weights=problem.weights[rank], expert_alignment=4
+            )
+            check_arrived(received, sent, rows)
+            expected = [local_experts(problem, rank, problem.idx[s][t]) for s, t in rows]
+            assert idx.dtype is problem.idx[rank].dtype and idx.tolist() == expected
+            kept = torch.where(idx >= 0, gathered(problem.weights, rows), torch.zeros_like(weights))
+            assert same_bits(weights, kept)
+            total = [sum(per_expert(problem, s)[rank * LOCAL + e] for s in range(comm.size)) for e in range(LOCAL)]
+            assert counts == [-(-count // 4) * 4 for count in total]
+            assert event.event is None
+
+            prefix, _, _, token, in_rank, head = handle
+            assert prefix[:, rank].tolist() == [sum(s <= to for s, _ in rows) for to in range(comm.size)]
+            assert token.tolist() == [t for _, t in rows]
+            assert in_rank is layout["is_token_in_rank"] and ((head >= 0) == in_rank).all()
+
+            again = buffer.dispatch(sent[rank], handle)
+            check_arrived(again[0], sent, rows)
+            assert again[1:5] == (None, None, None, None)
+
+            without = buffer.dispatch(sent[rank], **layout)
+            check_arrived(without[0], sent, rows)
+            assert without[1:3] == (None, None) and without[3] == total
+
+            worst = comm.size * max(12, max(map(len, problem.x)))
+            received, idx, weights, counts, handle, _ = buffer.dispatch(
+                sent[rank], **layout, topk_idx=problem.idx[rank], topk_weights=problem.weights[rank],
+                num_worst_tokens=worst,
+            )  # fmt: skip
+            first = received[0] if isinstance(received, tuple) else received
+            assert len(first) == len(idx) == len(weights) == worst and counts == []
+            cut = tuple(part[: len(rows)] for part in received) if isinstance(received, tuple) else first[: len(rows)]
+            check_arrived(cut, sent, rows)
+            assert idx[: len(rows)].tolist() == expected and (idx[len(rows) :] == -1).all()
+            assert same_bits(weights[: len(rows)], kept)
+            assert handle[3].tolist() == [t for _, t in rows] + [-1] * (worst - len(rows))
+
+
+@pytest.mark.parametrize("kind", SENT)
+def test_dispatch(ranks, world, kind):
+    if world == 1 and kind != "rows":
+        pytest.skip("says no more than other worlds do")
+    ranks.run(check_dispatch, world, kind=kind)
+
+
+def check_combine(comm, dtype):
+    rank = comm.rank
+    with buffer_of(comm) as buffer:
+        for problem in problems(comm, dtype):
+            x = problem.x[rank]
+            rows = reference.compact_rows(problem, rank)
+            layout = layout_of(buffer, problem, rank)
+            routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
+            for options in (routed, {**routed, "num_worst_tokens": comm.size * 12}, {}):
+                received, _, _, _, handle, _ = buffer.dispatch(
+                    x, **layout, **options, previous_event=buffer.capture(), async_finish=True
+                )
+                made = received * (rank + 2)
+                made[len(rows) :] = float("nan")
+                by_rank = [
+                    {t: problem.x[s][t] * (peer + 2) for s, t in reference.compact_rows(problem, peer) if s == rank}
+                    for peer in range(comm.size)
+                ]
+                for bias in (None, x, (x, x + 1)):
+                    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+                    combined, carried, event = buffer.combine(made, handle, bias=bias, async_finish=True)
+                    event.current_stream_wait()
+                    assert carried is None
+                    assert same_bits(
+                        combined, reference.combined(by_rank, len(x), HIDDEN, dtype, biases, device=comm.device)
+                    )
+            _, _, weights, _, handle, _ = buffer.dispatch(x, **layout, **routed)
+            weights[:] = rank + 1  # where the expert is elsewhere, too
+            combined, carried, event = buffer.combine(received, handle, weights)
+            sums = (in_ranks(problem, rank) * torch.arange(1, comm.size + 1)).sum(1, keepdim=True)
+            assert carried.cpu().equal(sums.float().expand(-1, weights.shape[1])) and event.event is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_combine(ranks, world, dtype):
+    ranks.run(check_combine, world, dtype=dtype)
+
+
+def check_arguments(comm):
+    with buffer_of(comm) as buffer:
+        problem = list(problems(comm))[2]
+        x, idx, weights = problem.x[comm.rank], problem.idx[comm.rank], problem.weights[comm.rank]
+        layout = layout_of(buffer, problem, comm.rank)
+        handle = buffer.dispatch(x, **layout)[4]
+        refused = [
+            (lambda: buffer.dispatch(x), "get_dispatch_layout"),
+            (lambda: buffer.dispatch(x, **layout, topk_idx=idx), "both topk_idx and topk_weights"),
+            (lambda: buffer.dispatch(x, **layout, num_worst_tokens=99), "no num_worst_tokens"),
+            (lambda: buffer.dispatch(x, handle, topk_idx=idx), "a handle is given"),
+            (
+                lambda: buffer.combine(x.new_empty(handle.rows + 1, HIDDEN), handle),
+                "of the dispatch",
+            ),
+            (lambda: buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_ue8m0=True), "round_scale=True"),
+            (
+                lambda: buffer.low_latency_dispatch(
+                    x, idx, 12, problem.experts, async_finish=True, return_recv_hook=True
+                ),
+                "not both",
+            ),
+            (lambda: deep_ep.Buffer(None), "comm="),
+            (lambda: deep_ep.Buffer("world"), "str"),
+        ]
+        if len(x) > 1:
+            worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": 1}
+            refused.append((lambda: buffer.dispatch(x, **layout, **worst), f"{comm.size} ranks x {len(x)} tokens"))
+        for call, words in refused:
+            with pytest.raises(tdccl.ArgumentError, match=words):
+                call()
+        missing = [
+            lambda: buffer.low_latency_dispatch(x, idx, 12, problem.experts, dispatch_wait_recv_cost_stats=idx),
+            lambda: buffer.low_latency_combine(x, idx, weights, None, use_logfmt=True),
+            lambda: buffer.internode_dispatch(x),
+            lambda: buffer.get_local_buffer_tensor(torch.int8),
+        ]
+        for call in missing:
+            with pytest.raises(NotImplementedError):
+                call()
+
+
+def test_what_is_refused(ranks):
+    ranks.run(check_arguments, min(2, pool.LARGEST_WORLD))
+
+
+def check_low_latency(comm, hooks):
+    rank, most, hidden = comm.rank, 12, 640
+
+    def done(event, hook):
+        if hooks:
+            hook()
+        else:
+            assert hook is None
+            event.current_stream_wait()
+
+    how = {"return_recv_hook": hooks, "async_finish": not hooks}
+    with buffer_of(comm, low_latency_mode=True) as buffer:
+        for problem in problems(comm, hidden=hidden):
+            x, idx, weights = problem.x[rank], problem.idx[rank], problem.weights[rank]
+            by_expert = reference.expert_rows(problem, rank)
+            total = torch.zeros(len(x), hidden, device=comm.device)
+            for k in range(idx.shape[1]):
+                made = (x * (idx[:, k, None] + 1)).float() * weights[:, k, None]
+                total += torch.where(idx[:, k, None] >= 0, made, torch.zeros_like(made))
+            for fp8, rounded, packed in [(False, False, False), (True, False, False), (True, True, False), (True,) * 3]:
+                stats = torch.full((LOCAL,), 100, dtype=torch.int32, device=comm.device)
+                received, counts, handle, event, hook = buffer.low_latency_dispatch(
+                    x, idx, most, problem.experts, use_fp8=fp8, round_scale=rounded, use_ue8m0=packed,
+                    cumulative_local_expert_recv_stats=stats, **how,
+                )  # fmt: skip
+                done(event, hook)
+                assert counts.dtype is torch.int32 and counts.tolist() == list(map(len, by_expert))
+                assert stats.tolist() == [100 + len(rows) for rows in by_expert]
+                info, ranges, *sizes = handle
+                assert sizes == [most, hidden, problem.experts]
+                values, scales = received if fp8 else (received, None)
+                assert values.shape == (LOCAL, comm.size * most, hidden)
+                if fp8:
+                    assert scales.stride(1) == 1 and scales.shape[2] == (2 if packed else 5)
+                for expert, rows in enumerate(by_expert):
+                    assert info[expert, : len(rows)].tolist() == [t for _, t, _ in rows]
+                    starts = [sum(s < source for s, _, _ in rows) for source in range(comm.size)]
+                    lengths = [sum(s == source for s, _, _ in rows) for source in range(comm.size)]
+                    assert (ranges[expert] >> 32).tolist() == starts
+                    assert (ranges[expert] & 0xFFFFFFFF).tolist() == lengths
+                    expected = gathered(problem.x, [(s, t) for s, t, _ in rows])
+                    if fp8:
+                        expected, factors = reference.quantised(expected, rounded)
+                        factors = reference.packed(factors) if packed else factors
+                        assert same_bits(scales[expert, : len(rows)].contiguous(), factors)
+                    assert same_bits(values[expert, : len(rows)], expected)
+
+            h = torch.full((LOCAL, comm.size * most, hidden), float("nan"), dtype=x.dtype, device=comm.device)
+            for expert, rows in enumerate(by_expert):
+                for row, (s, t, _) in enumerate(rows):
+                    h[expert, row] = problem.x[s][t] * (rank * LOCAL + expert + 1)
+            out = torch.empty_like(x)
+            combined, event, hook = buffer.low_latency_combine(h, idx, weights, handle, out=out, **how)
+            done(event, hook)
+            assert combined is out and same_bits(out, total.to(x.dtype))
+            buffer.get_next_low_latency_combine_buffer(handle)[:] = h
+            combined, event, hook = buffer.low_latency_combine(h * 0, idx, weights, handle, zero_copy=True, **how)
+            done(event, hook)
+            assert same_bits(combined, total.to(x.dtype))
+            left_out = torch.full_like(idx, -1)
+            combined, event, hook = buffer.low_latency_combine(h, left_out, weights, handle, **how)
+            done(event, hook)
+            assert not combined.any()
+
+
+@pytest.mark.parametrize("hooks", [True, False], ids=["hooks", "async"])
+def test_low_latency(ranks, world, hooks):
+    ranks.run(check_low_latency, world, hooks=hooks)
+
+
+def check_two_batches(comm):
+    """The second batch is sent before the hook of the first is called; a third has to wait."""
+    with buffer_of(comm) as buffer:
+        first, _, second = problems(comm)
+        arrivals = []
+        for problem in (first, second):
+            x, idx = problem.x[comm.rank], problem.idx[comm.rank]
+            arrivals.append(
+                buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False, return_recv_hook=True)
+            )
+        with pytest.raises(tdccl.ArgumentError, match="call the hook of one first"):
+            buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False)
+        for problem, (received, counts, _, _, hook) in reversed(list(zip((first, second), arrivals))):
+            hook()
+            for expert, rows in enumerate(reference.expert_rows(problem, comm.rank)):
+                assert counts[expert] == len(rows)
+                expected = gathered(problem.x, [(s, t) for s, t, _ in rows])
+                assert same_bits(received[expert, : len(rows)], expected)
+
+
+def test_two_batches_under_way(ranks, world):
+    ranks.run(check_two_batches, world)
+
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+import tdccl.compat.deep_ep as deep_ep
+
+if sys.argv[1] == "mpi":
+    from mpi4py import MPI
+
+    buffers = [deep_ep.Buffer(None, comm=MPI.COMM_WORLD, explicitly_destroy=True)]
+else:
+    dist.init_process_group(sys.argv[1])
+    pair = dist.new_group([1, 0])
+    buffers = [deep_ep.Buffer(group, explicitly_destroy=True) for group in (dist.group.WORLD, pair, pair)]
+for buffer in buffers:
+    device = buffer._comm.device
+    x = torch.full((3, 64), buffer.rank + 1.0, dtype=torch.bfloat16, device=device)
+    idx = torch.arange(2, device=device).expand(3, 2).contiguous()
+    received, counts, handle, event, hook = buffer.low_latency_dispatch(x, idx, 4, 2, use_fp8=False)
+    assert counts.tolist() == [6] and received[0, :6, 0].tolist() == [1.0] * 3 + [2.0] * 3
+    buffer.destroy()
+print("ok")
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
+@pytest.mark.parametrize("kind", ["gloo", "tdccl", "mpi"])
+def test_kinds_of_groups(kind, tmp_path, installed):
+    from test_process_group import CHECKOUT, MPIRUN, mpirun, run
+
+    program = str(tmp_path / "program.py")
+    Path(program).write_text(PROGRAM)
+    if kind == "mpi":
+        pytest.importorskip("mpi4py")
+        if MPIRUN is None:
+            pytest.skip("no mpirun: pip install tdccl[mpi]")
+        output = mpirun(2, sys.executable, program, kind)
+    else:
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        output = run(*launcher, program, kind, path=(CHECKOUT, installed))
+    assert output.count("ok") == 2
