@@ -12,7 +12,7 @@ import torch
 from torch.autograd import profiler
 
 from tdccl import transport, tuning
-from tdccl.decisions import ALGORITHMS, context_for, layout
+from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
 from tdccl.membership import COMPARISON, Membership
 from tdccl.runtime import agreement, arrays
@@ -149,8 +149,14 @@ class Calls(Membership):
         return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
+        algorithms = self._algorithms.get(call.collective, [])
+        if not algorithms or (call.splits and not any(algorithm.splits for algorithm in algorithms)):
+            uneven = " of uneven pieces" if call.splits else ""
+            raise ArgumentError(
+                f"{call.collective}{uneven}: not across nodes; use split() for the ranks of one, or equal pieces"
+            )
         forced = self._forced.get(call.collective)
-        return choose(ALGORITHMS[call.collective], call, self._context, self.table, forced)
+        return choose(algorithms, call, self._context, self.table, forced)
 
     def _again(self, key: tuple, stream) -> bool:
         """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
@@ -208,7 +214,7 @@ class Calls(Membership):
                     raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments)
+                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rail)
         return plan
 
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
@@ -307,7 +313,7 @@ class Calls(Membership):
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
         try:
-            self._context = context_for(self.size, max_blocks, self._scratch)._replace(multicast=self.multicast)
+            self._context = self._context_for(max_blocks)._replace(multicast=self.multicast)
         except InitError as error:
             raise ArgumentError(f"limit_blocks: {error}") from error
         self.max_blocks = max_blocks

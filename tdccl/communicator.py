@@ -82,7 +82,7 @@ class Communicator(Calls):
         scratch: int | None = None,
     ):
         super().__init__(bootstrap, device, timeout, max_blocks, scratch)
-        self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
+        self._arenas = Arenas(self._node, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._splits = 0
 
@@ -497,7 +497,7 @@ class Communicator(Calls):
         for segment in segments:
             address, nbytes = segment.address, segment.layout.nbytes
             if self._segment_of(address, nbytes) is None:
-                self._add(p2p.share(self._bootstrap, address, nbytes, self.device, pool))
+                self._add(p2p.share(self._node, address, nbytes, self.device, pool))
 
     def placing(self):
         """The context of `tdccl.symmetric(self)`."""
@@ -564,7 +564,10 @@ class Communicator(Calls):
         PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
-        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        world_rank = self._bootstrap.world_rank
+        bootstrap = StoreBootstrap(
+            store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
+        )
         bootstrap.interrupt = functools.partial(self._check_alive, members)
         smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
         self.destroy()
@@ -599,7 +602,7 @@ class Communicator(Calls):
         self._plans.clear()
         self._calls.clear()
         self._recorder.close()
-        for memory in [*self._segments, self._heap]:
+        for memory in filter(None, [*self._segments, self._heap, self._lanes]):
             memory.release(bootstrap, self._control.peers_gone)
         self._segments.clear()
         self.team = self._team = None  # they hold on to the scratch

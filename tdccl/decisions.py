@@ -10,17 +10,29 @@ from tdccl.runtime import bare
 from tdccl.runtime.algorithm import Context, context_of
 
 layout = bare.read("tdccl.language.team")
+rails = bare.read("tdccl.language.rails")
 ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
+ACROSS_NODES = bare.read("tdccl.hierarchical").ALGORITHMS
+# Across nodes a message up to so many bytes takes the path with the fewest messages on the way.
+_ONE_SHOT = 64 << 10
+_BLOCKS_ACROSS = 32
 
 
-def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None) -> Context:
-    """What algorithms know of a communicator of `size` ranks with so many bytes of scratch (None: as the environment
-    says). Raises InitError if it is too small for them."""
+def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None, nodes: int = 1) -> Context:
+    """What algorithms know of a communicator of `size` ranks on each of `nodes` nodes, with so many bytes of scratch
+    (None: as the environment says) inside, and as many across. Raises InitError if it is too small for them."""
     rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
     scratch = scratch or environment.scratch_bytes()
     if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
         rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
+    if nodes > 1:  # a link between nodes is kept busy by few blocks, and has the larger slots
+        rules = replace(rules, rings=min(rules.rings, _BLOCKS_ACROSS), blocks=min(rules.blocks, _BLOCKS_ACROSS))
     context = context_of(size, scratch, rules)
+    if nodes > 1:
+        slot = min(rules.tile * size, rails.slot_bytes_within(scratch, rules.rings, nodes))
+        if slot < 128 * size:
+            raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {nodes} nodes of {size} ranks")
+        context = context._replace(nodes=nodes, rail_slot=slot)
     if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
     return context
@@ -41,10 +53,16 @@ def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
     return table
 
 
+def table_across() -> tuning.Table:
+    """The tuning table of a communicator across nodes: nothing is measured."""
+    rows = [tuning.Row(_ONE_SHOT, "one_shot_rails", {}), tuning.Row(None, "two_shot_rails", {})]
+    return tuning.Table("across nodes: not measured", {"all_reduce": {"plain": rows}})
+
+
 def forced_algorithms() -> dict[str, str]:
     forced = environment.forced_algorithms()
     for collective, name in forced.items():
-        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        known = [a.name for table in (ALGORITHMS, ACROSS_NODES) for a in table.get(collective, ())]
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
             raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")
