@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from tdccl import environment, transport
 from tdccl.calls import Calls, overlap, shown
-from tdccl.decisions import ALGORITHMS, layout
+from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
@@ -539,8 +539,8 @@ class Communicator(Calls):
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
         self.check()
-        if collective not in ALGORITHMS:
-            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(ALGORITHMS)}")
+        if collective not in self._algorithms:
+            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
         chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
