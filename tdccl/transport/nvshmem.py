@@ -131,48 +131,51 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
 def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     """NVSHMEM, started by the first call."""
     global _started
-    known = bootstrap.exchange(_started is not None)
-    if all(known):
-        return _started
-    if any(known):
-        strangers = ", ".join(str(rank) for rank, knows in enumerate(known) if not knows)
-        raise InitError(
-            f"NVSHMEM was started without rank {strangers}: make the communicator of all ranks that are to use it first"
-        )
     environment.forbid_multicast_to_others()
-    try:
-        import numpy as np
-        from cuda.core import Device
-        from nvshmem import bindings, core
-    except ImportError as error:
-        raise InitError(f"ranks are on several nodes, and that needs NVSHMEM: {_INSTALL} ({error})") from error
-    _check_versions(core)
-    try:
-        identity = core.get_unique_id(empty=bootstrap.rank != 0)
-        identity._data.view(np.int8)[:] = np.frombuffer(
-            bootstrap.exchange(identity._data.view(np.int8).tobytes())[0], np.int8
+    everyone = bootstrap.exchange((_started is not None, _unusable()))
+    for rank, (_, reason) in enumerate(everyone):
+        if reason:
+            raise InitError(f"ranks are on several nodes, which needs NVSHMEM; rank {rank} says: {reason}")
+    strangers = [str(rank) for rank, (known, _) in enumerate(everyone) if not known]
+    if not strangers:
+        return _started
+    if len(strangers) < bootstrap.size:
+        raise InitError(
+            f"NVSHMEM was started without rank {', '.join(strangers)}: make a communicator of all ranks first"
         )
-        core.init(
-            device=Device(device.index), uid=identity, rank=bootstrap.rank, nranks=bootstrap.size,
-            initializer_method="uid",
-        )  # fmt: skip
+    import numpy as np
+    from cuda.core import Device
+    from nvshmem import bindings, core
+
+    gpu = Device(device.index)
+    gpu.set_current()
+    identity = core.get_unique_id(empty=bootstrap.rank != 0)
+    word = identity._data.view(np.int8)
+    word[:] = np.frombuffer(bootstrap.exchange(word.tobytes())[0], np.int8)
+    try:
+        core.init(device=gpu, uid=identity, rank=bootstrap.rank, nranks=bootstrap.size, initializer_method="uid")
         pool = int(bindings.align(_ALIGNMENT, environment.nvshmem_bytes()))
-    except TdcclError:
-        raise
     except Exception as error:
         raise InitError(f"NVSHMEM cannot be started on rank {bootstrap.rank}: {error}; {_library()}") from error
     _started = _Started(int(core.my_pe()), pool, [(0, environment.nvshmem_bytes())])
     return _started
 
 
-def _check_versions(core) -> None:
-    """Raises InitError if the library that nvshmem4py loads is not of the bitcode's version."""
-    loaded, linked = core.get_version().libnvshmem_version, version()
-    if linked != "unknown" and loaded.split(".")[:2] != linked.split(".")[:2]:
-        raise InitError(
-            f"nvshmem4py loads NVSHMEM {loaded}, but the bitcode for kernels in {folder()} is of {linked}: install one "
-            "version of both"
-        )
+def _unusable() -> str | None:
+    """Why this process cannot use NVSHMEM: it is not there, or nvshmem4py loads another version than the bitcode's."""
+    try:
+        from nvshmem import core
+
+        loaded, linked = core.get_version().libnvshmem_version, version()
+        if linked != "unknown" and loaded.split(".")[:2] != linked.split(".")[:2]:
+            return f"nvshmem4py loads NVSHMEM {loaded}, the bitcode for kernels in {folder()} is of {linked}"
+        major, minor = torch.cuda.get_device_capability()
+        device_library(10 * major + minor)
+    except InitError as error:
+        return str(error)
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"{_INSTALL} ({error})"
+    return None
 
 
 def _library() -> str:
