@@ -209,7 +209,7 @@ def main() -> int:
     for name, part in parts:
         start, complaint, lines = time.monotonic(), None, []
         try:
-            with tdccl.init(timeout=20) as comm:  # a part that fails takes its communicator with it
+            with tdccl.init(timeout=60) as comm:  # a part that fails takes its communicator with it
                 lines = part(Checker(comm, bootstrap))
         except Exception as error:
             complaint = f"{error}\n{traceback.format_exc()}"

@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
     function: int
     shared: int
     owner: Any
-    module: int
+    module: Any
 
 
 def key_of(identity: str) -> str:
@@ -181,4 +181,4 @@ def _load(kernel: Kernel, cubin: bytes) -> Loaded:
     if kernel.shared > _DEFAULT_SHARED:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(function, limit, kernel.shared))
-    return Loaded(int(function), kernel.shared, module, int(module))
+    return Loaded(int(function), kernel.shared, module, module)

@@ -76,12 +76,15 @@ def version() -> str:
     return "unknown"
 
 
-def initialize_module(module: int) -> None:
-    """Lets a loaded module's kernels use NVSHMEM. Raises InitError where its bitcode does not fit the library."""
+def initialize_module(module) -> None:
+    """Lets the kernels of a loaded module, a CUmodule or its number, use NVSHMEM.
+
+    Raises InitError where their bitcode does not fit the library.
+    """
     from nvshmem import bindings
 
     try:
-        status = bindings.cumodule_init(module)
+        status = bindings.cumodule_init(int(module))
     except Exception as error:
         status = error
     if status:
