@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import cases
 import pool
@@ -217,6 +218,46 @@ def test_a_put_with_signal_is_there_when_its_signal_is(ranks):
 def test_a_signal_without_a_fence_overtakes(ranks):
     _, seen = ranks.run(told, 2, how="nothing", seeds=range(12))
     assert [True, True] in seen and seen != [[True, True]] * 12
+
+
+@triton.jit
+def stream(team, rail, recv, count, TILE: tl.constexpr):
+    """Node 0 sends node 1 many more tiles than there are slots, and hears nothing from it but that they are taken."""
+    epoch, place = shmem.begin(team), tl.arange(0, TILE)
+    for tile in range(count):
+        if rail.node == 0:
+            epoch, number = rails.next_out(team, rail, rails.INPUTS, 1, epoch)
+            slot = rails.out_slot(rail, rails.INPUTS, 1, number, tl.int32)
+            tl.store(slot + place, place + tile * 1000)
+            rails.put_tile(team, rail, rails.INPUTS, 1, number, slot, TILE * 4)
+        else:
+            epoch, number = rails.next_in(team, rail, rails.INPUTS, 0, epoch)
+            slot = rails.in_slot(rail, rails.INPUTS, 0, number, tl.int32)
+            tl.store(recv + tile * TILE + place, tl.load(slot + place))
+            rails.took(team, rail, rails.INPUTS, 0, number)
+    shmem.end(team, epoch)
+
+
+def check_stream(comm, late):
+    """Rank `late` begins long after the other."""
+    count, tile = 30, 64
+    with fresh(comm, 1) as group:
+        recv = torch.zeros(count * tile, dtype=torch.int32, device=group.device)
+        geometry = Geometry("i32", 1, 4, False, {"count": count}, {"TILE": tile})
+        arguments = launch.Arguments(stream, geometry, (), None, 0, group._rail)
+        start = launch.bind(stream, arguments, group._team, geometry, {})
+        if group.rank == late:
+            time.sleep(0.3)
+        start(0, recv.data_ptr(), 0)
+        settle(group)
+        expected = torch.arange(tile) + 1000 * torch.arange(count)[:, None]
+        assert group.rank == 0 or torch.equal(recv.cpu(), expected.flatten().int())
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_sender_waits_for_slots_to_be_taken(ranks, late):
+    ranks.run(check_stream, 2, late=late)
 
 
 def check_addresses(comm):
