@@ -15,7 +15,8 @@ ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
 ACROSS_NODES = bare.read("tdccl.hierarchical").ALGORITHMS
 # Across nodes a message up to so many bytes takes the path with the fewest messages on the way.
 _ONE_SHOT = 64 << 10
-_BLOCKS_ACROSS = 32
+# The most blocks of a kernel that goes across nodes, for a few nodes and for many: with more, slots would be small.
+_BLOCKS_ACROSS = (32, 8)
 
 
 def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None, nodes: int = 1) -> Context:
@@ -25,8 +26,10 @@ def context_for(size: int, max_blocks: int | None = None, scratch: int | None = 
     scratch = scratch or environment.scratch_bytes()
     if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
         rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
-    if nodes > 1:  # a link between nodes is kept busy by few blocks, and has the larger slots
-        rules = replace(rules, rings=min(rules.rings, _BLOCKS_ACROSS), blocks=min(rules.blocks, _BLOCKS_ACROSS))
+    if nodes > 1:
+        most, least = _BLOCKS_ACROSS
+        across = max(least, min(most, 8 * most // nodes))
+        rules = replace(rules, rings=min(rules.rings, across), blocks=min(rules.blocks, across))
     context = context_of(size, scratch, rules)
     if nodes > 1:
         slot = min(rules.tile * size, rails.slot_bytes_within(scratch, rules.rings, nodes))
