@@ -43,7 +43,8 @@ def init(
     max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
                 default: TDCCL_MAX_BLOCKS, else what is fastest
 
-    Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
+    Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
+    no NVSHMEM.
     """
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
