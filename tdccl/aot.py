@@ -32,7 +32,7 @@ from tdccl.runtime.arrays import BITWISE, OPS, TRITON_NAMES
 from tdccl.runtime.launch import Arguments, compile_kernel, identity
 from tdccl.runtime.plan import choose
 from tdccl.transport import Multicast
-from tdccl.tuning import Table
+from tdccl.tuning import BESIDE_COMPUTATION, Table
 from tdccl.tuning.table import package_files, read
 
 _LARGEST = 4 << 30
@@ -84,10 +84,11 @@ def jobs(
     arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str], multicast: bool
 ) -> dict[str, Job]:
     """One job for each distinct kernel, by key: what any GPU's tuning table chooses, with multicast or without."""
-    context, distinct = context_for(size), {}
+    distinct: dict[str, Job] = {}
+    contexts = [context_for(size, most_blocks) for most_blocks in (None, BESIDE_COMPUTATION)]  # direct, torch's groups
     if multicast:
-        context = context._replace(multicast=Multicast("switch", "asked for"))
-    for table, collective in itertools.product(_tables(size, multicast), collectives):
+        contexts = [context._replace(multicast=Multicast("switch", "asked for")) for context in contexts]
+    for context, table, collective in itertools.product(contexts, _tables(size, multicast), collectives):
         for dtype, op in _kinds(collective, dtypes, ops):
             for call in calls(collective, dtype, op, size):
                 choice = choose(ALGORITHMS[collective], call, context, table)

@@ -52,11 +52,12 @@ class Calls(Membership):
             )
         return tensor
 
-    def _pair(self, collective, send, recv, shape_of_recv, shrinks=False, expected=None):
-        """(send, recv) as checked tensors, and what to return to the user."""
+    def _pair(self, collective, send, recv, shape_of_recv, stream, shrinks=False, expected=None):
+        """(send, recv) as checked tensors, and what to return to the user. A new recv is memory of the `stream`."""
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         if recv is None:
-            target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
+            with self._on(stream):
+                target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
             return source, target, arrays.like(target, send)
         target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv", written=True))
         if target.dtype != source.dtype:

@@ -101,7 +101,7 @@ class Communicator(Calls):
         key = ("all_reduce", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
-        source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape)
+        source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape, stream)
         arrays.check_reduction("all_reduce", op, source.dtype)
         self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
@@ -126,7 +126,7 @@ class Communicator(Calls):
         key = ("all_gather", None, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
-        source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size))
+        source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         self._run("all_gather", source, target, source.numel(), stream=stream, timeout=timeout, key=key)
         return result
 
@@ -151,7 +151,7 @@ class Communicator(Calls):
                 )
             return (shape[0] // self.size, *shape[1:])
 
-        source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, shrinks=True)
+        source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, stream, shrinks=True)
         arrays.check_reduction("reduce_scatter", op, source.dtype)
         self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
@@ -189,7 +189,7 @@ class Communicator(Calls):
         if (send_splits is None) != (recv_splits is None):
             raise ArgumentError("all_to_all: give both send_splits and recv_splits, or neither")
         if send_splits is None:
-            source, target, result = self._pair("all_to_all", send, recv, lambda shape: shape)
+            source, target, result = self._pair("all_to_all", send, recv, lambda shape: shape, stream)
             if source.numel() and (source.dim() == 0 or source.shape[0] % self.size):
                 raise ArgumentError(
                     f"all_to_all: send has shape {tuple(source.shape)}, its first dimension must be a multiple of "
@@ -201,7 +201,9 @@ class Communicator(Calls):
             return result
         splits, row = self._row_splits(source, send_splits, recv_splits)
         shape = (sum(recv_splits), *source.shape[1:])
-        source, target, result = self._pair("all_to_all", send, recv, lambda _: shape, expected=math.prod(shape))
+        source, target, result = self._pair(
+            "all_to_all", send, recv, lambda _: shape, stream, expected=math.prod(shape)
+        )
         if overlap(source, target):
             raise ArgumentError("all_to_all: recv overlaps send; in place it takes equal pieces only")
         splits = tuple(tuple(count * row for count in counts) for counts in splits)
@@ -270,7 +272,7 @@ class Communicator(Calls):
         elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
         root = self._checked_root("reduce", root)
         if self.rank == root:
-            source, target, result = self._pair("reduce", send, recv, lambda shape: shape)
+            source, target, result = self._pair("reduce", send, recv, lambda shape: shape, stream)
         else:
             source = target = self._checked("reduce", "send", arrays.as_tensor(send, "send"))
             result = None
@@ -285,7 +287,7 @@ class Communicator(Calls):
         not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
         root = self._checked_root("gather", root)
         if self.rank == root:
-            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size))
+            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         else:
             source = target = self._checked("gather", "send", arrays.as_tensor(send, "send"))
             result = None
@@ -297,7 +299,7 @@ class Communicator(Calls):
         `root`, not overlapping recv; elsewhere it is not looked at."""
         root = self._checked_root("scatter", root)
         if self.rank == root:
-            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, shrinks=True)
+            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, stream, shrinks=True)
         else:
             source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
         self._move_by_root("scatter", source, target, target.numel(), root, stream, timeout)
@@ -329,7 +331,9 @@ class Communicator(Calls):
             raise ArgumentError(f"all_gather: send has {rows} rows, recv_splits says {counts[self.rank]} of this rank")
         row = math.prod(source.shape[1:])
         shape = (sum(counts), *source.shape[1:])
-        source, target, result = self._pair("all_gather", send, recv, lambda _: shape, expected=math.prod(shape))
+        source, target, result = self._pair(
+            "all_gather", send, recv, lambda _: shape, stream, expected=math.prod(shape)
+        )
         if overlap(source, target):
             raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
         splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
@@ -570,7 +574,11 @@ class Communicator(Calls):
             store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
         )
         bootstrap.interrupt = functools.partial(self._check_alive, members)
-        smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        try:
+            smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        except BaseException:
+            self._control.announce(0, 0)  # nobody is there any more
+            raise
         self.destroy()
         return smaller
 

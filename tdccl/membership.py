@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -67,10 +68,9 @@ class Membership:
         self._dead: set[int] = set()
         self._destroyed = ""  # the words of the error, once it is
         self._dumped = False
-        self._recorder = Recorder(bootstrap)
+        self._recorder: Recorder | None = None  # a peer may die before there is one
         self._end_watch = self._watch_peers()
-        self._heap = self._allocate_heap()
-        self._lanes = self._allocate_lanes() if len(self.topology.nodes) > 1 else None
+        self._share_memory()
         if self.multicast.kind == "switch" and not self._heap.multicast:
             self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
         self._team, self._rail = self._make_team(), self._make_rail()
@@ -87,7 +87,7 @@ class Membership:
         self.topology = transport.topology_of(self.rank, self._bootstrap.exchange(place))
         try:
             mine |= self._decide(device, max_blocks)
-        except InitError as refused:  # told to the others, who would wait for this rank
+        except Exception as refused:  # told to the others, who would wait for this rank
             mine, error = {**mine, "error": str(refused)}, refused
         everyone = self._bootstrap.exchange(mine)
         if error is not None:
@@ -109,7 +109,8 @@ class Membership:
         self._algorithms = ALGORITHMS if self._context.nodes == 1 else ACROSS_NODES
         self.table = self._table_for(False)
         equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
-        return {**equal, "debug": self._debug, "tuning": self.table.digest()}
+        tables = [self._table_for(multicast).digest() for multicast in (False, True)]
+        return {**equal, "debug": self._debug, "tuning": tables}
 
     def _context_for(self, max_blocks: int | None):
         return context_for(self.topology.width, max_blocks, self._scratch, len(self.topology.nodes))
@@ -178,10 +179,12 @@ class Membership:
         watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
         return weakref.finalize(self, _end_watches, watches)
 
-    def _allocate_heap(self) -> transport.SymmetricMemory:
-        """Scratch; if a rank can get none, no other waits for it."""
+    def _share_memory(self) -> None:
+        """The record of calls, and scratch; if a rank can get none, no other waits for it."""
         try:
-            return self._allocate(layout.heap_bytes(team_of(self._context, "")))
+            self._recorder = Recorder(self._bootstrap)
+            self._heap = self._allocate(layout.heap_bytes(team_of(self._context, "")))
+            self._lanes = self._allocate_lanes() if self._context.nodes > 1 else None
         except BaseException as error:
             self._control.fail(layout.ABORTED, self.rank)
             self._end_watch()
@@ -212,14 +215,17 @@ class Membership:
             self._control.announce(mask, store.port)
             return store, members
         deadline = time.monotonic() + self.timeout
-        while not (port := self._control.announced(first, mask)):
+        while time.monotonic() < deadline:
+            if port := self._control.announced(first, mask):
+                with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
+                    store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
+                    store.set_timeout(timedelta(seconds=self.timeout))
+                    return store, members
             self._check_alive(members)
-            if time.monotonic() > deadline:
-                raise InitError(
-                    f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
-                )
             time.sleep(1e-3)
-        return open_store("127.0.0.1", port, False, self.timeout), members
+        raise InitError(
+            f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
+        )
 
     def _check_alive(self, members: list[int]) -> None:
         for rank in self._dead.intersection(members):
@@ -242,7 +248,7 @@ class Membership:
     def _dump_for(self, error: TdcclError) -> None:
         """Writes the last calls where TDCCL_TRACE_DIR says, once."""
         folder = environment.trace_folder()
-        if folder and not self._dumped:
+        if folder and self._recorder is not None and not self._dumped:
             self._dumped = True
             with contextlib.suppress(OSError):  # the error itself says more
                 self._recorder.dump(folder, f"{type(error).__name__}: {error}")
@@ -259,7 +265,7 @@ class Membership:
         """What the abort word and the record beside it say."""
         fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
         code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
-        calls = account(self._recorder.histories())
+        calls = account(self._recorder.histories()) if self._recorder is not None else []
         if code == layout.ABORTED:
             what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
             return Aborted("\n  ".join([what, *calls]), rank)

@@ -26,7 +26,7 @@ from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import discover
 from tdccl.tuning.table import PLACEMENTS, dumped, merged
 
-# These have but one algorithm.
+# These take one algorithm at all sizes: the last that fits.
 _UNTUNED = ("barrier", "all_to_all_vdev", "send_recv")
 COLLECTIVES = [name for name in ALGORITHMS if name not in _UNTUNED]
 # Chunk, not message, is what tables go by; these have a chunk a rank.

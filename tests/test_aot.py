@@ -17,6 +17,7 @@ from tdccl.collectives import ALGORITHMS
 from tdccl.runtime import bare, launch, pack
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Plan, choose
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
 
 RANKS = 4
 
@@ -91,9 +92,9 @@ def call_of(count, dtype="bf16", op="sum", alignment=16, segments=(None, None)):
     return Call("reduce_scatter", count, dtype, op, 0, alignment, None, segments, False)
 
 
-def launch_call(call, table=None):
+def launch_call(call, table=None, blocks=GPU.blocks):
     """Plans and launches a call as a communicator does; returns its choice."""
-    context, table = context_of(RANKS), table or aot.table_for("another GPU", RANKS)
+    context, table = context_of(RANKS, blocks=blocks), table or aot.table_for("another GPU", RANKS)
     choice = choose(ALGORITHMS[call.collective], call, context, table)
     plan = Plan(choice, call, team_of(context, "cuda"), call.segments)
     plan.launch(*plan.at(1 << 34, 1 << 35), 0)
@@ -111,8 +112,9 @@ def every_call():
 
 def test_every_size_is_launched_from_the_pack(built, driver, monkeypatch):
     use(monkeypatch, built)
-    for table, call in itertools.product(aot._tables(RANKS), every_call()):
-        geometry = launch_call(call, table).geometry
+    largest = (GPU.blocks, BESIDE_COMPUTATION)  # of a communicator's grids, and of those of torch's groups
+    for blocks, table, call in itertools.product(largest, aot._tables(RANKS), every_call()):
+        geometry = launch_call(call, table, blocks).geometry
         cubin, grid, _, _, threads, *_ = driver.launches[-1]
         assert (grid, threads) == (geometry.grid, geometry.warps * 32)
         assert cubin in driver.modules
@@ -242,6 +244,8 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)
 from tdccl import decisions
 from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.plan import Plan, choose
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
 
 context = decisions.context_for(4)
 table, team = decisions.table_for("another GPU", 4), team_of(context, "cuda")

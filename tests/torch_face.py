@@ -357,6 +357,11 @@ def scaled_sums():
     shard = full(10, 0.0)
     dist.reduce_scatter_tensor(shard, full(10 * SIZE, RANK + 1.0), dist._make_nccl_premul_sum(0.25))
     same(shard, SIZE * (SIZE + 1) / 8)
+    large = full(1 << 20, RANK + 1.0)
+    work = dist.all_reduce(large, dist._make_nccl_premul_sum(0.5), async_op=True)
+    full(1 << 20, -1)  # would take the memory of the product, if that were free already
+    work.wait()
+    same(large, SIZE * (SIZE + 1) / 4)
 
 
 def messages():

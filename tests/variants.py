@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,8 @@ WIDE_FORMS = [("bf16", "sum"), ("fp16", "sum"), ("fp32", "avg")]
 NARROW_FORMS = [("fp64", "sum"), ("i64", "min"), ("i32", "max"), ("u8", "xor")]
 
 
-def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    return context_within(size, scratch, tuning.GPU)
+def context_of(size: int, scratch: int = 64 << 20, blocks: int = tuning.GPU.blocks) -> Context:
+    return context_within(size, scratch, replace(tuning.GPU, blocks=blocks))
 
 
 def arguments_of(algorithm, call: Call, context: Context):

@@ -30,7 +30,7 @@ def _host_clock(team):
 
 def _host_pause(polls):
     # The peer that is waited for may need this core, and an interpreted poll costs a thousand sleeps.
-    time.sleep(min(1e-3, 20e-6 * int(polls)))
+    time.sleep(min(1e-3, 20e-6 * abs(int(polls))))
 
 
 @device(_host_clock)

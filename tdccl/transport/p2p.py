@@ -4,6 +4,7 @@ Needs no NCCL, no torch group and no multicast object, so any number of overlapp
 any order. Two ranks may share one GPU.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from tdccl.transport.symmetric_memory import SymmetricMemory
 
 # After a failure: memory that a peer may still have mapped, and whether that has changed.
 _kept: list[tuple[Any, Callable[[], bool]]] = []
+_keeping = threading.Lock()
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -70,7 +72,8 @@ def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> Symme
                 return
         except TdcclError:
             pass
-        _kept.append((memory, peers_gone))
+        with _keeping:
+            _kept.append((memory, peers_gone))
 
     return SymmetricMemory(local, addresses, release)
 
@@ -84,7 +87,8 @@ def _close(addresses: list[int], own: int) -> None:
 
 def free_kept() -> None:
     """Frees what was kept for peers who are gone now."""
-    _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
+    with _keeping:
+        _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
 
 
 def pin(address: int, nbytes: int) -> None:
