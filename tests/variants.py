@@ -175,9 +175,10 @@ def forms(backend: str, arch: str, warp: str) -> None:
 
 
 def across(backend: str, arch: str, warp: str) -> None:
-    """Every kernel across nodes, linked to NVSHMEM's bitcode, for 2 nodes of 2 ranks and 3 of 4."""
+    """Every kernel across nodes, linked to NVSHMEM's bitcode; with TDCCL_LONG=1 for more and larger nodes, too."""
+    shapes = [(2, 2)] if os.environ.get("TDCCL_LONG", "0") == "0" else [(2, 2), (4, 3)]
     target = GPUTarget(backend, int(arch), int(warp))
-    jobs = [(size, nodes, *job) for size, nodes in ((2, 2), (4, 3)) for job in _jobs_across(size == 2)]
+    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size == 2)]
     for size, nodes, collective, algorithm, call in jobs:
         context = context_for(size, scratch=64 << 20, nodes=nodes)
         geometry = algorithm.geometry(call, context)
