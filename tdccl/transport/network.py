@@ -25,7 +25,7 @@ from tdccl.transport import host
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory
 
-SET, ADD = 0, 1
+SET, ADD = 9, 10  # as NVSHMEM counts
 _LONGEST = 3e-3  # seconds that an operation is under way, at most
 _PROMPT = 0.5  # of all operations
 
