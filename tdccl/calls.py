@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from tdccl import transport, tuning
+from tdccl import compositions, transport, tuning
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
 from tdccl.membership import COMPARISON, Membership
@@ -150,14 +150,10 @@ class Calls(Membership):
         return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
-        algorithms = self._algorithms.get(call.collective, [])
-        if not algorithms or (call.splits and not any(algorithm.splits for algorithm in algorithms)):
-            uneven = " of uneven pieces" if call.splits else ""
-            raise ArgumentError(
-                f"{call.collective}{uneven}: not across nodes; use split() for the ranks of one, or equal pieces"
-            )
-        forced = self._forced.get(call.collective)
-        return choose(algorithms, call, self._context, self.table, forced)
+        algorithms = self._algorithms.get(call.collective)
+        if algorithms is None:
+            raise ArgumentError(f"{call.collective}: not across nodes; use split() for the ranks of one")
+        return choose(algorithms, call, self._context, self.table, self._forced.get(call.collective))
 
     def _again(self, key: tuple, stream) -> bool:
         """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
@@ -182,6 +178,9 @@ class Calls(Membership):
         """
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
+            return
+        if self._context.nodes > 1 and (splits is not None or collective not in self._algorithms):
+            compositions.run(self, called or collective, source, target, op, root, splits, stream, timeout)
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)

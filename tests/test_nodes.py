@@ -407,6 +407,37 @@ def test_graphs_replay(ranks, world):
     ranks.run(check_graphs, world)
 
 
+def check_composed(comm):
+    """What is made of other calls: roots and uneven pieces, none among them."""
+    group, rank, size = drawn(comm, comm.size // 2), comm.rank, comm.size
+    rows = [[(3 * i + j) % 4 for j in range(size)] for i in range(size)]  # i sends j so many
+    x = torch.arange(300.0, device=comm.device) + 1000 * rank
+    everyone = [torch.arange(300.0, device=comm.device) + 1000 * other for other in range(size)]
+    for root in (0, size - 1):
+        total, gathered = group.reduce(x, None, "max", root), group.gather(x, None, root)
+        assert (total is None) == (gathered is None) == (rank != root)
+        if rank == root:
+            assert torch.equal(total, everyone[-1]) and torch.equal(gathered, torch.cat(everyone))
+        part = torch.empty(7, device=comm.device)
+        group.scatter(torch.arange(7.0 * size, device=comm.device) if rank == root else None, part, root)
+        assert part.tolist() == [7.0 * rank + i for i in range(7)]
+    sent, received = rows[rank], [row[rank] for row in rows]
+    starts = [sum(row[:rank]) for row in rows]
+    expected = [everyone[i][start : start + count] for i, (start, count) in enumerate(zip(starts, received))]
+    found = group.all_to_all(x[: sum(sent)].clone(), None, sent, received)
+    assert torch.equal(found, torch.cat(expected))
+    counts = [2 * other for other in range(size)]
+    found = group.all_gather(x[: 2 * rank].clone(), None, counts)
+    assert torch.equal(found, torch.cat([values[:count] for values, count in zip(everyone, counts)]))
+    settle(group)
+
+
+def test_roots_and_uneven_pieces(ranks, world):
+    if world not in (2, 4):
+        pytest.skip("two nodes")
+    ranks.run(check_composed, world)
+
+
 # ---- faults, faces -----------------------------------------------------------------------------------------
 
 
@@ -434,9 +465,6 @@ def check_unsupported(comm):
     x = torch.ones(group.size, device=comm.device)
     with pytest.raises(tdccl.ArgumentError, match="send_recv: not across nodes"):
         group.send(x, (group.rank + 1) % group.size)
-    splits = [1] * group.size
-    with pytest.raises(tdccl.ArgumentError, match="all_to_all of uneven pieces: not across nodes"):
-        group.all_to_all(x, None, splits, splits)
     assert group.all_reduce(x).tolist() == [group.size] * group.size
 
 
