@@ -56,6 +56,12 @@ def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
     return table
 
 
+def rail_for(context: Context):
+    """The rail of a communicator across nodes, with the constants that go into kernels and no addresses yet; None for
+    one node."""
+    return None if context.nodes == 1 else rails.Rail(0, 0, 0, context.nodes, context.rail_slot)
+
+
 def table_across() -> tuning.Table:
     """The tuning table of a communicator across nodes: nothing is measured."""
     rows = [tuning.Row(_ONE_SHOT, "one_shot_rails", {}), tuning.Row(None, "two_shot_rails", {})]

@@ -20,6 +20,7 @@ from tdccl.decisions import (
     device_of,
     forced_algorithms,
     layout,
+    rail_for,
     rails,
     table_across,
     table_for,
@@ -147,9 +148,8 @@ class Membership:
         """What kernels that go to other nodes get besides the team; None if there are none."""
         if self._lanes is None:
             return None
-        context = self._context
-        return rails.Rail(
-            self._lanes.address, self._pes.data_ptr(), self.topology.node, context.nodes, context.rail_slot
+        return rail_for(self._context)._replace(
+            local=self._lanes.address, pes=self._pes.data_ptr(), node=self.topology.node
         )
 
     @functools.cached_property

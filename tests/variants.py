@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.decisions import context_for, rails
+from tdccl.decisions import context_for, rail_for
 from tdccl.hierarchical import ALGORITHMS as ACROSS_NODES
 from tdccl.runtime.algorithm import ITEMSIZE, Call, Context, team_of
 from tdccl.runtime.algorithm import context_of as context_within
@@ -182,8 +182,7 @@ def across(backend: str, arch: str, warp: str) -> None:
     for size, nodes, collective, algorithm, call in jobs:
         context = context_for(size, scratch=64 << 20, nodes=nodes)
         geometry = algorithm.geometry(call, context)
-        rail = rails.Rail(0, 0, 0, nodes, context.rail_slot)
-        arguments = Arguments(algorithm.kernel, geometry, (), call.op, 0, rail)
+        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context))
         compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
         facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
         facts |= {"multimem": None, "state": "nvshmemi_device_state_d" in compiled.asm["ptx"]}
