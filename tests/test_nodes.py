@@ -260,6 +260,41 @@ def test_a_sender_waits_for_slots_to_be_taken(ranks, late):
     ranks.run(check_stream, 2, late=late)
 
 
+@triton.jit
+def fetch(team, rail, recv, TILE: tl.constexpr):
+    """Every node reads what the other has in a slot, once that has told it that it is there; and who they are."""
+    place, other = tl.arange(0, TILE), 1 - rail.node
+    source = rails.out_slot(rail, rails.RESULTS, 0, 0, tl.int32)
+    target = rails.in_slot(rail, rails.RESULTS, 0, 0, tl.int32)
+    arrived, pe = rails._word(rail, rails.RESULTS, 0, rails.ARRIVED_WORD), tl.load(rail.pes + other)
+    tl.store(source + place, place + 1000 * rail.node)
+    nvshmem.fence()
+    nvshmem.signal_op(arrived, tl.full([], 1, tl.int64), pe)
+    shmem.signal_wait(team, arrived, 1, 0)
+    nvshmem.get(target, source, tl.full([], TILE * 4, tl.int64), pe)
+    tl.store(recv + place, tl.load(target + place))
+    tl.store(recv + TILE, nvshmem.my_pe())
+    tl.store(recv + TILE + 1, nvshmem.n_pes())
+
+
+def check_fetch(comm):
+    tile = 64
+    with fresh(comm, 1) as group:
+        recv = torch.zeros(tile + 2, dtype=torch.int32, device=group.device)
+        geometry = Geometry("i32", 1, 4, False, {}, {"TILE": tile})
+        arguments = launch.Arguments(fetch, geometry, (), None, 0, group._rail)
+        launch.bind(fetch, arguments, group._team, geometry, {})(0, recv.data_ptr(), 0)
+        settle(group)
+        assert torch.equal(recv.cpu()[:tile], torch.arange(tile, dtype=torch.int32) + 1000 * (1 - group.rank))
+        assert recv[tile].item() == group._pes[group.rank].item() and recv[tile + 1].item() >= 2
+        group._bootstrap.barrier()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_get_reads_from_another_node(ranks):
+    ranks.run(check_fetch, 2)
+
+
 def check_addresses(comm):
     """A rank has no address of another node's memory, and what it has is not beyond its reach by mistake."""
     group = drawn(comm, 1)
