@@ -208,6 +208,11 @@ class Membership:
         members = survivors(self.rank, self.size, exclude)
         if self._destroyed:
             raise DestroyedError(self._destroyed)
+        if hidden := [rank for rank in members if self._control.pids[rank] is None]:
+            raise InitError(
+                f"shrink: ranks {hidden} are on other hosts, or in another pid namespace, where it does not reach; "
+                "make a new communicator with tdccl.init"
+            )
         self.abort()
         mask, first = sum(1 << rank for rank in members), members[0]
         if self.rank == first:

@@ -29,7 +29,7 @@ from tdccl import environment
 from tdccl.decisions import ACROSS_NODES
 from tdccl.runtime import launch
 from tdccl.runtime.algorithm import Geometry
-from tdccl.transport import network
+from tdccl.transport import network, topology
 from tdccl.transport import nvshmem as library
 from tdccl.transport.topology import topology_of
 
@@ -493,6 +493,38 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     said = [*itertools.chain(*ranks.run(check_timeout, 4, absent=3, size=size))]
     waited = {line for line in said if line.startswith("rank ")}
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
+
+
+def check_hosts(comm):
+    """Ranks that take each other to be on other hosts, two on each: they meet by the network alone."""
+    found = topology.boot_id
+    topology.boot_id = lambda: f"host {comm.rank // 2}"
+    try:
+        group, other = comm.split(0), comm.split(0)
+    finally:
+        topology.boot_id = found
+    assert group.topology.nodes == ((0, 1), (2, 3))
+    assert [pid is None for pid in group._control.pids] == [rank // 2 != comm.rank // 2 for rank in range(4)]
+    assert group.all_reduce(torch.ones(9)).tolist() == [4] * 9
+    with pytest.raises(tdccl.InitError, match="on other hosts"):
+        group.shrink(exclude=[(comm.rank + 1) % 4])
+    if comm.rank != 3:  # each node hears of it by itself: by its own deadline, or by a peer of the same node
+        with pytest.raises(tdccl.Timeout):
+            group.all_reduce(torch.ones(9), timeout=1)
+    comm._bootstrap.barrier()
+    group.destroy()
+    if comm.rank < 2:
+        other.abort()  # told on its own host alone
+    comm._bootstrap.barrier()
+    with pytest.raises(tdccl.Aborted if comm.rank < 2 else tdccl.Timeout):
+        other.all_reduce(torch.ones(9), timeout=1)
+    comm._bootstrap.barrier()
+    other.destroy()
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 4, reason="other hosts are emulated")
+def test_ranks_of_other_hosts_are_reached_by_the_network_alone(ranks):
+    ranks.run(check_hosts, 4)
 
 
 def check_unsupported(comm):

@@ -60,11 +60,11 @@ def place_of(bootstrap: Bootstrap) -> str:
     """Where this rank is, equal for ranks of one node alone. Raises InitError for a bad TDCCL_NODE_SIZE."""
     size = environment.node_size()
     drawn = "" if size is None else f"/part {bootstrap.world_rank // size}"
-    return f"{socket.gethostname()}/{_boot_id()}{drawn}"
+    return f"{socket.gethostname()}/{boot_id()}{drawn}"
 
 
-def _boot_id() -> str:
-    """Tells two hosts of the same name apart; containers on one kernel share it, and share memory too."""
+def boot_id() -> str:
+    """Tells hosts apart, also of the same name; containers on one kernel share it, and share memory too."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
