@@ -154,7 +154,8 @@ class Membership:
 
     @functools.cached_property
     def team(self):
-        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton)."""
+        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton); across
+        nodes that of this rank's node."""
         import triton.language as tl
 
         from tdccl.language import Team

@@ -43,7 +43,8 @@ class _Network:
         self.segments: list[_Segment] = []
         self.pe = -1
         self.met: set[int] = set()  # the PEs with which this one has memory in common
-        self._draws = random.Random(seed)
+        self.draws = random.Random(seed)
+        self.longest = _LONGEST
         self._changed = threading.Condition()
         self._under_way: list[tuple] = []  # heap of (when it is due, number, operation)
         self._last: dict[int, float] = {}  # by PE: when all that was sent there will have arrived
@@ -63,8 +64,8 @@ class _Network:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._deliver, name="tdccl-network", daemon=True)
                 self._thread.start()
-            prompt = self._draws.random() < _PROMPT
-            due = time.monotonic() + (0 if prompt else self._draws.random() * _LONGEST)
+            prompt = self.draws.random() < _PROMPT
+            due = time.monotonic() + (0 if prompt else self.draws.random() * self.longest)
             due = max(due, self._floor.get(pe, 0))
             self._last[pe] = max(due, self._last.get(pe, 0))
             self._numbers += 1
@@ -105,11 +106,11 @@ def _here() -> _Network:
     return _network
 
 
-def reseed(seed: int) -> None:
-    """Draws delays from another seed from now on, for tests."""
+def reseed(seed: int, longest: float = _LONGEST) -> None:
+    """Draws delays of so many seconds at most from another seed from now on, for tests."""
     network = _here()
     network.quiet()
-    network._draws = random.Random(seed)
+    network.draws, network.longest = random.Random(seed), longest
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[SymmetricMemory, list[int]]:
