@@ -134,11 +134,14 @@ class MPIBootstrap(Bootstrap):
         values = [value] * self.size
         others = [rank for rank in range(self.size) if rank != self.rank]
         sent = [self._comm.isend(value, self._members[rank], self._TAG) for rank in others]
-        pending = {rank: self._comm.irecv(source=self._members[rank], tag=self._TAG) for rank in others}
+        pending: dict[int, Any] = dict.fromkeys(others)
         deadline = time.monotonic() + self._timeout
         while pending:
             for rank, request in list(pending.items()):
-                done, received = request.test()
+                if request is None:  # its length must be known first: a plain irecv takes 32 KiB at most
+                    message = self._comm.improbe(source=self._members[rank], tag=self._TAG)
+                    pending[rank] = request = message and message.irecv()
+                done, received = request.test() if request is not None else (False, None)
                 if done:
                     values[rank] = received
                     del pending[rank]
@@ -149,7 +152,7 @@ class MPIBootstrap(Bootstrap):
                 if time.monotonic() > deadline:
                     raise _missing(sorted(pending), self.size, self._timeout)
             except TdcclError:
-                for request in [*pending.values(), *sent]:
+                for request in filter(None, [*pending.values(), *sent]):
                     request.cancel()
                 raise
             time.sleep(0.0002)
