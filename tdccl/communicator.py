@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from tdccl import environment, transport
 from tdccl.calls import Calls, overlap, shown
-from tdccl.decisions import ALGORITHMS, layout
+from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
@@ -43,7 +43,8 @@ def init(
     max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
                 default: TDCCL_MAX_BLOCKS, else what is fastest
 
-    Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
+    Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
+    no NVSHMEM.
     """
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
@@ -82,7 +83,7 @@ class Communicator(Calls):
         scratch: int | None = None,
     ):
         super().__init__(bootstrap, device, timeout, max_blocks, scratch)
-        self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
+        self._arenas = Arenas(self._node, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._splits = 0
 
@@ -538,7 +539,7 @@ class Communicator(Calls):
         for segment in segments:
             address, nbytes = segment.address, segment.layout.nbytes
             if self._segment_of(address, nbytes) is None:
-                self._add(p2p.share(self._bootstrap, address, nbytes, self.device, pool))
+                self._add(p2p.share(self._node, address, nbytes, self.device, pool))
 
     def placing(self):
         """The context of `tdccl.symmetric(self)`."""
@@ -580,8 +581,8 @@ class Communicator(Calls):
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
         self.check()
-        if collective not in ALGORITHMS:
-            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(ALGORITHMS)}")
+        if collective not in self._algorithms:
+            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
         chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
@@ -605,7 +606,10 @@ class Communicator(Calls):
         PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
-        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        world_rank = self._bootstrap.world_rank
+        bootstrap = StoreBootstrap(
+            store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
+        )
         bootstrap.interrupt = functools.partial(self._check_alive, members)
         try:
             smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
@@ -644,7 +648,7 @@ class Communicator(Calls):
         self._plans.clear()
         self._calls.clear()
         self._recorder.close()
-        for memory in [*self._segments, self._heap]:
+        for memory in filter(None, [*self._segments, self._heap, self._lanes]):
             memory.release(bootstrap, self._control.peers_gone)
         self._segments.clear()
         self.team = self._team = None  # they hold on to the scratch

@@ -731,7 +731,8 @@ class ProcessGroup(dist.ProcessGroup):
                 raise DestroyedError(f"process group {self._name!r} is destroyed")
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()
-                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds)
+                world_rank = self._members[self._rank] if self._members else self._rank
+                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
                 blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
                 if not self._gpu:
                     self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)

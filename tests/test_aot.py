@@ -12,11 +12,13 @@ import pytest
 import torch
 from variants import context_of, team_of
 
-from tdccl import aot
+from tdccl import aot, decisions, environment
 from tdccl.collectives import ALGORITHMS
+from tdccl.errors import InitError
 from tdccl.runtime import bare, launch, pack
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Plan, choose
+from tdccl.transport import nvshmem
 from tdccl.tuning import BESIDE_COMPUTATION, GPU
 
 RANKS = 4
@@ -331,3 +333,27 @@ def test_the_first_call_of_a_process_does_not_even_import_the_compiler(tmp_path)
     ]
     assert [process.wait(100) for process in processes] == [0] * world
     assert not (tmp_path / "cache").exists()
+
+
+def bitcode():
+    try:
+        return nvshmem.device_library(90)
+    except InitError:
+        return None
+
+
+@pytest.mark.skipif(bitcode() is None, reason="NVSHMEM is not installed")
+def test_kernels_across_nodes_are_launched_from_a_pack_and_their_modules_initialised(driver, monkeypatch, tmp_path):
+    path, initialised = tmp_path / "across.zip", []
+    options = ("--arch", "sm_90", "--world", 2, "--nodes", 3, "--collective", "barrier")
+    run_aot("build", *options, "--out", path)
+    use(monkeypatch, path)
+    monkeypatch.setattr(nvshmem, "initialize_module", initialised.append)
+    monkeypatch.setattr(environment, "emulated", lambda: False)
+    context = decisions.context_for(2, scratch=64 << 20, nodes=3)
+    call = Call("barrier", 0, "u8", None, 0, 16, None, (None, None), False)
+    choice = choose(decisions.ACROSS_NODES["barrier"], call, context, decisions.table_across())
+    rail = decisions.rail_for(context)
+    for _ in range(2):
+        Plan(choice, call, team_of(context, "cuda"), [], rail).launch(0, 0, 0)
+    assert len(driver.launches) == 2 and initialised == driver.modules and len(initialised) == 1

@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from tdccl.errors import InitError
+from tdccl.transport import topology
 from tdccl.transport.bootstrap import Bootstrap
 
 _WORDS_OF_KERNELS = 16
@@ -21,8 +22,8 @@ class Control:
 
     words  this rank's block, int64: the abort word, at which kernels look, and what they record (`FAULT_FIELDS`)
     abort  the abort word, for the host
-    pids   of all ranks' processes, as this process knows them; None for a rank in another pid namespace, whose death
-           is not seen and who is not told of faults here: there only the deadlines of waits end them
+    pids   of all ranks' processes, as this process knows them; None for a rank on another host or in another pid
+           namespace, whose death is not seen and who is not told of faults here: only the deadlines of waits end them
 
     The memory has no name, so that no crash leaves anything behind.
     """
@@ -33,7 +34,7 @@ class Control:
         descriptor = os.memfd_create("tdccl")
         try:
             os.ftruncate(descriptor, mmap.PAGESIZE)
-            namespace = os.readlink("/proc/self/ns/pid")
+            namespace = topology.boot_id(), os.readlink("/proc/self/ns/pid")  # whose number is the same on all hosts
             everyone = bootstrap.exchange((os.getpid(), namespace, descriptor))
             self.pids = [pid if other == namespace else None for pid, other, _ in everyone]
             self._blocks = [self._map(rank, theirs) for rank, (_, _, theirs) in enumerate(everyone)]

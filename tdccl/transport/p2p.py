@@ -28,10 +28,10 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     """
     free_kept()
     with torch.cuda.device(device):
-        own = _check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
+        own = check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
         # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
         stream = torch.cuda.Stream(device)
-        _check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
+        check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
         stream.synchronize()
     memory = _Raw(own, nbytes)
     weakref.finalize(memory, _free, own, device).atexit = False
@@ -50,7 +50,7 @@ def share(bootstrap: Bootstrap, address: int, nbytes: int, device: torch.device,
 def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> SymmetricMemory:
     """Exchanges handles, and maps the peers' memory; `memory` is kept until no peer has it mapped."""
     with torch.cuda.device(device):
-        handle = _check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
+        handle = check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
         handles = bootstrap.exchange(bytes(handle.reserved))
         addresses = [memory.address] * bootstrap.size
         try:
@@ -94,25 +94,26 @@ def free_kept() -> None:
 def pin(address: int, nbytes: int) -> None:
     """Lets kernels of all GPUs use host memory, at the address that it has here. Raises InitError."""
     flags = runtime.cudaHostRegisterPortable | runtime.cudaHostRegisterMapped
-    _check(runtime.cudaHostRegister(address, nbytes, flags), f"cudaHostRegister of {nbytes} bytes")
+    check(runtime.cudaHostRegister(address, nbytes, flags), f"cudaHostRegister of {nbytes} bytes")
 
 
 def unpin(address: int) -> None:
     """Takes `pin` back."""
-    _check(runtime.cudaHostUnregister(address), "cudaHostUnregister")
+    check(runtime.cudaHostUnregister(address), "cudaHostUnregister")
 
 
 def _open(reserved: bytes, rank: int) -> int:
     handle = runtime.cudaIpcMemHandle_t()
     handle.reserved = reserved
     flags = runtime.cudaIpcMemLazyEnablePeerAccess
-    return _check(
+    return check(
         runtime.cudaIpcOpenMemHandle(handle, flags),
         f"cudaIpcOpenMemHandle of rank {rank}'s memory (are both GPUs on this host, with peer access?)",
     )
 
 
-def _check(result, what: str):
+def check(result, what: str):
+    """What a call of the CUDA runtime returned. Raises InitError if it failed."""
     status, *values = result
     if status != runtime.cudaError_t.cudaSuccess:
         raise InitError(f"{what}: {status.name}")
@@ -121,7 +122,12 @@ def _check(result, what: str):
 
 def _free(address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
-        _check(runtime.cudaFree(address), "cudaFree")
+        check(runtime.cudaFree(address), "cudaFree")
+
+
+def tensor_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Device memory as a uint8 tensor, which does not own it."""
+    return torch.as_tensor(_Raw(address, nbytes), device=device)
 
 
 class _Raw:
