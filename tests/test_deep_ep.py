@@ -15,6 +15,7 @@ import tdccl.compat.deep_ep as deep_ep
 
 TOKENS = ([5, 0, 7, 3], [0, 0, 0, 0], [9, 12, 1, 4])  # of each rank; the last need more memory
 HIDDEN, TOP_K, LOCAL = 512, 3, 2
+THREE = min(3, pool.LARGEST_WORLD)  # ranks, where other numbers of them would say no more
 
 
 @contextmanager
@@ -79,8 +80,7 @@ def layout_of(buffer, problem, rank) -> dict:
 
 SENT = {
     "rows": lambda x: x,
-    "fp8": lambda x: reference.quantised(x, False),
-    "fp8 of columns": lambda x: (reference.quantised(x, False)[0], reference.quantised(x, False)[1].T.contiguous().T),
+    "fp8": lambda x: (reference.quantised(x, False)[0], reference.quantised(x, False)[1].T.contiguous().T),
     "fp8 ue8m0": lambda x: (reference.quantised(x, True)[0], reference.packed(reference.quantised(x, True)[1])),
     "fp8 a row": lambda x: (x.to(torch.float8_e4m3fn), x.float().abs().amax(1, keepdim=True)),
 }
@@ -141,11 +141,13 @@ def check_dispatch(comm, kind):
             assert handle[3].tolist() == [t for _, t in rows] + [-1] * (worst - len(rows))
 
 
-@pytest.mark.parametrize("kind", SENT)
-def test_dispatch(ranks, world, kind):
-    if world == 1 and kind != "rows":
-        pytest.skip("says no more than other worlds do")
-    ranks.run(check_dispatch, world, kind=kind)
+def test_dispatch(ranks, world):
+    ranks.run(check_dispatch, world, kind="rows")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SENT if kind != "rows"])
+def test_dispatch_with_scales(ranks, kind):
+    ranks.run(check_dispatch, THREE, kind=kind)
 
 
 def check_combine(comm, dtype):
@@ -181,9 +183,12 @@ def check_combine(comm, dtype):
             assert carried.cpu().equal(sums.float().expand(-1, weights.shape[1])) and event.event is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_combine(ranks, world, dtype):
-    ranks.run(check_combine, world, dtype=dtype)
+def test_combine(ranks, world):
+    ranks.run(check_combine, world, dtype=torch.bfloat16)
+
+
+def test_combine_of_fp32(ranks):
+    ranks.run(check_combine, THREE, dtype=torch.float32)
 
 
 def check_arguments(comm):
@@ -324,6 +329,64 @@ def check_two_batches(comm):
 
 def test_two_batches_under_way(ranks, world):
     ranks.run(check_two_batches, world)
+
+
+def check_mask(comm):
+    """The last rank makes no more calls; the others notice, mask it, and go on."""
+    hurried = comm.split(0)
+    hurried.timeout = 2
+    buffer = deep_ep.Buffer(hurried, low_latency_mode=True, enable_shrink=True)
+    last, rank, most = comm.size - 1, comm.rank, 12
+    problem = next(iter(problems(comm)))
+    two = {name: [each[:, :2].contiguous() for each in getattr(problem, name)] for name in ("idx", "weights")}
+    problem = problem._replace(**two)  # as many as one rank has experts
+    x, idx, weights = problem.x[rank], problem.idx[rank], problem.weights[rank]
+    status = torch.full((comm.size,), -1, dtype=torch.int32, device=comm.device)
+    before = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)[2]
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any()
+    if rank != last:
+        with pytest.raises(tdccl.Timeout):
+            while True:
+                buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * last + [1]
+        buffer.low_latency_update_mask_buffer(last, True)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * last + [1]
+        for fp8 in (False, True):
+            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=fp8)
+            values = received[0] if fp8 else received
+            assert values.shape == (LOCAL, comm.size * most, HIDDEN) and handle[1].shape == (LOCAL, comm.size)
+            made = torch.zeros(values.shape, dtype=x.dtype, device=comm.device)
+            for expert, rows in enumerate(reference.expert_rows(problem, rank)):
+                rows = [(s, t) for s, t, _ in rows if s != last]
+                assert counts[expert] == len(rows)
+                sent = gathered(problem.x, rows)
+                expected = reference.quantised(sent, False) if fp8 else (sent,)
+                found = [part[expert, : len(rows)].contiguous() for part in (received if fp8 else (received,))]
+                assert all(map(same_bits, found, expected))
+                made[expert, : len(rows)] = sent
+        combined, _, _ = buffer.low_latency_combine(made, idx, weights, handle)
+        total = torch.zeros(len(x), HIDDEN, device=comm.device)
+        for k in range(idx.shape[1]):
+            there = (idx[:, k, None] >= 0) & (idx[:, k, None] // LOCAL != last)
+            total += torch.where(there, x.float() * weights[:, k, None], torch.zeros_like(total))
+        assert same_bits(combined, total.to(x.dtype))
+        with pytest.raises(tdccl.ArgumentError, match="before a rank was masked"):
+            buffer.low_latency_combine(made, idx, weights, before)
+        for call in (lambda: buffer.dispatch(x), buffer.low_latency_clean_mask_buffer):
+            with pytest.raises(NotImplementedError):
+                call()
+    buffer.destroy()
+    comm.barrier()
+    hurried.destroy()
+
+
+def test_a_rank_is_masked(ranks, world):
+    if world == 1:
+        pytest.skip("nobody is left")
+    ranks.run(check_mask, world)
 
 
 PROGRAM = """
