@@ -210,7 +210,6 @@ class Buffer:
         last row. With `handle`: (recv_x, None, None, None, None, event).
         """
         self._check_whole()
-        x = x if isinstance(x, torch.Tensor) else (x[0], x[1].contiguous())
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ArgumentError("dispatch: a handle is given, so expected neither topk_idx nor topk_weights")
@@ -294,7 +293,7 @@ class Buffer:
 
     def _scatter(self, x: Rows, sizes, plan, rows: int, weights) -> tuple[Rows, torch.Tensor | None]:
         """(what arrives of x in so many rows, with its scales if it has any; the weights beside it)."""
-        payload = x if isinstance(x, torch.Tensor) else x[0]
+        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], _aligned(x[1])))
         ep = self._expert_parallel(payload.shape[1], _wide(x), sizes)
         out = payload.new_empty(rows, payload.shape[1])
         found = ep.dispatch(x, plan, None if weights is None else _aligned(weights), out=out)
