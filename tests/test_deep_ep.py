@@ -9,6 +9,7 @@ import pool
 import pytest
 import torch
 from reference import same_bits
+from test_ep import recorded
 
 import tdccl
 import tdccl.compat.deep_ep as deep_ep
@@ -73,9 +74,9 @@ def test_layout(ranks, world):
     ranks.run(check_layout, world)
 
 
-def layout_of(buffer, problem, rank) -> dict:
+def layout_of(buffer, idx, experts) -> dict:
     names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
-    return dict(zip(names, buffer.get_dispatch_layout(problem.idx[rank], problem.experts)))
+    return dict(zip(names, buffer.get_dispatch_layout(idx, experts)))
 
 
 SENT = {
@@ -101,7 +102,7 @@ def check_dispatch(comm, kind):
         for problem in problems(comm):
             sent = [SENT[kind](x) for x in problem.x]
             rows = reference.compact_rows(problem, rank)
-            layout = layout_of(buffer, problem, rank)
+            layout = layout_of(buffer, problem.idx[rank], problem.experts)
             received, idx, weights, counts, handle, event = buffer.dispatch(
                 sent[rank], **layout, topk_idx=problem.idx[rank], topk_weights=problem.weights[rank], expert_alignment=4
             )
@@ -156,7 +157,7 @@ def check_combine(comm, dtype):
         for problem in problems(comm, dtype):
             x = problem.x[rank]
             rows = reference.compact_rows(problem, rank)
-            layout = layout_of(buffer, problem, rank)
+            layout = layout_of(buffer, problem.idx[rank], problem.experts)
             routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
             for options in (routed, {**routed, "num_worst_tokens": comm.size * 12}, {}):
                 received, _, _, _, handle, _ = buffer.dispatch(
@@ -195,7 +196,7 @@ def check_arguments(comm):
     with buffer_of(comm) as buffer:
         problem = list(problems(comm))[2]
         x, idx, weights = problem.x[comm.rank], problem.idx[comm.rank], problem.weights[comm.rank]
-        layout = layout_of(buffer, problem, comm.rank)
+        layout = layout_of(buffer, idx, problem.experts)
         handle = buffer.dispatch(x, **layout)[4]
         refused = [
             (lambda: buffer.dispatch(x), "get_dispatch_layout"),
@@ -329,6 +330,52 @@ def check_two_batches(comm):
 
 def test_two_batches_under_way(ranks, world):
     ranks.run(check_two_batches, world)
+
+
+def check_replay(comm):
+    """A step of both modes, with everything asynchronous, repeated with other tokens and another routing."""
+    hidden, experts, count = 64, LOCAL * comm.size, 3 + comm.rank
+    problems = [
+        reference.random_problem(seed, [3 + rank for rank in range(comm.size)], hidden, experts, 2, device=comm.device)
+        for seed in range(3)
+    ]
+    idx, x, weights = (each[comm.rank].clone() for each in problems[0][:3])
+    results = {}
+    with buffer_of(comm) as buffer:
+
+        def step():
+            layout = layout_of(buffer, idx, experts)
+            received, _, carried, _, handle, event = buffer.dispatch(
+                x, **layout, topk_idx=idx, topk_weights=weights, num_worst_tokens=comm.size * (2 + comm.size),
+                previous_event=buffer.capture(), async_finish=True,
+            )  # fmt: skip
+            event.current_stream_wait()
+            *results["normal"], event = buffer.combine(received, handle, carried, async_finish=True)
+            with event:
+                received, _, handle, _, hook = buffer.low_latency_dispatch(
+                    x, idx, 2 + comm.size, experts, use_fp8=False, return_recv_hook=True
+                )
+            hook()
+            results["few"], event, _ = buffer.low_latency_combine(received, idx, weights, handle, async_finish=True)
+            event.current_stream_wait()
+
+        again = recorded(step)
+        for problem in problems[1:]:
+            for kept, new in zip((idx, x, weights), problem[:3]):
+                kept.copy_(new[comm.rank])
+            again()
+            combined, carried = results["normal"]
+            times = in_ranks(problem, comm.rank).sum(1, keepdim=True).to(comm.device)
+            assert same_bits(combined, (x.float() * times + 0.0).to(x.dtype))  # no -0
+            assert same_bits(carried, torch.where(idx >= 0, weights, torch.zeros_like(weights)))
+            total = torch.zeros(count, hidden, device=comm.device)
+            for k in range(2):
+                total += torch.where(idx[:, k, None] >= 0, x.float() * weights[:, k, None], torch.zeros_like(total))
+            assert same_bits(results["few"], total.to(x.dtype))
+
+
+def test_replay(ranks, world):
+    ranks.run(check_replay, world)
 
 
 def check_mask(comm):
