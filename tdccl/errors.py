@@ -26,14 +26,14 @@ class DestroyedError(TdcclError):
     """A communicator was used after `destroy()`."""
 
 
-class Timeout(TdcclError):
-    """A kernel gave up waiting for a peer; the communicator can no longer be used."""
-
-
 class _FaultOfARank(TdcclError):
     def __init__(self, message: str, rank: int | None = None):
         super().__init__(message)
         self.rank = rank
+
+
+class Timeout(_FaultOfARank):
+    """A kernel gave up waiting for rank `rank`; the communicator can no longer be used, but shrunk."""
 
 
 class PeerFailure(_FaultOfARank):

@@ -299,7 +299,7 @@ class Membership:
             what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
         self._control.share()
         waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
-        return Timeout("\n  ".join([waited, *calls]))
+        return Timeout("\n  ".join([waited, *calls]), fault["peer"])
 
 
 def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:

@@ -9,12 +9,14 @@ import pool
 import pytest
 import torch
 from reference import same_bits
+from test_ep import recorded
 
 import tdccl
 import tdccl.compat.deep_ep as deep_ep
 
 TOKENS = ([5, 0, 7, 3], [0, 0, 0, 0], [9, 12, 1, 4])  # of each rank; the last need more memory
 HIDDEN, TOP_K, LOCAL = 512, 3, 2
+THREE = min(3, pool.LARGEST_WORLD)  # ranks, where other numbers of them would say no more
 
 
 @contextmanager
@@ -63,23 +65,23 @@ def check_layout(comm):
             assert per_rank.dtype is torch.int32 and per_rank.tolist() == in_rank.sum(0).tolist()
             assert of_experts.dtype is torch.int32 and of_experts.tolist() == per_expert(problem, comm.rank)
             assert rdma is None and event.event is None
-        with pytest.raises(tdccl.ArgumentError, match="multiple of"):
-            buffer.get_dispatch_layout(idx, problem.experts * comm.size + 1 if comm.size > 1 else 0)
+        if comm.size > 1:
+            with pytest.raises(tdccl.ArgumentError, match="multiple of"):
+                buffer.get_dispatch_layout(idx, problem.experts + 1)
 
 
 def test_layout(ranks, world):
     ranks.run(check_layout, world)
 
 
-def layout_of(buffer, problem, rank) -> dict:
+def layout_of(buffer, idx, experts) -> dict:
     names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
-    return dict(zip(names, buffer.get_dispatch_layout(problem.idx[rank], problem.experts)))
+    return dict(zip(names, buffer.get_dispatch_layout(idx, experts)))
 
 
 SENT = {
     "rows": lambda x: x,
-    "fp8": lambda x: reference.quantised(x, False),
-    "fp8 of columns": lambda x: (reference.quantised(x, False)[0], reference.quantised(x, False)[1].T.contiguous().T),
+    "fp8": lambda x: (reference.quantised(x, False)[0], reference.quantised(x, False)[1].T.contiguous().T),
     "fp8 ue8m0": lambda x: (reference.quantised(x, True)[0], reference.packed(reference.quantised(x, True)[1])),
     "fp8 a row": lambda x: (x.to(torch.float8_e4m3fn), x.float().abs().amax(1, keepdim=True)),
 }
@@ -100,7 +102,7 @@ def check_dispatch(comm, kind):
         for problem in problems(comm):
             sent = [SENT[kind](x) for x in problem.x]
             rows = reference.compact_rows(problem, rank)
-            layout = layout_of(buffer, problem, rank)
+            layout = layout_of(buffer, problem.idx[rank], problem.experts)
             received, idx, weights, counts, handle, event = buffer.dispatch(
                 sent[rank], **layout, topk_idx=problem.idx[rank], topk_weights=problem.weights[rank], expert_alignment=4
             )
@@ -140,11 +142,13 @@ def check_dispatch(comm, kind):
             assert handle[3].tolist() == [t for _, t in rows] + [-1] * (worst - len(rows))
 
 
-@pytest.mark.parametrize("kind", SENT)
-def test_dispatch(ranks, world, kind):
-    if world == 1 and kind != "rows":
-        pytest.skip("says no more than other worlds do")
-    ranks.run(check_dispatch, world, kind=kind)
+def test_dispatch(ranks, world):
+    ranks.run(check_dispatch, world, kind="rows")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SENT if kind != "rows"])
+def test_dispatch_with_scales(ranks, kind):
+    ranks.run(check_dispatch, THREE, kind=kind)
 
 
 def check_combine(comm, dtype):
@@ -153,7 +157,7 @@ def check_combine(comm, dtype):
         for problem in problems(comm, dtype):
             x = problem.x[rank]
             rows = reference.compact_rows(problem, rank)
-            layout = layout_of(buffer, problem, rank)
+            layout = layout_of(buffer, problem.idx[rank], problem.experts)
             routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
             for options in (routed, {**routed, "num_worst_tokens": comm.size * 12}, {}):
                 received, _, _, _, handle, _ = buffer.dispatch(
@@ -180,16 +184,19 @@ def check_combine(comm, dtype):
             assert carried.cpu().equal(sums.float().expand(-1, weights.shape[1])) and event.event is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_combine(ranks, world, dtype):
-    ranks.run(check_combine, world, dtype=dtype)
+def test_combine(ranks, world):
+    ranks.run(check_combine, world, dtype=torch.bfloat16)
+
+
+def test_combine_of_fp32(ranks):
+    ranks.run(check_combine, THREE, dtype=torch.float32)
 
 
 def check_arguments(comm):
     with buffer_of(comm) as buffer:
         problem = list(problems(comm))[2]
         x, idx, weights = problem.x[comm.rank], problem.idx[comm.rank], problem.weights[comm.rank]
-        layout = layout_of(buffer, problem, comm.rank)
+        layout = layout_of(buffer, idx, problem.experts)
         handle = buffer.dispatch(x, **layout)[4]
         refused = [
             (lambda: buffer.dispatch(x), "get_dispatch_layout"),
@@ -323,6 +330,110 @@ def check_two_batches(comm):
 
 def test_two_batches_under_way(ranks, world):
     ranks.run(check_two_batches, world)
+
+
+def check_replay(comm):
+    """A step of both modes, with everything asynchronous, repeated with other tokens and another routing."""
+    hidden, experts, count = 64, LOCAL * comm.size, 3 + comm.rank
+    problems = [
+        reference.random_problem(seed, [3 + rank for rank in range(comm.size)], hidden, experts, 2, device=comm.device)
+        for seed in range(3)
+    ]
+    idx, x, weights = (each[comm.rank].clone() for each in problems[0][:3])
+    results = {}
+    with buffer_of(comm) as buffer:
+
+        def step():
+            layout = layout_of(buffer, idx, experts)
+            received, _, carried, _, handle, event = buffer.dispatch(
+                x, **layout, topk_idx=idx, topk_weights=weights, num_worst_tokens=comm.size * (2 + comm.size),
+                previous_event=buffer.capture(), async_finish=True,
+            )  # fmt: skip
+            event.current_stream_wait()
+            *results["normal"], event = buffer.combine(received, handle, carried, async_finish=True)
+            with event:
+                received, _, handle, _, hook = buffer.low_latency_dispatch(
+                    x, idx, 2 + comm.size, experts, use_fp8=False, return_recv_hook=True
+                )
+            hook()
+            results["few"], event, _ = buffer.low_latency_combine(received, idx, weights, handle, async_finish=True)
+            event.current_stream_wait()
+
+        again = recorded(step)
+        for problem in problems[1:]:
+            for kept, new in zip((idx, x, weights), problem[:3]):
+                kept.copy_(new[comm.rank])
+            again()
+            combined, carried = results["normal"]
+            times = in_ranks(problem, comm.rank).sum(1, keepdim=True).to(comm.device)
+            assert same_bits(combined, (x.float() * times + 0.0).to(x.dtype))  # no -0
+            assert same_bits(carried, torch.where(idx >= 0, weights, torch.zeros_like(weights)))
+            total = torch.zeros(count, hidden, device=comm.device)
+            for k in range(2):
+                total += torch.where(idx[:, k, None] >= 0, x.float() * weights[:, k, None], torch.zeros_like(total))
+            assert same_bits(results["few"], total.to(x.dtype))
+
+
+def test_replay(ranks, world):
+    ranks.run(check_replay, world)
+
+
+def check_mask(comm):
+    """The last rank makes no more calls; the others notice, mask it, and go on."""
+    hurried = comm.split(0)
+    hurried.timeout = 2
+    buffer = deep_ep.Buffer(hurried, low_latency_mode=True, enable_shrink=True)
+    last, rank, most = comm.size - 1, comm.rank, 12
+    problem = next(iter(problems(comm)))
+    two = {name: [each[:, :2].contiguous() for each in getattr(problem, name)] for name in ("idx", "weights")}
+    problem = problem._replace(**two)  # as many as one rank has experts
+    x, idx, weights = problem.x[rank], problem.idx[rank], problem.weights[rank]
+    status = torch.full((comm.size,), -1, dtype=torch.int32, device=comm.device)
+    before = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)[2]
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any()
+    if rank != last:
+        with pytest.raises(tdccl.Timeout):
+            while True:
+                buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * last + [1]
+        buffer.low_latency_update_mask_buffer(last, True)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0] * last + [1]
+        for fp8 in (False, True):
+            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=fp8)
+            values = received[0] if fp8 else received
+            assert values.shape == (LOCAL, comm.size * most, HIDDEN) and handle[1].shape == (LOCAL, comm.size)
+            made = torch.zeros(values.shape, dtype=x.dtype, device=comm.device)
+            for expert, rows in enumerate(reference.expert_rows(problem, rank)):
+                rows = [(s, t) for s, t, _ in rows if s != last]
+                assert counts[expert] == len(rows)
+                sent = gathered(problem.x, rows)
+                expected = reference.quantised(sent, False) if fp8 else (sent,)
+                found = [part[expert, : len(rows)].contiguous() for part in (received if fp8 else (received,))]
+                assert all(map(same_bits, found, expected))
+                made[expert, : len(rows)] = sent
+        combined, _, _ = buffer.low_latency_combine(made, idx, weights, handle)
+        total = torch.zeros(len(x), HIDDEN, device=comm.device)
+        for k in range(idx.shape[1]):
+            there = (idx[:, k, None] >= 0) & (idx[:, k, None] // LOCAL != last)
+            total += torch.where(there, x.float() * weights[:, k, None], torch.zeros_like(total))
+        assert same_bits(combined, total.to(x.dtype))
+        with pytest.raises(tdccl.ArgumentError, match="before a rank was masked"):
+            buffer.low_latency_combine(made, idx, weights, before)
+        for call in (lambda: buffer.dispatch(x), buffer.low_latency_clean_mask_buffer):
+            with pytest.raises(NotImplementedError):
+                call()
+    buffer.destroy()
+    comm.barrier()
+    hurried.destroy()
+
+
+def test_a_rank_is_masked(ranks, world):
+    if world == 1:
+        pytest.skip("nobody is left")
+    ranks.run(check_mask, world)
 
 
 PROGRAM = """

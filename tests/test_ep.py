@@ -1,5 +1,6 @@
 """Expert parallelism: where rows arrive, bit by bit, and what their combination adds up to."""
 
+import itertools
 import json
 import os
 import random
@@ -336,6 +337,36 @@ def check_hooks(comm):
 
 def test_halves(ranks, world):
     ranks.run(check_hooks, world)
+
+
+def check_one_ahead(comm):
+    """Rows of the next dispatch, quantised otherwise, are here before this rank has taken those of the last."""
+    given, problem = shape_of(comm, 2, hidden=512, max_tokens=6, tokens=[6] * comm.size)
+    low = LowLatency(comm, given["max_tokens"], given["hidden"], given["experts"], given["top_k"])
+    x, plan = problem.x[comm.rank], low.plan(problem.idx[comm.rank])
+    rows = reference.expert_rows(problem, comm.rank)
+    quants = (None, "fp8_128_ue8m0", "fp8_128", None)
+    for slow, (quant, following) in enumerate(itertools.pairwise(quants)):
+        slow %= comm.size
+        last, receive = low.dispatch(x, plan, quant=quant, hook=True)
+        if comm.rank != slow:
+            receive()
+            _, receive_next = low.dispatch(x, low.plan(problem.idx[comm.rank]), quant=following, hook=True)
+        comm.barrier()
+        if comm.rank == slow:
+            receive()
+            _, receive_next = low.dispatch(x, low.plan(problem.idx[comm.rank]), quant=following, hook=True)
+        receive_next()
+        for expert, of_expert in enumerate(rows):
+            sent = torch.stack([problem.x[s][t] for s, t, _ in of_expert]) if of_expert else x[:0]
+            if quant is None:
+                assert same_bits(last.rows[expert, : len(sent)], sent)
+            else:
+                check_quantised(last.rows[expert, : len(sent)], last.scales[expert, : len(sent)], sent, quant)
+
+
+def test_a_peer_one_call_ahead(ranks, world):
+    ranks.run(check_one_ahead, world)
 
 
 def recorded(call):

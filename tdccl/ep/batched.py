@@ -67,13 +67,13 @@ class LowLatency(Experts):
         self._places, self._columns = power_of_two(top_k), max(4, power_of_two(self.local_experts))
         self._blocks = blocks
         entries = -(-max_tokens * top_k // 4) * 4
-        slots = 2 * comm.size * max_tokens * top_k
+        slots = comm.size * max_tokens * top_k
         self._dispatching = Workspace(
             comm,
             blocks,
             {
-                "rows": slots * hidden * dtype.itemsize,
-                "scales": slots * self.groups * 4,
+                "rows": 2 * _rounded(slots * hidden * dtype.itemsize),
+                "scales": 2 * _rounded(slots * self.groups * 4),
                 "notes": 2 * _SLICES * comm.size * entries * 4,
                 "counts": 2 * blocks * comm.size * (self._columns + 4) * 4,
             },
@@ -190,3 +190,7 @@ class LowLatency(Experts):
             "WIDTH": self.hidden, "SLICE": width, "SLICES": slices, "PADDED": padded,
             "TAKEN": 1 << (min(taken, _TILE).bit_length() - 1),
         }  # fmt: skip
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // 16) * 16

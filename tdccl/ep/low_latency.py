@@ -66,11 +66,25 @@ def _chunk_of_routing(
 
 
 @triton.jit
+def _slots_offsets(
+    buffers, parity, DTYPE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE
+):  # fmt: skip
+    """Of the slots of one parity, for rows and for scales.
+
+    Where they begin does not depend on how rows are quantised: a peer's next call may be quantised otherwise.
+    """
+    slots = parity.to(tl.int64) * SIZE * TOKENS * TOP_K
+    rows, scales = slots * (WIDTH * DTYPE.primitive_bitwidth // 8), slots * ((WIDTH + 127) // 128 * 4)
+    return buffers[0] + (rows + 15) // 16 * 16, buffers[1] + (scales + 15) // 16 * 16
+
+
+@triton.jit
 def _notes_offset(buffers, parity, source, SLICES: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr, SIZE):
-    """Of what a source says of its rows to this block's slice: expert here * TOKENS + earlier rows from it, or -1."""
-    return buffers[2] + ((parity * SLICES + tl.program_id(0) % SLICES) * SIZE + source) * (
-        (TOKENS * TOP_K + 3) // 4 * 16
-    )
+    """Of what a source says of its rows to this block's slice: expert here * TOKENS + earlier rows from it, or -1.
+
+    As for slots, what is of one parity does not depend on the number of slices.
+    """
+    return buffers[2] + ((tl.program_id(0) % SLICES * 2 + parity) * SIZE + source) * ((TOKENS * TOP_K + 3) // 4 * 16)
 
 
 @triton.jit
@@ -108,6 +122,7 @@ def _send_rows(
     column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
     word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
     place, number = tl.arange(0, PLACES), tl.arange(0, CHUNK * PLACES)
+    row_slots, scale_slots = _slots_offsets(buffers, parity, DTYPE, WIDTH, TOKENS, TOP_K, team.size)
     for start in range(0, _tokens_of_group(count, SLICES), TILE):
         token, live = _my_tokens(start, count, TILE, SLICES)
         tile = tl.load(
@@ -137,27 +152,28 @@ def _send_rows(
             owner_k = tl.sum(tl.where(place[None, :] == k, owner, 0), axis=1)
             goes = live & (owner_k >= 0)
             base = tl.load(team.heap + owner_k, mask=goes, other=0)
-            slot = wide(((parity * team.size + team.rank) * TOKENS + token) * TOP_K + k)
-            target = base + buffers[0] + slot * (WIDTH * PAYLOAD.primitive_bitwidth // 8)
+            slot = wide((team.rank * TOKENS + token) * TOP_K + k)
+            target = base + row_slots + slot * (WIDTH * PAYLOAD.primitive_bitwidth // 8)
             target = tl.multiple_of(target.to(tl.pointer_type(PAYLOAD)), ALIGN)
             tl.store(target[:, None] + column[None, :], tile, mask=goes[:, None] & in_slice[None, :])
             if QUANT != "":
-                target = (base + buffers[1] + slot * (SCALES * 4)).to(tl.pointer_type(tl.int32))
+                target = (base + scale_slots + slot * (SCALES * 4)).to(tl.pointer_type(tl.int32))
                 tl.store(target[:, None] + word[None, :], words, mask=goes[:, None] & in_words[None, :])
 
 
 @triton.jit
 def _take_rows(
-    team, buffers, parity, source, count, first_rows, out, out_scales, placed, sources, PAYLOAD: tl.constexpr,
-    WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr,
-    SCALE_SLICE: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LOCAL: tl.constexpr, TILE: tl.constexpr,
+    team, buffers, parity, source, count, first_rows, out, out_scales, placed, sources, DTYPE: tl.constexpr,
+    PAYLOAD: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr,
+    SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
+    PLACES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LOCAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Copies this block's slices of what a source sent here to their places. Ordering: wait for the source first."""
     column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
     word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
     place, expert = tl.arange(0, PLACES), tl.arange(0, COLUMNS)
     room: tl.constexpr = team.size * TOKENS
+    row_slots, scale_slots = _slots_offsets(buffers, parity, DTYPE, WIDTH, TOKENS, TOP_K, team.size)
     for start in range(0, _tokens_of_group(count, SLICES), TILE):
         token, live = _my_tokens(start, count, TILE, SLICES)
         entry = token[:, None] * TOP_K + place[None, :]
@@ -176,12 +192,12 @@ def _take_rows(
                 mask=tl.reshape(mask, [TILE * PLACES]),
             )
             tl.store(sources + row, source * TOKENS + entry // TOP_K, mask=here)
-        slot = wide((parity * team.size + source) * TOKENS * TOP_K + entry)
-        landed = shmem.heap_at(team, buffers[0], team.rank, PAYLOAD) + slot[:, None] * WIDTH + column[None, :]
+        slot = wide(source * TOKENS * TOP_K + entry)
+        landed = shmem.heap_at(team, row_slots, team.rank, PAYLOAD) + slot[:, None] * WIDTH + column[None, :]
         tile = tl.load(landed, mask=here[:, None] & in_slice[None, :])
         tl.store(out + wide(row)[:, None] * WIDTH + column[None, :], tile, mask=here[:, None] & in_slice[None, :])
         if SCALES > 0:
-            landed = shmem.heap_at(team, buffers[1], team.rank, tl.int32) + slot[:, None] * SCALES + word[None, :]
+            landed = shmem.heap_at(team, scale_slots, team.rank, tl.int32) + slot[:, None] * SCALES + word[None, :]
             words = tl.load(landed, mask=here[:, None] & in_words[None, :])
             tl.store(
                 out_scales + wide(row)[:, None] * SCALES + word[None, :], words, mask=here[:, None] & in_words[None, :]
@@ -237,8 +253,8 @@ def dispatch(
                 tl.store(tokens + source, size)
             _take_rows(
                 team, buffers, parity, source, size, rows, at(tensors[2], PAYLOAD), at(tensors[3], tl.int32),
-                at(tensors[4], tl.int32), at(tensors[5], tl.int32), PAYLOAD, WIDTH, SLICE, SLICES, PADDED, SCALES,
-                SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, COLUMNS, local, TAKEN,
+                at(tensors[4], tl.int32), at(tensors[5], tl.int32), DTYPE, PAYLOAD, WIDTH, SLICE, SLICES, PADDED,
+                SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, COLUMNS, local, TAKEN,
             )  # fmt: skip
             rows += tl.minimum(tl.maximum(found, 0), TOKENS)
         if tl.program_id(0) == 0:

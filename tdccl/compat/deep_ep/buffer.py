@@ -13,7 +13,7 @@ from tdccl.compat.deep_ep.events import EventHandle, EventOverlap, SideStream
 from tdccl.compat.deep_ep.handles import Handle, LowLatencyHandle
 from tdccl.ep import ExpertParallel, LowLatency
 from tdccl.ep.experts import power_of_two
-from tdccl.errors import ArgumentError
+from tdccl.errors import ArgumentError, PeerFailure, Timeout
 from tdccl.transport.bootstrap import discover
 
 _TIMEOUT = 600.0  # seconds, of communicators that are made for a Buffer, as in tdccl.init
@@ -56,6 +56,8 @@ class Buffer:
       mode's kernels; until it is called they take what is fastest.
     - Errors are tdccl's: ArgumentError before anything is launched; NotImplementedError for what there is not (more
       than one host, LogFMT, times of waits per rank, the raw buffer).
+    - A rank that is waited for too long ends in Timeout on all, one that dies in PeerFailure. Those that are left then
+      mask it, together, and go on with low-latency calls; it does not come back.
     """
 
     num_sms: int = 20
@@ -88,6 +90,7 @@ class Buffer:
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self.enable_shrink = enable_shrink
         self._side = SideStream(self._comm.device)
+        self._members = tuple(range(self.group_size))  # not masked: their ranks in the group, by those in _comm
         self._most_tokens = 1
         self._normal: dict[tuple, ExpertParallel] = {}
         self._low_latency: dict[tuple, list[LowLatency]] = {}
@@ -206,7 +209,7 @@ class Buffer:
         `num_worst_tokens` it does not, recv_x has so many rows, the list is empty, and recv_topk_idx is -1 behind the
         last row. With `handle`: (recv_x, None, None, None, None, event).
         """
-        x = x if isinstance(x, torch.Tensor) else (x[0], x[1].contiguous())
+        self._check_whole()
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ArgumentError("dispatch: a handle is given, so expected neither topk_idx nor topk_weights")
@@ -250,6 +253,7 @@ class Buffer:
 
         Returns (combined_x [n, hidden], combined_topk_weights [n, top_k] or None, event).
         """
+        self._check_whole()
         biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
         if len(x) != handle.rows:
             raise ArgumentError(f"combine: x has {len(x)} rows, expected the {handle.rows} of the dispatch")
@@ -289,7 +293,7 @@ class Buffer:
 
     def _scatter(self, x: Rows, sizes, plan, rows: int, weights) -> tuple[Rows, torch.Tensor | None]:
         """(what arrives of x in so many rows, with its scales if it has any; the weights beside it)."""
-        payload = x if isinstance(x, torch.Tensor) else x[0]
+        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], _aligned(x[1])))
         ep = self._expert_parallel(payload.shape[1], _wide(x), sizes)
         out = payload.new_empty(rows, payload.shape[1])
         found = ep.dispatch(x, plan, None if weights is None else _aligned(weights), out=out)
@@ -355,27 +359,29 @@ class Buffer:
 
         def call():
             low = self._idle(most, hidden, num_experts, topk_idx.shape[1], x.dtype)
-            plan = low.plan(_aligned(topk_idx))
+            plan = low.plan(self._routing(topk_idx, num_experts))
             found, finish = self._half(low, low.dispatch(x, plan, quant=quant, hook=return_recv_hook), return_recv_hook)
-            scales = None
+            rows, scales, room = found.rows, None, self.group_size * most
+            if room > low.max_rows:
+                rows = rows.new_empty(low.local_experts, room, hidden)
             if use_fp8:
-                shape, dtype = (low.local_experts, low.groups), torch.float32
-                if use_ue8m0:
-                    shape, dtype = (low.local_experts, found.scales.shape[2]), torch.int32
-                scales = torch.empty(*shape, low.max_rows, dtype=dtype, device=x.device).transpose(1, 2)
+                words, dtype = (found.scales.shape[2], torch.int32) if use_ue8m0 else (low.groups, torch.float32)
+                scales = torch.empty(low.local_experts, words, room, dtype=dtype, device=x.device).transpose(1, 2)
 
             def receive():
                 finish()
+                if rows is not found.rows:
+                    rows[:, : low.max_rows] = found.rows
                 if use_fp8:
-                    scales.copy_(_unpacked(found.scales, low.groups) if round_scale and not use_ue8m0 else found.scales)
+                    arrived = _unpacked(found.scales, low.groups) if round_scale and not use_ue8m0 else found.scales
+                    scales[:, : low.max_rows] = arrived
                 if cumulative_local_expert_recv_stats is not None:
                     cumulative_local_expert_recv_stats.add_(found.counts)
 
             if not return_recv_hook:
                 receive()
-            handle = LowLatencyHandle(plan, most, hidden, num_experts)
-            received = (found.rows, scales) if use_fp8 else found.rows
-            return received, found.counts, handle, receive if return_recv_hook else None
+            handle = LowLatencyHandle(plan, self._members, self.group_size, most, hidden, num_experts)
+            return (rows, scales) if use_fp8 else rows, found.counts, handle, receive if return_recv_hook else None
 
         used = (x, topk_idx, cumulative_local_expert_recv_stats)
         (*made, hook), event = self._side.run(call, used, None, async_finish)
@@ -409,12 +415,15 @@ class Buffer:
             raise ArgumentError(
                 "low_latency_combine: zero_copy, but get_next_low_latency_combine_buffer was not called"
             )
+        if handle.members != self._members:
+            raise ArgumentError("low_latency_combine: the handle is of a dispatch before a rank was masked")
         h = handle.buffer if zero_copy else x
 
         def call():
             low = self._idle(handle.max_tokens, handle.hidden, handle.num_experts, topk_idx.shape[1], h.dtype)
-            plan = dataclasses.replace(handle.plan, topk_idx=_aligned(topk_idx))
-            made = low.combine(h, plan, _aligned(topk_weights), out=out, hook=return_recv_hook)
+            plan = dataclasses.replace(handle.plan, topk_idx=self._routing(topk_idx, handle.num_experts))
+            rows = h if len(self._members) == self.group_size else h[:, : low.max_rows].contiguous()
+            made = low.combine(rows, plan, _aligned(topk_weights), out=out, hook=return_recv_hook)
             combined, finish = self._half(low, made, return_recv_hook)
             return combined, finish if return_recv_hook else None
 
@@ -427,12 +436,15 @@ class Buffer:
         No combine copies rows before it sends them; this one is for those who ask for it.
         """
         if handle.buffer is None:
-            shape = (*handle.plan.source.shape, handle.hidden)
+            shape = (len(handle.plan.counts), self.group_size * handle.max_tokens, handle.hidden)
             handle.buffer = torch.empty(shape, dtype=torch.bfloat16, device=self._comm.device)
         return handle.buffer
 
     def _idle(self, max_tokens: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype) -> LowLatency:
         """One of which no hook is to come; made where there is none."""
+        if num_experts % self.group_size:
+            raise ArgumentError(f"num_experts is {num_experts}, expected a multiple of {self.group_size} ranks")
+        num_experts = num_experts // self.group_size * len(self._members)
         key = (max_tokens, hidden, num_experts, top_k, dtype)
         made = self._low_latency.setdefault(key, [])
         for low in made:
@@ -442,6 +454,16 @@ class Buffer:
             raise ArgumentError(f"{_MOST_PENDING} low-latency calls are on their way: call the hook of one first")
         made.append(LowLatency(self._comm, max_tokens, hidden, num_experts, top_k, dtype))
         return made[-1]
+
+    def _routing(self, topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """The routing in numbers of the experts that are left."""
+        if len(self._members) == self.group_size:
+            return _aligned(topk_idx)
+        local = num_experts // self.group_size
+        numbers = torch.full((num_experts + 1,), -1, device=topk_idx.device)  # the last: of none
+        for member, rank in enumerate(self._members):
+            numbers[rank * local : (rank + 1) * local] = member * local + torch.arange(local, device=topk_idx.device)
+        return numbers[topk_idx.long()]
 
     def _half(self, low: LowLatency, made, hook: bool) -> tuple[Any, Callable[[], None]]:
         """(the result, what receives it) of a call to `low` that was or was not split."""
@@ -455,6 +477,43 @@ class Buffer:
             self._pending.discard(low)
 
         return result, finish
+
+    # ---- masks -----------------------------------------------------------------------------------------------
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """With `mask`, leaves a rank out of the low-latency calls to come: its experts get and add nothing.
+
+        Collective among the ranks that are left, after a fault or without one; before, calls under way and handles are
+        lost, and the normal mode ends. Raises as `Communicator.shrink`; NotImplementedError to unmask a masked rank.
+        """
+        if mask == (rank_to_mask not in self._members):
+            return
+        _refuse(not mask, "low_latency_update_mask_buffer: a masked rank does not come back; make a new Buffer")
+        self._comm = self._comm.shrink([self._members.index(rank_to_mask)])
+        self._members = tuple(rank for rank in self._members if rank != rank_to_mask)
+        self._normal.clear()
+        self._low_latency.clear()
+        self._pending.clear()
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Writes 1 for each rank that is masked, or has died or been waited for too long and ought to be; else 0.
+
+        mask_status: int32 [ranks].
+        """
+        left = set(self._members)
+        try:
+            self._comm.check()
+        except (PeerFailure, Timeout) as fault:
+            left.discard(self._members[fault.rank])
+        mask_status.copy_(torch.tensor([int(rank not in left) for rank in range(self.group_size)]))
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Nothing; NotImplementedError where a rank is masked."""
+        for rank in range(self.group_size):
+            self.low_latency_update_mask_buffer(rank, False)
+
+    def _check_whole(self) -> None:
+        _refuse(len(self._members) < self.group_size, "a rank is masked, which the normal mode does not know")
 
 
 def _communicator(group: Any, mpi: Any) -> Communicator:

@@ -55,21 +55,26 @@ class Handle(_Handle):
 class LowLatencyHandle(_Handle):
     """(src_info, layout_range, num_max_dispatch_tokens_per_rank, hidden, num_experts).
 
-    src_info int32 [local experts, ranks * max]: the token of a row on its rank. layout_range int64 [local experts,
-    ranks]: the first row of each rank << 32 | how many.
+    src_info int32 [local experts, rows]: the token of a row on its rank. layout_range int64 [local experts, ranks]: the
+    first row of each rank << 32 | how many.
     """
 
-    def __init__(self, plan: BatchedPlan, max_tokens: int, hidden: int, num_experts: int):
-        self.plan, self.max_tokens, self.hidden, self.num_experts = plan, max_tokens, hidden, num_experts
+    def __init__(
+        self, plan: BatchedPlan, members: tuple[int, ...], ranks: int, max_tokens: int, hidden: int, num_experts: int
+    ):
+        """members: those of all `ranks` that are not masked."""
+        self.plan, self.members, self.ranks = plan, members, ranks
+        self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
         self.memory = (plan.topk_idx, plan.sizes, plan.placed, plan.source, plan.counts)
         self.buffer: torch.Tensor | None = None  # for a combine with zero_copy
 
     @functools.cached_property
     def elements(self) -> tuple:
-        source, ranks = self.plan.source, len(self.plan.sizes)
+        source = self.plan.source
         row = torch.arange(source.shape[1], device=source.device)
-        of_rank = torch.where(row < self.plan.counts[:, None], source // self.max_tokens, ranks).long()
-        counts = torch.zeros(len(source), ranks + 1, dtype=torch.int64, device=source.device)
-        counts = counts.scatter_add_(1, of_rank, torch.ones_like(of_rank))[:, :ranks]
+        member = torch.where(row < self.plan.counts[:, None], source // self.max_tokens, len(self.members))
+        of_rank = torch.tensor([*self.members, self.ranks], device=source.device)[member.long()]
+        counts = torch.zeros(len(source), self.ranks + 1, dtype=torch.int64, device=source.device)
+        counts = counts.scatter_add_(1, of_rank, torch.ones_like(of_rank))[:, : self.ranks]
         ranges = counts.cumsum(1) - counts << 32 | counts
         return source % self.max_tokens, ranges, self.max_tokens, self.hidden, self.num_experts
