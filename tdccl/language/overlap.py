@@ -124,8 +124,9 @@ def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.const
 
     gathered: Symmetric. PIECE elements are in flight at once. Ordering: none; `notify` after it.
     """
-    target = symm_at(gathered, pe, DTYPE) + offset_of(shards, tile)
-    _copy(shard + offset_of(shards, tile % tiles_of(shards)), target, elements_of(shards, tile), PIECE)
+    source = tl.multiple_of(shard + offset_of(shards, tile % tiles_of(shards)), 16)
+    target = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
+    _copy(source, target, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
@@ -133,14 +134,14 @@ def pull(shards, gathered, target, tile, pe, DTYPE: tl.constexpr, PIECE: tl.cons
     """Copies a tile from its place in `gathered` on rank `pe` to the same place in this rank's `target` (16-byte
     aligned). Ordering: none; `wait` before it, and let `pe` not change the tile until it knows that it was read.
     """
-    source = symm_at(gathered, pe, DTYPE) + offset_of(shards, tile)
-    _copy(source, target + offset_of(shards, tile), elements_of(shards, tile), PIECE)
+    source = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
+    own = tl.multiple_of(target + offset_of(shards, tile), 16)
+    _copy(source, own, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
 def _copy(source, target, count, PIECE: tl.constexpr):
     """Whole pieces 16 bytes wide, then the rest."""
-    source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
     place = tl.arange(0, PIECE)
     whole = count // PIECE * PIECE
     for start in range(0, whole, PIECE):

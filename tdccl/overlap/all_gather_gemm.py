@@ -152,7 +152,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     descriptors = by_descriptors(a_shard, b)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
-    blocks = blocks_of(comm.device)
+    blocks, pushers = blocks_of(comm.device), _pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks)
@@ -162,23 +162,30 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
 
     def push():
-        push_shard[(_pushers(),)](
+        push_shard[(pushers,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
             DTYPE=dtype, PIECE=_piece(), num_warps=_PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(max(1, blocks - _pushers()),)](
+        multiply_gathered[(blocks - pushers,)](
             comm.team, space.epochs[1], shards, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
             left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
             DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
             GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused("all_gather", "all_gather_gemm", a_shard, lambda: _beside(comm.device, push, multiply))
+    comm.start_fused(
+        "all_gather",
+        "all_gather_gemm",
+        a_shard,
+        lambda: _beside(comm.device, push, multiply) if pushers else multiply(),
+    )
 
 
-def _pushers() -> int:
+def _pushers(comm: Communicator) -> int:
+    if comm.size == 1:
+        return 0
     return 1 if environment.emulated() else PUSHERS
 
 
