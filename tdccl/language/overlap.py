@@ -114,7 +114,7 @@ def wait(team, shards, signals, tile, epoch):
     Ordering: acquire at sys scope, then a block barrier; tensor descriptors see it, too. Bounded as `signal_wait`.
     """
     seen = signal_wait(team, signal_of(shards, signals, tile, team.rank), epoch, owner_of(shards, tile))
-    fence_descriptors(team)
+    fence_descriptors(team.backend)
     return seen - epoch >= 0
 
 
@@ -150,14 +150,14 @@ def _copy(source, target, count, PIECE: tl.constexpr):
     tl.store(target + index, tl.load(source + index, mask=index < count), mask=index < count)
 
 
-def _host_fence(team):
+def _host_fence(BACKEND):
     pass
 
 
 @device(_host_fence)
-def fence_descriptors(team):
+def fence_descriptors(BACKEND: tl.constexpr):
     """After an acquire: loads by tensor descriptors see what was acquired, too. (They go another way than loads.)"""
-    if team.backend == "cuda":
+    if BACKEND == "cuda":
         tl.inline_asm_elementwise(
             "{ fence.proxy.async.global; mov.u32 $0, 0; }", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
