@@ -6,7 +6,11 @@ import time
 import pool
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+import tdccl
+from tdccl.language import overlap
 from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 
 # Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
@@ -77,3 +81,120 @@ def test_ragged_shapes_with_ranks_that_come_late(ranks, world, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_bits_are_the_same_in_every_run(ranks, operator):
     ranks.run(check_bits, pool.LARGEST_WORLD, operator=operator)
+
+
+@triton.jit
+def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
+    """Each swizzle's order, a row each."""
+    for position in range(tl.num_programs(0) * 0, tiles * team.size):
+        tl.store(listed + position, overlap.from_own_rank(team, position, tiles))
+        tl.store(listed + 1000 + position, overlap.from_next_rank(team, position, tiles))
+    for position in range(tl.num_programs(0) * 0, total):
+        tl.store(listed + 2000 + position, overlap.straddling_last(team, position, rows, TILE))
+        tl.store(listed + 3000 + position, overlap.straddling_first(team, position, rows, TILE))
+
+
+def check_orders(comm):
+    for rows, tile in [(8, 4), (10, 4), (7, 4), (3, 4), (1, 4), (13, 8), (9, 16), (5, 1)]:
+        tiles, total = -(-rows // tile), -(-rows * comm.size // tile)
+        listed = torch.full((4, 1000), -1, dtype=torch.int32, device=comm.device)
+        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile)
+        own, following, last, first = listed.tolist()
+        ranks = [(comm.rank + step) % comm.size for step in range(comm.size + 1)]
+        assert own[: tiles * comm.size] == [r * tiles + t for r in ranks[:-1] for t in range(tiles)]
+        assert following[: tiles * comm.size] == [r * tiles + t for r in ranks[1:] for t in range(tiles)]
+        owners = {
+            t: {min(row, rows * comm.size - 1) // rows for row in (t * tile, t * tile + tile - 1)} for t in range(total)
+        }
+        straddling = [t for t in owners if len(owners[t]) > 1]
+
+        def whole(order, owners=owners):
+            return [t for rank in order for t in owners if owners[t] == {rank}]
+
+        assert last[:total] == whole(ranks[:-1]) + straddling, (rows, tile)
+        assert first[:total] == straddling + whole(ranks[1:]), (rows, tile)
+
+
+def test_swizzles(ranks, world):
+    ranks.run(check_orders, world)
+
+
+@triton.jit
+def pull_all(team, epochs, shards, signals, x, gathered, result, PIECE: tl.constexpr):
+    """Every rank offers its tiles, and fetches all the others' when they are told of."""
+    epoch = overlap.begin(epochs)
+    tiles = overlap.tiles_of(shards)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        mine = team.rank * tiles + tile
+        overlap.push(shards, x, gathered, mine, team.rank, tl.float32, PIECE)
+        for pe in range(team.size):
+            overlap.notify(shards, signals, mine, pe, epoch)
+    for step in range(team.size):
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            theirs = overlap.from_own_rank(team, step * tiles + tile, tiles)
+            if overlap.wait(team, shards, signals, theirs, epoch):
+                overlap.pull(shards, gathered, result, theirs, overlap.owner_of(shards, theirs), tl.float32, PIECE)
+    overlap.end(epochs, epoch)
+
+
+def check_pull(comm):
+    for rows, columns, tile in [(8, 5, 4), (7, 12, 4), (1, 1, 16)]:
+        shards = overlap.shards_of(rows, columns, tile)
+        padded = -(-rows // tile) * tile
+        gathered, signals = comm.empty((comm.size, padded, columns)), comm.empty((comm.size, 8), torch.int64)
+        epochs = torch.zeros(2, dtype=torch.int64, device=comm.device)
+        result = torch.zeros(comm.size, padded, columns, device=comm.device)
+        symmetric = comm.symmetric(signals), comm.symmetric(gathered)
+        for round in range(2):
+            wanted = torch.arange(comm.size * rows * columns, dtype=torch.float32, device=comm.device)
+            wanted = wanted.view(comm.size, rows, columns) + round
+            x = wanted[comm.rank].clone()
+            pull_all[(2,)](comm.team, epochs, shards, symmetric[0], x, symmetric[1], result, PIECE=16)
+            assert torch.equal(result[:, :rows], wanted)
+            comm.barrier()
+
+
+def test_tiles_are_pulled(ranks, world):
+    ranks.run(check_pull, world)
+
+
+def check_gradients(comm):
+    """Against the same in one process, in fp32."""
+    for operator, other in (("all_gather_gemm", 0), ("gemm_reduce_scatter", 1)):
+        pairs = matrices(comm, operator, (19, 24, 40), torch.bfloat16, other == 1, 3)
+        a, b = (tensor.clone().requires_grad_() for tensor in pairs[comm.rank])
+        result = OPERATORS[operator](comm, a, b)
+        weight = torch.arange(result.numel(), device=comm.device).view_as(result) % 3 - 1.0
+        (result * weight).float().sum().backward()
+        # In fp32: all ranks' matrices and what each rank's result was multiplied by.
+        wholes = [[tensor.float().requires_grad_() for tensor in pair] for pair in pairs]
+        if operator == "all_gather_gemm":
+            rows = torch.cat([left for left, _ in wholes])
+            total = sum(((rows @ right) * weight).sum() for _, right in wholes)
+        else:
+            total = (sum(left @ right for left, right in wholes) * weight.repeat(comm.size, 1)).sum()
+        total.backward()
+        for mine, whole in zip((a, b), wholes[comm.rank]):
+            torch.testing.assert_close(mine.grad.float(), whole.grad, atol=0.5, rtol=0.05)
+
+
+def test_gradients(ranks, world):
+    ranks.run(check_gradients, world)
+
+
+def check_refused(comm):
+    a, b = (torch.ones(shape, dtype=torch.bfloat16, device=comm.device) for shape in ((4, 8), (8, 4)))
+    with pytest.raises(tdccl.ArgumentError, match="bfloat16 or float16"):
+        all_gather_gemm(comm, a.float(), b.float())
+    with pytest.raises(tdccl.ArgumentError, match="as many columns"):
+        all_gather_gemm(comm, b, b)
+    with pytest.raises(tdccl.ArgumentError, match="multiple of the 3 ranks"):
+        gemm_reduce_scatter(comm, a, b)
+    with pytest.raises(tdccl.ArgumentError, match="out is"):
+        all_gather_gemm(comm, a, b, out=b)
+
+
+def test_what_cannot_be_multiplied_is_refused(ranks):
+    if pool.LARGEST_WORLD < 3:
+        pytest.skip("needs 3 ranks")
+    ranks.run(check_refused, 3)

@@ -46,7 +46,7 @@ def meet(counter, flags, seen):
     """Every rank adds to all counters and sets its flag everywhere; then each waits for all."""
     for peer in range(dl.num_ranks()):
         dl.notify(counter, peer, 3, "add")
-        dl.notify(flags + dl.rank(), peer, dl.rank() + 1, comm_scope="gpu" if dl.num_ranks() == 1 else "intra_node")
+        dl.notify(flags + dl.rank(), peer, dl.rank() + 1, comm_scope="intra_node")
     token = dl.wait(counter, 1, "sys", "acquire", 3 * dl.num_ranks())
     for peer in range(dl.num_ranks()):
         token = dl.wait(flags + peer, 1, "sys", "acquire", peer + 1)

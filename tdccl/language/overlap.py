@@ -205,10 +205,10 @@ def straddling_first(team, position, rows, TILE: tl.constexpr):
 
 
 @triton.jit
-def _straddles(boundary, previous, TILE: tl.constexpr):
-    """Whether the boundary before row `boundary` cuts a tile that `previous`, the boundary before, did not cut."""
-    again = (previous % TILE != 0) & (previous // TILE == boundary // TILE)
-    return (boundary % TILE != 0) & (not again)
+def _straddles(rank, rows, TILE: tl.constexpr):
+    """1 if the first row of `rank` cuts a tile that no rank before it cuts, else 0."""
+    row, before = rank * rows, (rank - 1) * rows
+    return tl.where((row % TILE != 0) & ((before % TILE == 0) | (before // TILE != row // TILE)), 1, 0)
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def _counts(team, rows, TILE: tl.constexpr):
     """How many tiles there are, and how many of them straddle ranks."""
     straddling = 0
     for rank in tl.static_range(1, team.size):
-        straddling += _straddles(rank * rows, (rank - 1) * rows, TILE).to(tl.int32)
+        straddling += _straddles(rank, rows, TILE)
     return (rows * team.size + TILE - 1) // TILE, straddling
 
 
@@ -225,9 +225,9 @@ def _straddling_tile(team, number, rows, TILE: tl.constexpr):
     """The straddling tile of that number."""
     found, seen = 0, 0
     for rank in tl.static_range(1, team.size):
-        cut = _straddles(rank * rows, (rank - 1) * rows, TILE)
-        found = tl.where(cut & (seen == number), rank * rows // TILE, found)
-        seen += cut.to(tl.int32)
+        cut = _straddles(rank, rows, TILE)
+        found = tl.where((cut == 1) & (seen == number), rank * rows // TILE, found)
+        seen += cut
     return found
 
 
@@ -236,12 +236,10 @@ def _whole_tile(team, number, first_rank, rows, TILE: tl.constexpr):
     """The tile of that number among those of one rank alone, counted from the first row of `first_rank`."""
     total, straddling = _counts(team, rows, TILE)
     first = (first_rank * rows + TILE - 1) // TILE
-    before = first
+    before = first  # how many whole tiles come before it
     for rank in tl.static_range(1, team.size):
-        cut = _straddles(rank * rows, (rank - 1) * rows, TILE) & (rank * rows // TILE < first)
-        before -= cut.to(tl.int32)
-    tile = (before + number) % (total - straddling)  # its number among the whole tiles in the order of rows
+        before -= tl.where(rank * rows // TILE < first, _straddles(rank, rows, TILE), 0)
+    tile = (before + number) % tl.maximum(total - straddling, 1)  # now its number among the whole ones by rows
     for rank in tl.static_range(1, team.size):
-        cut = _straddles(rank * rows, (rank - 1) * rows, TILE)
-        tile += (cut & (rank * rows // TILE <= tile)).to(tl.int32)
+        tile += tl.where(rank * rows // TILE <= tile, _straddles(rank, rows, TILE), 0)
     return tile

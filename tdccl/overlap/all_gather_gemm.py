@@ -228,19 +228,19 @@ def _fake(a_shard, b, comm):
     return a_shard.new_empty((communicator_of(comm).size * a_shard.shape[0], b.shape[1]))
 
 
-def _keep(context, inputs, output):
-    a_shard, b, context.comm = inputs
-    context.save_for_backward(a_shard, b)
+def _keep(ctx, inputs, output):
+    a_shard, b, ctx.comm = inputs
+    ctx.save_for_backward(a_shard, b)
 
 
-def _gradients(context, gradient):
+def _gradients(ctx, gradient):
     """Of the shard: the product's, reduced and scattered. Of b: all rows, gathered again, times the gradient."""
-    a_shard, b = context.saved_tensors
+    a_shard, b = ctx.saved_tensors
     of_shard = of_b = None
-    if context.needs_input_grad[0]:
-        of_shard = torch.ops.tdccl.gemm_reduce_scatter(gradient, b.t(), context.comm)
-    if context.needs_input_grad[1]:
-        of_b = communicator_of(context.comm).all_gather(a_shard.contiguous()).t() @ gradient
+    if ctx.needs_input_grad[0]:
+        of_shard = torch.ops.tdccl.gemm_reduce_scatter(gradient, b.t(), ctx.comm)
+    if ctx.needs_input_grad[1]:
+        of_b = communicator_of(ctx.comm).all_gather(a_shard.contiguous()).t() @ gradient
     return of_shard, of_b, None
 
 

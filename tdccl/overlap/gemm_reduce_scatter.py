@@ -172,19 +172,19 @@ def _fake(a, b, comm):
     return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
 
 
-def _keep(context, inputs, output):
-    a, b, context.comm = inputs
-    context.save_for_backward(a, b)
+def _keep(ctx, inputs, output):
+    a, b, ctx.comm = inputs
+    ctx.save_for_backward(a, b)
 
 
-def _gradients(context, gradient):
+def _gradients(ctx, gradient):
     """Of a: all ranks' gradients times the transposed b, gathered on the way. Of b: a times the gathered gradient."""
-    a, b = context.saved_tensors
+    a, b = ctx.saved_tensors
     of_a = of_b = None
-    if context.needs_input_grad[0]:
-        of_a = torch.ops.tdccl.all_gather_gemm(gradient, b.t(), context.comm)
-    if context.needs_input_grad[1]:
-        of_b = a.t() @ communicator_of(context.comm).all_gather(gradient.contiguous())
+    if ctx.needs_input_grad[0]:
+        of_a = torch.ops.tdccl.all_gather_gemm(gradient, b.t(), ctx.comm)
+    if ctx.needs_input_grad[1]:
+        of_b = a.t() @ communicator_of(ctx.comm).all_gather(gradient.contiguous())
     return of_a, of_b, None
 
 
