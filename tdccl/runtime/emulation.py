@@ -112,6 +112,8 @@ class _Builder(type(_builder)):
         return self.create_masked_store(pointer, value, None, *(policy or (None,)))
 
     def create_masked_load(self, pointers, mask, other, *policy, **named):
+        if isinstance(mask, np.ndarray):  # of a tensor descriptor in 3.6
+            mask = TensorHandle(mask, tl.int1)
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         address, run = _contiguous(pointers.data, mask, dtype.itemsize)
