@@ -7,7 +7,7 @@ grow, are never reset, and are compared wrap-safe by the sign of the difference.
 import triton
 import triton.language as tl
 
-from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock, pause
+from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock_of, pause
 from tdccl.language.team import (
     BARRIER,
     FIRST_WORD,
@@ -114,10 +114,16 @@ def may_go_on(team, polls, started):
     that is satisfied at once reads no clock. One failed wait sets the stop word of its rank, which ends all
     others there. The answer is the same for all threads of the block. Ordering: none.
     """
+    return may_poll(team, team.backend, polls, started)
+
+
+@triton.jit
+def may_poll(team, BACKEND: tl.constexpr, polls, started):
+    """`may_go_on`, where `team` need have no more than local, control and timeout."""
     go = tl.full([], 1, tl.int1)  # not a question of `polls`, which overflows within minutes
     pause(polls)
     if polls % POLLS_A_CHECK == 0:
-        now = clock(team)
+        now = clock_of(BACKEND)
         started = tl.where(started == 0, now, started)
         stop = tl.where(now - started >= team.timeout, tl.program_id(0) + 1, 0).to(tl.int64)
         if polls % POLLS_A_LOOK_AT_HOST == 0:

@@ -24,7 +24,7 @@ def device(twin):
     return lambda function: twin if emulated() else triton.jit(function)
 
 
-def _host_clock(team):
+def _host_clock(BACKEND):
     return time.monotonic_ns()
 
 
@@ -34,12 +34,18 @@ def _host_pause(polls):
 
 
 @device(_host_clock)
-def clock(team):
-    """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
-    if team.backend == "hip":
+def clock_of(BACKEND: tl.constexpr):
+    """`clock`, for who has no team at hand but knows its backend."""
+    if BACKEND == "hip":
         return memrealtime() * 10
     else:
         return globaltimer()
+
+
+@triton.jit
+def clock(team):
+    """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
+    return clock_of(team.backend)
 
 
 @device(_host_pause)
