@@ -1,7 +1,11 @@
 """Communication fused with computation: the operators, the tile layer, and its swizzles."""
 
+import json
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pool
 import pytest
@@ -198,3 +202,18 @@ def test_what_cannot_be_multiplied_is_refused(ranks):
     if pool.LARGEST_WORLD < 3:
         pytest.skip("needs 3 ranks")
     ranks.run(check_refused, 3)
+
+
+def test_kernels_multiply_on_tensor_cores_without_spills():
+    program = Path(__file__).with_name("fused_variants.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == {"push_shard", "multiply_gathered", "multiply_scattered"}
+    for kernel in kernels:
+        assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        if kernel["name"] == "push_shard":
+            assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
+        else:
+            assert kernel["wgmma"], kernel
+            assert "128" in kernel["stores"] or not kernel["by_descriptors"], kernel

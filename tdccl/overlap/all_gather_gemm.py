@@ -149,7 +149,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         return
     a_shard, b = dense(a_shard), rows_or_columns(b)
     (rows, depth), columns = a_shard.shape, b.shape[1]
-    descriptors = by_descriptors(a_shard, b)
+    descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
     blocks, pushers = blocks_of(comm.device), _pushers(comm)
