@@ -17,7 +17,7 @@ from variants import context_of, sass_facts
 
 from tdccl.language.overlap import Shards
 from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES
-from tdccl.overlap.all_gather_gemm import multiply_gathered, push_shard
+from tdccl.overlap.all_gather_gemm import PIECE, PUSH_WARPS, multiply_gathered, push_shard
 from tdccl.overlap.gemm import Shape, shape_for
 from tdccl.overlap.gemm_reduce_scatter import multiply_scattered
 from tdccl.runtime.algorithm import team_of
@@ -65,8 +65,8 @@ def tell(name: str, kernel) -> None:
 
 def main() -> None:
     for aligned in ({"K"}, set()):
-        constants = {"DTYPE": tl.bfloat16, "PIECE": 16384}
-        tell("push_shard", compiled(push_shard, constants, aligned, 16, 128, {"gathered": SYMMETRIC_TYPES}))
+        constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
+        tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
     everything = {"odd", "odd_row", "N", "width", "K", "b_row"}
     for rows, columns, descriptors, transposed in [
         (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
