@@ -1,7 +1,12 @@
 """Communication fused with computation: the operators, the tile layer, and its swizzles."""
 
+import json
 import random
+import subprocess
+import sys
 import time
+from importlib import import_module
+from pathlib import Path
 
 import pool
 import pytest
@@ -10,6 +15,7 @@ import triton
 import triton.language as tl
 
 import tdccl
+from tdccl import environment
 from tdccl.language import overlap
 from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 
@@ -67,6 +73,9 @@ def check_bits(comm, operator):
         time.sleep(delay.choice([0, 0, 0.02]))
         results.append(check(comm, operator, (37, 32, 40), torch.bfloat16, False, 7))
     assert all(torch.equal(result, results[0]) for result in results)
+    plain = import_module(f"tdccl.overlap.{operator}").reference
+    wanted = plain(comm, *matrices(comm, operator, (37, 32, 40), torch.bfloat16, False, 7)[comm.rank])
+    torch.testing.assert_close(results[0], wanted, atol=0.2, rtol=0.04)
     if operator == "gemm_reduce_scatter" and comm.device.type == "cpu":
         a, b = matrices(comm, operator, (37, 32, 40), torch.bfloat16, False, 7)[comm.rank]
         product = (a.float() @ b.float()).bfloat16()  # K is one step, which the interpreter multiplies in fp32
@@ -198,3 +207,92 @@ def test_what_cannot_be_multiplied_is_refused(ranks):
     if pool.LARGEST_WORLD < 3:
         pytest.skip("needs 3 ranks")
     ranks.run(check_refused, 3)
+
+
+def test_kernels_multiply_on_tensor_cores_without_spills():
+    program = Path(__file__).with_name("fused_variants.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == {"push_shard", "multiply_gathered", "multiply_scattered"}
+    for kernel in kernels:
+        assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        if kernel["name"] == "push_shard":
+            assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
+        else:
+            assert kernel["wgmma"], kernel
+            assert "128" in kernel["stores"] or not kernel["by_descriptors"], kernel
+
+
+def check_absent(comm, operator):
+    """Rank 0 never calls: the others are told, within the timeout."""
+    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], operator), comm.device, 2.0)
+    a, b = matrices(comm, operator, (20, 16, 16), torch.bfloat16, False, 1)[comm.rank]
+    OPERATORS[operator](group, a, b)  # all have come once: the memory is there
+    if comm.rank:
+        with pytest.raises(tdccl.TdcclError):
+            OPERATORS[operator](group, a, b)
+            torch.cuda.synchronize() if comm.device.type == "cuda" else None
+            group.check()
+    comm._bootstrap.barrier()
+    group.destroy()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_rank_that_never_comes_is_told(ranks, operator):
+    if pool.LARGEST_WORLD < 2:
+        pytest.skip("needs 2 ranks")
+    ranks.run(check_absent, 2, operator=operator)
+
+
+def check_compiled(comm):
+    """torch.compile sees the operators, their shapes and their gradients."""
+    a, b = matrices(comm, "all_gather_gemm", (8, 16, 24), torch.bfloat16, False, 5)[comm.rank]
+
+    def layer(x, up):
+        return gemm_reduce_scatter(comm, all_gather_gemm(comm, x, up).relu(), up.t())
+
+    eager = layer(a, b)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    leaf = a.clone().requires_grad_()
+    result = compiled(leaf, b)
+    assert torch.equal(result, eager)
+    result.sum().backward()
+    assert leaf.grad.shape == a.shape
+
+
+def test_torch_compile_sees_the_operators(ranks):
+    ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
+
+
+def check_replay(comm):
+    """A graph of both, replayed after new input and mixed with eager calls."""
+    a, b = matrices(comm, "all_gather_gemm", (200, 128, 264), torch.bfloat16, False, 6)[comm.rank]
+    down = b.t().contiguous()
+    hidden = torch.empty(comm.size * 200, 264, dtype=torch.bfloat16, device=comm.device)
+    result = torch.empty(200, 128, dtype=torch.bfloat16, device=comm.device)
+
+    def layer():
+        all_gather_gemm(comm, a, b, hidden)
+        gemm_reduce_scatter(comm, hidden, down, result)
+
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer()
+        layer()
+    for factor in (1, 2, -1):
+        a.mul_(factor)
+        layer()
+        eager = hidden.clone(), result.clone()
+        hidden.zero_()
+        result.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(hidden, eager[0]) and torch.equal(result, eager[1])
+
+
+@pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
+def test_graphs_replay(ranks, world):
+    ranks.run(check_replay, world)

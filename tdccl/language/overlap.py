@@ -141,13 +141,15 @@ def pull(shards, gathered, target, tile, pe, DTYPE: tl.constexpr, PIECE: tl.cons
 
 @triton.jit
 def _copy(source, target, count, PIECE: tl.constexpr):
-    """Whole pieces 16 bytes wide, then the rest."""
+    """Whole pieces 16 bytes wide, then the rest in smaller ones, for it takes a register an element."""
     place = tl.arange(0, PIECE)
     whole = count // PIECE * PIECE
     for start in range(0, whole, PIECE):
         tl.store(target + start + place, tl.load(source + start + place))
-    index = whole + place
-    tl.store(target + index, tl.load(source + index, mask=index < count), mask=index < count)
+    REST: tl.constexpr = PIECE // 4
+    for start in range(whole, count, REST):
+        index = start + tl.arange(0, REST)
+        tl.store(target + index, tl.load(source + index, mask=index < count), mask=index < count)
 
 
 def _host_fence(BACKEND):

@@ -31,7 +31,8 @@ from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, 
 # Blocks that push: enough for nine tenths of what NVLink carries. The product leaves them their multiprocessors, so
 # that they run whichever of the two comes first.
 PUSHERS = 8
-_PUSH_WARPS = 16
+PUSH_WARPS = 8
+PIECE = PUSH_WARPS * 32 * 16 * 8
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         return
     a_shard, b = dense(a_shard), rows_or_columns(b)
     (rows, depth), columns = a_shard.shape, b.shape[1]
-    descriptors = by_descriptors(a_shard, b)
+    descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
     blocks, pushers = blocks_of(comm.device), _pushers(comm)
@@ -164,7 +165,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     def push():
         push_shard[(pushers,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=_piece(), num_warps=_PUSH_WARPS,
+            DTYPE=dtype, PIECE=_piece(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
@@ -190,8 +191,8 @@ def _pushers(comm: Communicator) -> int:
 
 
 def _piece() -> int:
-    """Elements that a pusher has in flight: four times 16 bytes a thread."""
-    return 1024 if environment.emulated() else _PUSH_WARPS * 32 * 4 * 8
+    """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
+    return 1024 if environment.emulated() else PIECE
 
 
 _sides: dict[torch.device, "torch.cuda.Stream"] = {}

@@ -23,15 +23,17 @@ class Shape(NamedTuple):
 
 
 def shape_for(rows: int, columns: int, descriptors: bool) -> Shape:
-    """The shape for a product whose shards have so many rows and columns."""
+    """The shape for a product whose shards have so many rows and columns; `rows` alone decides how high tiles are.
+
+    All ranks must cut alike, so it depends on sizes only.
+    """
     if environment.emulated():
         return Shape(16, 32, 32, 1, 4, 2)
+    height = 64 if rows <= 64 else 128
     if not descriptors:
-        return Shape(64, 128, 32, 3, 4, 8)
-    if rows <= 64:
-        return Shape(64, 128, 64, 4, 4, 8)
-    if columns <= 128:
-        return Shape(128, 128, 64, 4, 4, 8)
+        return Shape(height, 128, 32, 3, 8, 8)
+    if height == 64 or columns <= 128:
+        return Shape(height, 128, 64, 4, 4, 8)
     return Shape(128, 256, 64, 4, 8, 8)
 
 
@@ -49,9 +51,9 @@ class Right(NamedTuple):
     transposed: bool
 
 
-def by_descriptors(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensor descriptors can load both operands: rows (or columns) of whole 16 bytes, at such addresses."""
-    return all(t.data_ptr() % 16 == 0 and max(t.stride()) * t.itemsize % 16 == 0 for t in (a, b))
+def by_descriptors(depth: int, columns: int) -> bool:
+    """Whether tensor descriptors can load both operands: their rows, or columns, are whole 16 bytes."""
+    return depth % 8 == 0 and columns % 8 == 0
 
 
 def left(a: torch.Tensor, shape: Shape, descriptors: bool):
@@ -71,13 +73,16 @@ def right(b: torch.Tensor, shape: Shape, descriptors: bool) -> Right:
 
 def dense(a: torch.Tensor) -> torch.Tensor:
     """The matrix with contiguous rows at a 16-byte aligned address."""
-    a = a.contiguous()
-    return a.clone() if a.data_ptr() % 16 else a
+    return _aligned(a.contiguous())
 
 
 def rows_or_columns(b: torch.Tensor) -> torch.Tensor:
-    """The matrix with contiguous rows or columns."""
-    return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
+    """The matrix with contiguous rows or columns at a 16-byte aligned address."""
+    return _aligned(b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous())
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         return
     a, b = dense(a), rows_or_columns(b)
     (rows, columns), depth = out.shape, a.shape[1]
-    descriptors = by_descriptors(a, b)
+    descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     width = padded(columns, _UNIT)
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
