@@ -5,7 +5,6 @@ mpirun -n 4 python -m bench ep -G -J FILE
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
-from bench.output import describe
+from bench.output import describe, given
 from tdccl import Communicator, environment
 from tdccl.ep import ExpertParallel, LowLatency
 from tdccl.timing import Effort, clock_for, slowest
@@ -311,7 +310,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if environment.emulated() and (options.graph or options.nccl):
         parser.error("-G and --nccl need GPUs: leave them out in emulation")
-    options.command = " ".join(["python -m bench ep", *(each for each in sys.argv[2:] if not each.endswith(".json"))])
+    options.command = f"python -m bench {given()}"
     return options
 
 

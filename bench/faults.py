@@ -4,7 +4,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from datetime import timedelta
@@ -35,7 +34,7 @@ def main() -> None:
     if options.vs:
         rows.append(_try_peer(options.vs, ranks, options.vs_timeout))
     if options.json:
-        command = f"python -m bench.faults {shlex.join(sys.argv[1:])}"
+        command = f"python -m bench.faults {output.given()}"
         report = {**output.describe(ranks, torch.device("cuda", 0), command), "faults": rows}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(None in tried)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections import Counter
@@ -177,6 +178,11 @@ def describe(ranks: int, device: torch.device, command: str) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def given() -> str:
+    """This program's arguments; of an absolute path the last part, for folders are of no interest to others."""
+    return shlex.join(os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:])
 
 
 def _processor() -> str:

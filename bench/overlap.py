@@ -7,7 +7,6 @@ torchrun --nproc-per-node 4 -m bench.overlap -J FILE
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 import tdccl
-from bench.output import describe
+from bench.output import describe, given
 from tdccl import Communicator, environment
 from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 from tdccl.timing import Effort, GpuClock, HostClock, clock_for, slowest
@@ -167,7 +166,7 @@ def main() -> int:
             getattr(bench, operator)(name, *options.shapes[name])
     if options.json and rank == 0:
         report = describe(size, comm.device, options.command)
-        options.json.write_text(json.dumps({**report, "rows": bench.rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**report, "rows": [], "fused": bench.rows}, indent=1) + "\n")
     comm.barrier()
     dist.destroy_process_group()
     return 1 if bench.wrong else 0
@@ -185,8 +184,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.shapes = shapes
     options.effort = Effort(1, 0, 1) if environment.emulated() else Effort(10, 3, 5)
-    given = shlex.join(sys.argv[1:])
-    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.overlap {given}".rstrip()
+    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.overlap {given()}".rstrip()
     return options
 
 

@@ -16,11 +16,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE` or bench.faults")
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {_marks('bench')} in this file, and "
-                        f"what stands between {_marks('faults')}, each if there are files for it")  # fmt: skip
+                        "likewise for faults, ep and fused, each if there are files for it")  # fmt: skip
     options = parser.parse_args()
     reports = reading.read(options.files)
     beside = options.readme and options.readme.parent
     texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
+    texts |= {"ep": expert_parallel(reports), "fused": fused(reports)}
     texts = {name: text for name, text in texts.items() if text}
     if options.readme is None:
         print("\n\n".join(texts.values()))
@@ -60,10 +61,57 @@ def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
 
 def faults(reports: Iterable[dict]) -> str:
     """For each kind of host and number of ranks the newest table of faults, "" if there is none."""
+    return "\n\n".join(map(_faults, _newest(reports, "faults")))
+
+
+def expert_parallel(reports: Iterable[dict]) -> str:
+    """Likewise, the times of dispatch and combine, and of what does the same."""
+    return "\n\n".join(map(_expert_parallel, _newest(reports, "ep")))
+
+
+def fused(reports: Iterable[dict]) -> str:
+    """Likewise, the times of products fused with communication, and of their parts."""
+    return "\n\n".join(map(_fused, _newest(reports, "fused")))
+
+
+def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
     newest = {}
-    for report in sorted((report for report in reports if "faults" in report), key=lambda report: report["date"]):
+    for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
         newest[report["host"], report["world"]] = report
-    return "\n\n".join(map(_faults, newest.values()))
+    return newest.values()
+
+
+def _title(report: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    return f"{report['host']}; {report['world']} ranks; {report['date'][:10]}; {versions}"
+
+
+def _expert_parallel(report: dict) -> str:
+    parts = [_title(report)]
+    for shape in dict.fromkeys(row["shape"] for row in report["ep"]):
+        rows = [row for row in report["ep"] if row["shape"] == shape]
+        tokens = sorted({row["tokens"] for row in rows})
+        times = {(row["impl"], row["what"], row["tokens"]): row["time_us"] for row in rows}
+        lines = []
+        for impl, what in dict.fromkeys((row["impl"], row["what"]) for row in rows):
+            of_what = (times.get((impl, what, count)) for count in tokens)
+            lines.append(
+                [f"{COLUMNS.get(impl, impl)}: {what}", *("" if time is None else _figure(time) for time in of_what)]
+            )
+        hidden, top_k, experts = shape.split("/")
+        head = f"hidden {hidden}, top-{top_k} of {experts}, {rows[0]['mode']}; us with tokens a rank of"
+        parts.append(_grid([head, *map(str, tokens)], lines))
+    return "\n\n".join(parts)
+
+
+def _fused(report: dict) -> str:
+    names = list(dict.fromkeys(name for row in report["fused"] for name in row["times_us"]))
+    lines = []
+    for row in report["fused"]:
+        times = (_figure(row["times_us"][name]) if name in row["times_us"] else "" for name in names)
+        lines.append([f"{row['operator']}, {row['mlp']}", *times, f"{row['speedup']:.2f}", f"{row['ideal']:.2f}"])
+    head = [f"{report['fused'][0]['tokens']} tokens, us", *names, "speedup", "of at most"]
+    return f"{_title(report)}\n\n" + _grid(head, lines)
 
 
 def _faults(report: dict) -> str:
@@ -74,9 +122,7 @@ def _faults(report: dict) -> str:
         seconds = least if least == most else f"{least} to {most}"
         after = f"{row['waited_s']:g} + {seconds}" if row["waited_s"] else seconds
         lines.append([row["fault"], row["error"] or "nothing", after if beyond else ""])
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-    title = f"{report['host']}; {report['world']} ranks; {report['date'][:10]}; {versions}"
-    return f"{title}\n\n" + _grid(["fault", "what the others see", "after, s"], lines)
+    return f"{_title(report)}\n\n" + _grid(["fault", "what the others see", "after, s"], lines)
 
 
 def _section(setup: Setup, beside: Path | None) -> str:

@@ -9,7 +9,6 @@ import gc
 import itertools
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.output import describe
+from bench.output import describe, given
 from examples.gpt import GPT, VOCABULARY
 from tdccl import environment, torch_entry
 from tdccl.runtime import bare
@@ -271,8 +270,7 @@ def _options() -> argparse.Namespace:
     for name, default in (_EMULATION if environment.emulated() else _GPU).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    given = shlex.join(sys.argv[1:])
-    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend {given}".rstrip()
+    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend {given()}".rstrip()
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     return options
