@@ -95,7 +95,8 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
     newest: dict[tuple, dict] = {}
     rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
     figures: dict[tuple, list[dict]] = {}
-    measured = [report for report in reports if report.get("rows") or report.get("figures")]  # others have tables of their own
+    # The others have tables of their own.
+    measured = [report for report in reports if report.get("rows") or report.get("figures")]
     for report in sorted(measured, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
         newest[kind] = report
