@@ -4,7 +4,6 @@ mpirun -n 4 python -m bench ep -G -J FILE
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -92,10 +91,9 @@ class Bench:
             self.say(f"# WRONG: {what}")
 
 
-def throughput(bench: Bench, case: Case) -> None:
+def throughput(bench: Bench, ep: ExpertParallel, case: Case) -> None:
     """Plan, dispatch and combine of `ExpertParallel`."""
     comm, shape = bench.comm, case.shape
-    ep = ExpertParallel(comm, case.tokens, shape.hidden, shape.experts, shape.top_k)
     row, scaled = shape.hidden * 2, shape.hidden + -(-shape.hidden // 128) * 4
     plan = ep.plan(case.idx)
     rows = len(plan.source)
@@ -134,7 +132,9 @@ def _check_throughput(bench: Bench, ep: ExpertParallel, case: Case) -> None:
     everyone = comm.all_gather(case.x)
     r = ep.dispatch(case.x, plan, case.weights)
     arrived = int(r.counts.sum())
-    bench.check("rows of a dispatch", torch.equal(r.rows[:arrived], everyone[r.source[:arrived].long()]))
+    bench.check(
+        "rows of a dispatch", torch.equal(r.rows[:arrived], everyone[_tokens(r.source[:arrived], ep.max_tokens, case)])
+    )
     sums = case.x.float()
     expected = torch.where(case.ranks_of_token > 1, sums + sums, sums)
     for ranks in range(3, comm.size + 1):
@@ -142,36 +142,40 @@ def _check_throughput(bench: Bench, ep: ExpertParallel, case: Case) -> None:
     bench.check("combine of a dispatch", torch.equal(ep.combine(r.rows, plan), expected.bfloat16()))
     r = ep.dispatch(case.x, plan, case.weights, "expert")
     valid = r.source >= 0
-    bench.check("rows by expert", torch.equal(r.rows[valid], everyone[r.source[valid].long()]))
+    bench.check("rows by expert", torch.equal(r.rows[valid], everyone[_tokens(r.source[valid], ep.max_tokens, case)]))
     total = int(valid.sum())
     copied = ep.dispatch(case.x, plan, out=torch.empty_like(ep.landing))
-    bench.check("rows of a dispatch, copied", torch.equal(copied.rows[:arrived], everyone[_sources(plan, arrived)]))
+    bench.check(
+        "rows of a dispatch, copied",
+        torch.equal(copied.rows[:arrived], everyone[_tokens(plan.source[:arrived], ep.max_tokens, case)]),
+    )
     bench.check("expert rows are counted", total == int(plan.counts.sum()))
     quantised = ep.dispatch(case.x, plan, quant="fp8_128")
     scales = quantised.scales[:arrived].repeat_interleave(128, 1)[:, : ep.hidden]
     near = quantised.rows[:arrived].float() * scales
-    exact = everyone[_sources(plan, arrived)].float()
+    exact = everyone[_tokens(plan.source[:arrived], ep.max_tokens, case)].float()
     error = (near - exact).abs().max() if arrived else torch.zeros(())
     bench.check("fp8 rows", bool(error <= exact.abs().max() / 16) if arrived else True)
     ep.check()
 
 
-def low_latency(bench: Bench, case: Case) -> None:
+def low_latency(bench: Bench, low: LowLatency, case: Case) -> None:
     """Dispatch and combine of `LowLatency`."""
     comm, shape = bench.comm, case.shape
-    low = LowLatency(comm, case.tokens, shape.hidden, shape.experts, shape.top_k)
     plan = low.plan(case.idx)
     r = low.dispatch(case.x, plan)
     everyone = comm.all_gather(case.x)
     valid = torch.arange(low.max_rows, device=comm.device) < r.counts[:, None]
-    bench.check("rows of a few tokens", torch.equal(r.rows[valid], everyone[r.source[valid].long()]))
+    bench.check(
+        "rows of a few tokens", torch.equal(r.rows[valid], everyone[_tokens(r.source[valid], low.max_tokens, case)])
+    )
     sums = torch.zeros_like(case.x, dtype=torch.float32)
     for k in range(shape.top_k):
         sums += case.x.float() * case.weights[:, k, None]
     bench.check("combine of a few tokens", torch.equal(low.combine(r.rows, plan, case.weights), sums.bfloat16()))
     fp8 = low.dispatch(case.x, plan, quant="fp8_128")
     near = fp8.rows[valid].float() * fp8.scales[valid].repeat_interleave(128, 1)[:, : shape.hidden]
-    exact = everyone[fp8.source[valid].long()].float()
+    exact = everyone[_tokens(fp8.source[valid], low.max_tokens, case)].float()
     bench.check("fp8 rows of a few tokens", not near.numel() or (near - exact).abs().max() <= exact.abs().max() / 16)
     low.check()
 
@@ -193,9 +197,9 @@ def low_latency(bench: Bench, case: Case) -> None:
         bench.measure(what, "tdccl", case, call, remote * size, pairs * size)
 
 
-def _sources(plan, arrived: int) -> torch.Tensor:
-    """Which of all ranks' tokens the compact rows are."""
-    return plan.source[:arrived].long()
+def _tokens(source: torch.Tensor, max_tokens: int, case: Case) -> torch.Tensor:
+    """Which rows of all ranks' tokens, gathered, `source` means."""
+    return (source // max_tokens * case.tokens + source % max_tokens).long()
 
 
 def rivals(bench: Bench, case: Case) -> None:
@@ -265,12 +269,17 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
     bench.say(f"# {options.command}\n# {described['host']}; {comm.size} ranks; {bench.clock.mode}")
     head = f"{'shape':>14} {'tokens':>6} {'impl':<8} {'what':<34} {'time':>10} {'wire':>8} {'counted':>8}"
     bench.say(f"{head}\n{'':>64} {'(us)':>10} {'(GB/s)':>8} {'(GB/s)':>8}")
-    for seed, (shape, tokens) in enumerate(itertools.product(options.shapes, options.tokens)):
-        case = Case(comm, shape, tokens, seed)
-        throughput(bench, case)
-        if tokens <= _FEW:
-            low_latency(bench, case)
-        rivals(bench, case)
+    few = [tokens for tokens in options.tokens if tokens <= _FEW]
+    for shape in options.shapes:  # one object of each kind for all numbers of tokens: one compilation
+        sizes = shape.hidden, shape.experts, shape.top_k
+        ep = ExpertParallel(comm, max(options.tokens), *sizes)
+        low = LowLatency(comm, max(few), *sizes) if few else None
+        for seed, tokens in enumerate(options.tokens):
+            case = Case(comm, shape, tokens, seed)
+            throughput(bench, ep, case)
+            if tokens <= _FEW:
+                low_latency(bench, low, case)
+            rivals(bench, case)
     bench.say(f"# Wrong results : {bench.wrong} {'FAILED' if bench.wrong else 'OK'}")
     if options.json and comm.rank == 0:
         options.json.write_text(json.dumps({**described, "rows": [], "ep": bench.rows}, indent=1) + "\n")

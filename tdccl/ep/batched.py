@@ -19,7 +19,7 @@ _SLICES = 2 if environment.emulated() else 4
 _WARPS = 1 if environment.emulated() else 16
 _TILE = 4  # tokens that a block has under way
 _TILE_BYTES = 64 << 10  # of registers, for rows under way
-_CHUNK = 64  # tokens whose routing is looked at at once
+_ENTRIES = 512  # of a routing that are looked at at once, one a thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ class LowLatency(Experts):
         slicing = self._slicing(unit, payload)
         constants = {
             **slicing, "QUANT": quant or "", "SCALES": words, "SCALE_SLICE": slicing["SLICE"] // unit,
-            "SCALE_TILE": slicing["PADDED"] // unit, "CHUNK": min(_CHUNK, power_of_two(self.max_tokens)),
+            "SCALE_TILE": slicing["PADDED"] // unit, "CHUNK": max(1, _ENTRIES // self._places),
             "EXPERT_TILE": power_of_two(self.num_experts), "COLUMNS": self._columns,
             "ALIGN": math.gcd(16, self.hidden * payload.itemsize), **self._given(plan),
         }  # fmt: skip

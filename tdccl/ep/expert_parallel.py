@@ -24,14 +24,15 @@ _UNROLL = 1 if environment.emulated() else 2
 _WARPS = 1 if environment.emulated() else 16
 _CHUNK = 8  # tokens of a block that are taken while the next are under way
 _numbers = itertools.count()
+_Layout = dict[str, tuple[int, tuple[int, ...]]]  # of each array of a plan the first word, and the shape
 by_number: "weakref.WeakValueDictionary[int, ExpertParallel]" = weakref.WeakValueDictionary()  # for operators of torch
 
 
-@dataclass(frozen=True, eq=False)
 class Plan:
     """Where the rows of a routing go: made by `ExpertParallel.plan`, used by any number of dispatches and combines.
 
-    All but the first two are int32 tensors on the device. `ranks` is R, `max_tokens` T, top_k K, experts a rank L.
+    All but the first two are int32 tensors on the device, views of the third, made when they are asked for. Sizes: R
+    ranks, T max_tokens, K top_k, L experts a rank.
 
     tokens          n, of this rank
     align           of which the offsets are multiples
@@ -62,6 +63,22 @@ class Plan:
     sent: torch.Tensor
     counts: torch.Tensor
     offsets: torch.Tensor
+
+    def __init__(self, memory: torch.Tensor, tokens: int, align: int, layout: _Layout):
+        self.memory, self.tokens, self.align = memory, tokens, align
+        self._layout, self._address = layout, memory.data_ptr()
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        start, shape = self.__dict__.get("_layout", {}).get(name, (0, None))
+        if shape is None:
+            raise AttributeError(f"a Plan has no {name}")
+        view = self.memory[start : start + math.prod(shape)].view(shape)
+        self.__dict__[name] = view
+        return view
+
+    def addresses(self, *names: str) -> tuple[int, ...]:
+        """Where arrays of these names begin."""
+        return tuple(self._address + 4 * self._layout[name][0] for name in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +145,7 @@ class ExpertParallel(Experts):
         self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()})
         self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
         width = columns + heap.MAX_RANKS.value
+        self._layouts: dict[tuple[int, int], tuple[_Layout, int]] = {}
         self.number = next(_numbers)
         by_number[self.number] = self
         self._counts = self._empty((blocks * comm.size * width,), torch.int32)
@@ -164,10 +182,9 @@ class ExpertParallel(Experts):
             stream,
         )
         constants = {**self._routing, "ALIGN": align, "BLOCKS": power_of_two(self._planning.blocks)}
-        outputs = (
-            plan.sent_row, plan.recv_row, plan.topk_idx, plan.expert_row, plan.source, plan.expert_source, plan.sizes,
-            plan.counts, plan.offsets,
-        )  # fmt: skip
+        outputs = plan.addresses(
+            "sent_row", "recv_row", "topk_idx", "expert_row", "source", "expert_source", "sizes", "counts", "offsets"
+        )
         self._planning.launch(
             "ep_plan", routing.place, "i32", warps, constants, (self._counts, *outputs), (), words, stream
         )
@@ -178,25 +195,31 @@ class ExpertParallel(Experts):
 
     def plan_words(self, tokens: int, align: int) -> int:
         """Words of the memory of a plan."""
-        return sum(words for _, words in self._plan_layout(tokens, align).values())
+        return self._plan_layout(tokens, align)[1]
 
     def plan_of(self, memory: torch.Tensor, tokens: int, align: int) -> Plan:
         """The plan whose `memory` this is."""
-        layout = self._plan_layout(tokens, align)
-        parts = memory.split([words for _, words in layout.values()])
-        named = {name: part[: math.prod(shape)].view(shape) for (name, (shape, _)), part in zip(layout.items(), parts)}
-        told = dict(zip(("sizes", "received", "sent"), named.pop("told")))
-        return Plan(tokens=tokens, align=align, memory=memory, **named, **told)
+        return Plan(memory, tokens, align, self._plan_layout(tokens, align)[0])
 
-    def _plan_layout(self, tokens: int, align: int) -> dict[str, tuple[tuple[int, ...], int]]:
-        """Shape and words of each array of a plan; each begins at a multiple of 16 bytes."""
-        ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
-        shapes = {
-            "sent_row": (tokens, ranks), "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k),
-            "expert_row": (rows, top_k), "source": (rows,), "expert_source": (self.most_expert_rows(align),),
-            "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
-        }  # fmt: skip
-        return {name: (shape, -(-math.prod(shape) // 4) * 4) for name, shape in shapes.items()}
+    def _plan_layout(self, tokens: int, align: int) -> tuple[_Layout, int]:
+        """Where the arrays of a plan begin (those that kernels get, at multiples of 16 bytes), and all their words."""
+        known = self._layouts.get((tokens, align))
+        if known is None:
+            ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
+            shapes = {
+                "sent_row": (tokens, ranks), "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k),
+                "expert_row": (rows, top_k), "source": (rows,), "expert_source": (self.most_expert_rows(align),),
+                "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
+            }  # fmt: skip
+            layout, end = {}, 0
+            for name, shape in shapes.items():
+                layout[name] = end, shape
+                end += -(-math.prod(shape) // 4) * 4
+            told, _ = layout.pop("told")
+            for number, name in enumerate(("sizes", "received", "sent")):
+                layout[name] = told + number * ranks, (ranks,)
+            known = self._layouts[tokens, align] = layout, end
+        return known
 
     # ---- dispatch and combine --------------------------------------------------------------------------------
 
@@ -253,7 +276,8 @@ class ExpertParallel(Experts):
             "ALIGN": plan.align, "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
         }  # fmt: skip
         tensors = (
-            x, scales, weights, plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes, plan.counts, plan.offsets,
+            x, scales, weights,
+            *plan.addresses("sent_row", "recv_row", "expert_row", "sizes", "counts", "offsets"),
             None if kept else rows, out_scales, out_weights, self._complaints,
         )  # fmt: skip
         name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
@@ -327,8 +351,8 @@ class ExpertParallel(Experts):
             "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": 1 if expert else _UNROLL,
         }  # fmt: skip
         tensors = (
-            h, weights, carry, *(*biases, None, None)[:2], plan.sent_row, plan.recv_row, plan.expert_row, plan.sizes,
-            out, carried,
+            h, weights, carry, *(*biases, None, None)[:2],
+            *plan.addresses("sent_row", "recv_row", "expert_row", "sizes"), out, carried,
         )  # fmt: skip
         finish = self._run(
             self._moving, "ep_combine", throughput.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),

@@ -110,7 +110,7 @@ def _send_rows(
     rows = tl.zeros([EXPERT_TILE], tl.int32)
     for start in range(0, count, CHUNK):
         flat = _chunk_of_routing(topk, start, count, complaints, TOP_K, PLACES, EXPERTS, CHUNK)
-        rows += tl.sum((flat[:, None] == expert[None, :]).to(tl.int32), axis=0)
+        rows += tl.histogram(tl.maximum(flat, 0), EXPERT_TILE, mask=flat >= 0)
     to = tl.load(team.heap + expert // local, mask=expert < EXPERTS, other=0)
     to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + expert % local * 4
     tl.store(to.to(tl.pointer_type(tl.int32)), rows, mask=expert < EXPERTS)
@@ -245,7 +245,7 @@ def dispatch(
         told, tokens = at(tensors[6], tl.int32), at(tensors[7], tl.int32)
         expert = tl.arange(0, COLUMNS)
         rows = tl.zeros([COLUMNS], tl.int32)
-        for source in tl.static_range(team.size):
+        for source in range(team.size):  # a loop, as code that runs once costs as much to fetch as to run
             words = shmem.local_at(team, _counts_offset(buffers, parity, source, COLUMNS, team.size), tl.int32)
             found = tl.load(words + expert, mask=expert < local, other=0)
             size = tl.minimum(tl.maximum(tl.load(words + COLUMNS), 0), TOKENS)
@@ -284,7 +284,7 @@ def combine(
         epoch = shmem.begin(team)
         parity = epoch % 2
         h, placed, tokens = at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32)
-        for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
+        for distance in range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
             pe = (team.rank + distance) % team.size
             size = tl.load(tokens + pe)
             slots = shmem.heap_at(team, buffers[0], pe, DTYPE)

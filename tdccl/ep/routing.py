@@ -130,7 +130,7 @@ def exchange(
     shmem.wait_all(team, epoch, shmem.DATA, 1)
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
     local: tl.constexpr = EXPERTS // team.size
-    for source in tl.static_range(team.size):
+    for source in range(team.size):  # a loop, as code that runs once costs as much to fetch as to run
         routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
         first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
         of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
@@ -184,21 +184,16 @@ def place(
     width: tl.constexpr = COLUMNS + shmem.MAX_RANKS
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
 
-    zero = tl.zeros([shmem.MAX_RANKS], tl.int32)
     of_experts = tl.zeros([COLUMNS], tl.int32)
-    sent_start, sent, received, tokens = zero, zero, zero, zero
-    experts_before, experts_total, row_starts, total_rows = (), (), (), tl.zeros([], tl.int32)
-    for source in tl.static_range(team.size):
-        before, total = _before_and_total(counts, source, 0, COLUMNS, width, team.size, BLOCKS)
-        experts_before, experts_total = experts_before + (before,), experts_total + (total,)
+    sent_start = tl.zeros([shmem.MAX_RANKS], tl.int32)
+    sent, received, tokens = sent_start, sent_start, sent_start
+    for source in range(team.size):  # loops, as code that runs once costs as much to fetch as to run
+        _, total = _before_and_total(counts, source, 0, COLUMNS, width, team.size, BLOCKS)
         of_experts += total
         before, total = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, team.size, BLOCKS)
         sent_start += tl.where(source < team.rank, total, tl.where(source == team.rank, before, 0))
         sent = tl.where(source == team.rank, total, sent)
-        row_starts = row_starts + (total_rows + tl.sum(tl.where(rank == team.rank, before, 0)),)
-        rows = tl.sum(tl.where(rank == team.rank, total, 0))
-        total_rows += rows
-        received = tl.where(rank == source, rows, received)
+        received = tl.where(rank == source, tl.sum(tl.where(rank == team.rank, total, 0)), received)
         tokens = tl.where(rank == source, size_of(team, buffers, parity, source, TOKENS), tokens)
     aligned = (of_experts + ALIGN - 1) // ALIGN * ALIGN
     ends = tl.cumsum(aligned, axis=0)
@@ -211,10 +206,15 @@ def place(
         tl.store(expert_offsets + column, start_of_expert, mask=column < local)
         tl.store(expert_offsets + 1 + column, ends, mask=column == local - 1)
 
-    for source in tl.static_range(team.size):
+    source_start = tl.zeros([], tl.int32)
+    for source in range(team.size):
         routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
         first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
-        row_start, expert_start = row_starts[source], start_of_expert + experts_before[source]
+        before, total = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, team.size, BLOCKS)
+        row_start = source_start + tl.sum(tl.where(rank == team.rank, before, 0))
+        source_start += tl.sum(tl.where(rank == team.rank, total, 0))
+        before, of_source = _before_and_total(counts, source, 0, COLUMNS, width, team.size, BLOCKS)
+        expert_start = start_of_expert + before
         for start in range(first, last, TILE):
             token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
             mine = local_experts(idx, team.rank, local)
@@ -236,7 +236,7 @@ def place(
             tl.store(source_of_expert_row + expert_rows, origin, mask=mine >= 0)
             expert_start += tl.sum(chosen.to(tl.int32), axis=0)
             row_start += tl.sum(comes)
-        start_of_expert += experts_total[source]
+        start_of_expert += of_source
 
     routing = shmem.local_at(team, _routing_offset(buffers, parity, team.rank, TOKENS, TOP_K, team.size), tl.int32)
     first, last = range_of_block(size_of(team, buffers, parity, team.rank, TOKENS))
