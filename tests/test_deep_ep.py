@@ -192,6 +192,36 @@ def test_combine_of_fp32(ranks):
     ranks.run(check_combine, THREE, dtype=torch.float32)
 
 
+def check_settings(comm):
+    """What has no effect is taken; a limit on multiprocessors changes no bit."""
+    options = {"num_nvl_bytes": 1 << 30, "num_rdma_bytes": 1 << 30, "num_qps_per_rank": 8, "allow_mnnvl": True}
+    *_, problem = problems(comm)
+    x, found = problem.x[comm.rank], []
+    try:
+        for limit in (None, 4):
+            with buffer_of(comm, **options) as buffer:
+                if limit is not None:
+                    deep_ep.Buffer.set_num_sms(limit)
+                config = buffer.get_dispatch_config(comm.size)
+                assert config == buffer.get_combine_config(comm.size) == deep_ep.Config(limit or 20, 6, 256)
+                assert config.get_nvl_buffer_size_hint(2 * HIDDEN, comm.size) == 0
+                assert config.get_rdma_buffer_size_hint(2 * HIDDEN, comm.size) == 0
+                assert buffer.get_low_latency_rdma_size_hint(128, HIDDEN, comm.size, problem.experts) == 0
+                buffer.clean_low_latency_buffer(128, HIDDEN, problem.experts)
+                layout = layout_of(buffer, problem.idx[comm.rank], problem.experts)
+                received, _, _, _, handle, _ = buffer.dispatch(x, **layout, config=config, async_finish=True)
+                combined, _, event = buffer.combine(received, handle, config=config, async_finish=True)
+                event.current_stream_wait()
+                found.append((received, combined))
+    finally:
+        deep_ep.Buffer.num_sms, deep_ep.Buffer._max_blocks = 20, None
+    assert all(map(same_bits, *found))
+
+
+def test_settings(ranks):
+    ranks.run(check_settings, min(2, pool.LARGEST_WORLD))
+
+
 def check_arguments(comm):
     with buffer_of(comm) as buffer:
         problem = list(problems(comm))[2]
