@@ -159,7 +159,8 @@ def check_combine(comm, dtype):
             rows = reference.compact_rows(problem, rank)
             layout = layout_of(buffer, problem.idx[rank], problem.experts)
             routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
-            for options in (routed, {**routed, "num_worst_tokens": comm.size * 12}, {}):
+            worst = {**routed, "num_worst_tokens": comm.size * 12}
+            for options, biases in ((routed, ()), (worst, (x,)), ({}, (x, x + 1))):
                 received, _, _, _, handle, _ = buffer.dispatch(
                     x, **layout, **options, previous_event=buffer.capture(), async_finish=True
                 )
@@ -169,14 +170,12 @@ def check_combine(comm, dtype):
                     {t: problem.x[s][t] * (peer + 2) for s, t in reference.compact_rows(problem, peer) if s == rank}
                     for peer in range(comm.size)
                 ]
-                for bias in (None, x, (x, x + 1)):
-                    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-                    combined, carried, event = buffer.combine(made, handle, bias=bias, async_finish=True)
-                    event.current_stream_wait()
-                    assert carried is None
-                    assert same_bits(
-                        combined, reference.combined(by_rank, len(x), HIDDEN, dtype, biases, device=comm.device)
-                    )
+                bias = {0: None, 1: x, 2: biases}[len(biases)]
+                combined, carried, event = buffer.combine(made, handle, bias=bias, async_finish=True)
+                event.current_stream_wait()
+                assert carried is None
+                expected = reference.combined(by_rank, len(x), HIDDEN, dtype, biases, device=comm.device)
+                assert same_bits(combined, expected)
             _, _, weights, _, handle, _ = buffer.dispatch(x, **layout, **routed)
             weights[:] = rank + 1  # where the expert is elsewhere, too
             combined, carried, event = buffer.combine(received, handle, weights)
@@ -467,11 +466,19 @@ def test_a_rank_is_masked(ranks, world):
 
 
 PROGRAM = """
+import os
 import sys
 import torch
 import torch.distributed as dist
-import tdccl.compat.deep_ep as deep_ep
+import tdccl.compat.deep_ep
 
+sys.modules["deep_ep"] = tdccl.compat.deep_ep
+import deep_ep
+from deep_ep.utils import EventHandle, EventOverlap
+
+if torch.cuda.is_available():
+    rank = os.environ.get("LOCAL_RANK") or os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+    torch.cuda.set_device(int(rank))
 if sys.argv[1] == "mpi":
     from mpi4py import MPI
 
@@ -484,6 +491,10 @@ for buffer in buffers:
     device = buffer._comm.device
     x = torch.full((3, 64), buffer.rank + 1.0, dtype=torch.bfloat16, device=device)
     idx = torch.arange(2, device=device).expand(3, 2).contiguous()
+    event = EventOverlap(EventHandle())
+    *layout, event = buffer.get_dispatch_layout(idx, 2, previous_event=event, async_finish=True)
+    event.current_stream_wait()
+    assert layout[0].tolist() == [3, 3]
     received, counts, handle, event, hook = buffer.low_latency_dispatch(x, idx, 4, 2, use_fp8=False)
     assert counts.tolist() == [6] and received[0, :6, 0].tolist() == [1.0] * 3 + [2.0] * 3
     buffer.destroy()
