@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from bench import fault_table, output
 from bench.crew import ON_GPU, SETTLED, Crew
+from tdccl import environment
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def _try(fault, crew: Crew, times: int) -> dict | None:
     """One row of the report; seconds: until the last rank saw the fault, each time it was tried, in order of size."""
     try:
         outcomes = [crew.run(fault) for _ in range(times)]
-    except AssertionError as error:
+    except (AssertionError, OSError) as error:  # OSError: a rank that ought to live was gone
         print(f"{fault.name:45} WRONG: {error}", flush=True)
         return None
     return _row(fault.name, fault.error, fault.waited, [outcome.seconds for outcome in outcomes if fault.timed])
@@ -91,6 +92,7 @@ def _serve_peer(backend: str, rank: int, ranks: int, port: int, timeout: float, 
     device = torch.device("cuda", rank) if ON_GPU else torch.device("cpu")
     if ON_GPU:
         torch.cuda.set_device(device)
+    environment.forbid_multicast_to_others()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
     x = torch.ones(100_000, device=device)

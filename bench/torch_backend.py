@@ -4,9 +4,12 @@ torchrun --nproc-per-node 4 -m bench.torch_backend --vs nccl -J FILE
 """
 
 import argparse
+import functools
 import gc
+import itertools
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -24,6 +27,7 @@ from examples.gpt import GPT, VOCABULARY
 from tdccl import environment, torch_entry
 from tdccl.runtime import bare
 
+_groups = itertools.count()
 MODES = ("DDP", "FSDP2")
 # GPT-2's largest, 1.5 billion parameters; in emulation a toy.
 _GPU = {"layers": 48, "width": 1600, "heads": 25, "context": 1024, "steps": 8, "calls": 400}
@@ -77,10 +81,20 @@ def main() -> None:
 def _begin(backend: str) -> None:
     """The default group. What is measured of memory is the group's, so the device's own is there before."""
     gc.collect()
+    environment.forbid_multicast_to_others()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    dist.init_process_group(backend)
+    # Keys of its own: NCCL finds a group of before by those it has left.
+    store = dist.PrefixStore(f"group {next(_groups)}", _store())
+    dist.init_process_group(
+        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
+
+
+@functools.cache
+def _store():
+    return next(iter(dist.rendezvous("env://")))[0]
 
 
 def memory(figures: Figures, backend: str, device: torch.device) -> None:
@@ -149,17 +163,18 @@ def training(figures: Figures, backend: str, mode: str, device: torch.device, op
             loss.backward()
             optimizer.step()
 
-        for cap in options.max_blocks if backend == "tdccl" else [None]:
-            if backend == "tdccl":
-                dist.group.WORLD.communicator.limit_blocks(cap)
-            capped = f", {cap} blocks" if cap else ""
-            what = f"{mode} step, {sequences} x {options.context} tokens a rank{capped}"
-            figures.add(what, backend, _timed(step, options.steps), "ms")
-            if options.trace and not capped:
-                path = options.trace / f"{backend}-{mode}-{sequences}-{dist.get_rank()}.json"
-                _add_hidden(figures, what, backend, _traced(step, path))
+        what = f"{mode} step, {sequences} x {options.context} tokens a rank"
+        figures.add(what, backend, _timed(step, options.steps), "ms")
+        if options.trace:
+            path = options.trace / f"{backend}-{mode}-{sequences}-{dist.get_rank()}.json"
+            _add_hidden(figures, what, backend, _traced(step, path))
         if backend == "tdccl":
-            dist.group.WORLD.communicator.limit_blocks(None)
+            communicator = dist.group.WORLD.communicator
+            own = communicator.max_blocks
+            for cap in options.max_blocks:
+                communicator.limit_blocks(cap)
+                figures.add(f"{what}, {cap or 'any'} blocks", backend, _timed(step, options.steps), "ms")
+            communicator.limit_blocks(own)
 
 
 def _replicated(model, device: torch.device):
@@ -250,15 +265,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.torch_backend", description=__doc__)
     parser.add_argument("--vs", default="", help="backends to measure beside tdccl: nccl, gloo")
     parser.add_argument("--sequences", default="1,4", help="of so many sequences a rank (default: %(default)s)")
-    parser.add_argument("--max-blocks", type=_caps, default=[None], help="steps also with these caps: none,16,32")
+    parser.add_argument("--max-blocks", type=_caps, default=[], help="steps also with these caps: none,16,24")
     parser.add_argument("--trace", type=Path, metavar="FOLDER", help="also write a step's trace of every rank there")
     parser.add_argument("-J", "--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     for name, default in (_EMULATION if environment.emulated() else _GPU).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend"
-    if options.vs:
-        options.command += f" --vs {options.vs}"
+    given = shlex.join(sys.argv[1:])
+    options.command = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']} -m bench.torch_backend {given}".rstrip()
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     return options

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from gpt import GPT, Batches, sentences, tokens_of
 from torch.nn import functional
 
+from tdccl import environment
+
 
 def main(parallelize: Callable) -> None:
     """Trains the model that `parallelize(model, options, device)` spreads over the ranks."""
@@ -28,6 +30,7 @@ def main(parallelize: Callable) -> None:
 def train(parallelize: Callable, options: argparse.Namespace, backend: str) -> list[float]:
     """The loss at every step, averaged over the ranks."""
     device = _device()
+    environment.forbid_multicast_to_others()
     dist.init_process_group(backend)
     torch.manual_seed(options.seed)  # all ranks begin with the same parameters
     model = GPT(options.layers, options.width, options.heads, options.context).to(device)

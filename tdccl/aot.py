@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import environment
 from tdccl.collectives import ALGORITHMS
-from tdccl.decisions import context_for, table_for
+from tdccl.decisions import ACROSS_NODES, context_for, rail_for, table_across, table_for
 from tdccl.language.team import MAX_RANKS
 from tdccl.runtime import pack
 from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry, team_of
@@ -32,14 +32,14 @@ from tdccl.runtime.arrays import BITWISE, OPS, TRITON_NAMES
 from tdccl.runtime.launch import Arguments, compile_kernel, identity
 from tdccl.runtime.plan import choose
 from tdccl.transport import Multicast
-from tdccl.tuning import Table
+from tdccl.tuning import BESIDE_COMPUTATION, Table
 from tdccl.tuning.table import package_files, read
 
 _LARGEST = 4 << 30
 
 
 class Job(NamedTuple):
-    """A kernel to compile: that of an algorithm, laid out for `size` ranks."""
+    """A kernel to compile: that of an algorithm, laid out for `size` ranks on each of `nodes` nodes."""
 
     arch: str
     size: int
@@ -47,6 +47,7 @@ class Job(NamedTuple):
     algorithm: str
     geometry: Geometry
     op: str | None
+    nodes: int = 1
 
 
 def sizes() -> Iterator[int]:
@@ -76,24 +77,35 @@ def calls(collective: str, dtype: str, op: str | None, size: int) -> Iterator[Ca
 
 def key_of(algorithm: Algorithm, geometry: Geometry, op: str | None, context: Context) -> str:
     """The key under which a communicator will ask for the kernel of a call."""
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op)
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op, rail=rail_for(context))
     return pack.key_of(identity(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps))
 
 
 def jobs(
-    arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str], multicast: bool
+    arch: str, size: int, collectives: list[str], dtypes: list[str], ops: list[str], multicast: bool, nodes: int = 1
 ) -> dict[str, Job]:
     """One job for each distinct kernel, by key: what any GPU's tuning table chooses, with multicast or without."""
-    context, distinct = context_for(size), {}
+    distinct: dict[str, Job] = {}
+    caps = (None, BESIDE_COMPUTATION)  # direct, torch's groups
+    contexts = [context_for(size, most_blocks, nodes=nodes) for most_blocks in caps]
+    algorithms, tables = _algorithms(nodes), [table_across()] if nodes > 1 else _tables(size, multicast)
+    collectives = [collective for collective in collectives if collective in algorithms]
     if multicast:
-        context = context._replace(multicast=Multicast("switch", "asked for"))
-    for table, collective in itertools.product(_tables(size, multicast), collectives):
+        contexts = [context._replace(multicast=Multicast("switch", "asked for")) for context in contexts]
+    for context, table, collective in itertools.product(contexts, tables, collectives):
         for dtype, op in _kinds(collective, dtypes, ops):
             for call in calls(collective, dtype, op, size):
-                choice = choose(ALGORITHMS[collective], call, context, table)
+                if nodes > 1 and (call.splits is not None or call.symmetric):
+                    continue  # the one has no kernel there, the other none of its own
+                choice = choose(algorithms[collective], call, context, table)
                 key = key_of(choice.algorithm, choice.geometry, op, context)
-                distinct.setdefault(key, Job(arch, size, collective, choice.algorithm.name, choice.geometry, op))
+                job = Job(arch, size, collective, choice.algorithm.name, choice.geometry, op, nodes)
+                distinct.setdefault(key, job)
     return distinct
+
+
+def _algorithms(nodes: int) -> dict[str, list[Algorithm]]:
+    return ACROSS_NODES if nodes > 1 else ALGORITHMS
 
 
 def _tables(size: int, multicast: bool = False) -> list[Table]:
@@ -127,15 +139,15 @@ def compile_job(job: Job) -> tuple[pack.Kernel, bytes]:
 
 
 def _algorithm(job: Job) -> Algorithm:
-    return next(algorithm for algorithm in ALGORITHMS[job.collective] if algorithm.name == job.algorithm)
+    return next(a for a in _algorithms(job.nodes)[job.collective] if a.name == job.algorithm)
 
 
 def _compile(job: Job):
     torch.set_num_threads(1)
-    algorithm, geometry = _algorithm(job), job.geometry
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op)
+    algorithm, geometry, context = _algorithm(job), job.geometry, context_for(job.size, nodes=job.nodes)
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op, rail=rail_for(context))
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
-    return compile_kernel(algorithm.kernel, arguments, team_of(context_for(job.size), "cuda"), geometry.warps, target)
+    return compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
 
 
 def _compile_item(item: tuple[str, Job]) -> tuple[str, str, tuple[pack.Kernel, bytes]]:
@@ -163,8 +175,8 @@ def build(options: argparse.Namespace) -> None:
     """Compiles what the options ask for, and writes the pack."""
     todo = [
         item
-        for arch, size in itertools.product(options.arch, options.world)
-        for item in jobs(arch, size, options.collective, options.dtype, options.op, options.multicast).items()
+        for arch, size, nodes in itertools.product(options.arch, options.world, options.nodes)
+        for item in jobs(arch, size, options.collective, options.dtype, options.op, options.multicast, nodes).items()
     ]
     write_pack(options.out, todo)
 
@@ -198,6 +210,7 @@ def main(words: list[str]) -> None:
     collectives, dtypes, ops = list(ALGORITHMS), sorted(set(TRITON_NAMES.values())), sorted(OPS)
     builder.add_argument("--arch", type=_archs, default=_own_arch(), help="as sm_90,sm_100 (default: %(default)s)")
     builder.add_argument("--world", type=_worlds, default="2,4,8", help="numbers of ranks (default: %(default)s)")
+    builder.add_argument("--nodes", type=_numbers, default="1", help="of so many ranks each (default: %(default)s)")
     builder.add_argument("--collective", type=_some_of(collectives), default=collectives, help="default: all")
     builder.add_argument("--dtype", type=_some_of(dtypes), default="bf16,fp16,fp32", help="of reductions")
     builder.add_argument("--op", type=_some_of(ops), default="sum,avg,min,max", help="of reductions")
@@ -229,6 +242,12 @@ def _archs(text: str) -> list[str]:
 
 def _worlds(text: str) -> list[int]:
     return [int(word) for word in _some_of([str(size) for size in range(1, MAX_RANKS.value + 1)])(text)]
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(word.isdigit() and int(word) for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers like 1,2")
+    return [int(word) for word in text.split(",")]
 
 
 def _own_arch() -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.autograd import profiler
 
-from tdccl import transport, tuning
-from tdccl.decisions import ALGORITHMS, context_for, layout
+from tdccl import compositions, transport, tuning
+from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
 from tdccl.membership import COMPARISON, Membership
 from tdccl.runtime import agreement, arrays
@@ -52,11 +52,12 @@ class Calls(Membership):
             )
         return tensor
 
-    def _pair(self, collective, send, recv, shape_of_recv, shrinks=False, expected=None):
-        """(send, recv) as checked tensors, and what to return to the user."""
+    def _pair(self, collective, send, recv, shape_of_recv, stream, shrinks=False, expected=None):
+        """(send, recv) as checked tensors, and what to return to the user. A new recv is memory of the `stream`."""
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         if recv is None:
-            target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
+            with self._on(stream):
+                target = torch.empty(tuple(shape_of_recv(source.shape)), dtype=source.dtype, device=source.device)
             return source, target, arrays.like(target, send)
         target = self._checked(collective, "recv", arrays.as_tensor(recv, "recv", written=True))
         if target.dtype != source.dtype:
@@ -149,8 +150,10 @@ class Calls(Membership):
         return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
-        forced = self._forced.get(call.collective)
-        return choose(ALGORITHMS[call.collective], call, self._context, self.table, forced)
+        algorithms = self._algorithms.get(call.collective)
+        if algorithms is None:
+            raise ArgumentError(f"{call.collective}: not across nodes; use split() for the ranks of one")
+        return choose(algorithms, call, self._context, self.table, self._forced.get(call.collective))
 
     def _again(self, key: tuple, stream) -> bool:
         """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
@@ -175,6 +178,9 @@ class Calls(Membership):
         """
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
+            return
+        if self._context.nodes > 1 and (splits is not None or collective not in self._algorithms):
+            compositions.run(self, called or collective, source, target, op, root, splits, stream, timeout)
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)
@@ -208,7 +214,7 @@ class Calls(Membership):
                     raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments)
+                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rail)
         return plan
 
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
@@ -261,6 +267,14 @@ class Calls(Membership):
                 with self._on_device():
                     launch(send, recv, handle)
 
+    def start_fused(self, collective: str, kernel: str, tensor: torch.Tensor, launch) -> None:
+        """Calls launch() as a call of this communicator, recorded as `collective` by `kernel`: on the current stream,
+        after the last one of that kernel, with which it shares memory; in emulation it raises what failed there."""
+        self.check()
+        nbytes = tensor.numel() * tensor.itemsize
+        what = described(collective, kernel, tensor.dtype, None, None, PLAIN, PLAIN, False, tensor.numel(), nbytes)
+        self._start(what, lambda *_: launch(), 0, 0, None, lanes=(kernel,))
+
     def _interpret(self, launch, send: int, recv: int) -> None:
         """A launch in emulation, which is the call itself. A fault that no wait of it met is for the next call."""
         thread = threading.get_ident()
@@ -307,7 +321,7 @@ class Calls(Membership):
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
         try:
-            self._context = context_for(self.size, max_blocks, self._scratch)._replace(multicast=self.multicast)
+            self._context = self._context_for(max_blocks)._replace(multicast=self.multicast)
         except InitError as error:
             raise ArgumentError(f"limit_blocks: {error}") from error
         self.max_blocks = max_blocks

@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from tdccl import environment, transport
 from tdccl.calls import Calls, overlap, shown
-from tdccl.decisions import ALGORITHMS, layout
+from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
@@ -43,7 +43,8 @@ def init(
     max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
                 default: TDCCL_MAX_BLOCKS, else what is fastest
 
-    Raises InitError: ranks missing (named) or different, more than 8 ranks, several hosts, memory not shared.
+    Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
+    no NVSHMEM.
     """
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
@@ -82,7 +83,7 @@ class Communicator(Calls):
         scratch: int | None = None,
     ):
         super().__init__(bootstrap, device, timeout, max_blocks, scratch)
-        self._arenas = Arenas(bootstrap, self.device, self.multicast, self._segments, self._regions)
+        self._arenas = Arenas(self._node, self.device, self.multicast, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._splits = 0
 
@@ -100,7 +101,7 @@ class Communicator(Calls):
         key = ("all_reduce", op, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
-        source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape)
+        source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape, stream)
         arrays.check_reduction("all_reduce", op, source.dtype)
         self._run("all_reduce", source, target, source.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
@@ -125,7 +126,7 @@ class Communicator(Calls):
         key = ("all_gather", None, timeout, arrays.signature(send, recv))
         if self._again(key, stream):
             return recv
-        source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size))
+        source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         self._run("all_gather", source, target, source.numel(), stream=stream, timeout=timeout, key=key)
         return result
 
@@ -159,7 +160,7 @@ class Communicator(Calls):
                 )
             return (shape[0] // self.size, *shape[1:])
 
-        source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, shrinks=True)
+        source, target, result = self._pair("reduce_scatter", send, recv, shape_of_recv, stream, shrinks=True)
         arrays.check_reduction("reduce_scatter", op, source.dtype)
         self._run("reduce_scatter", source, target, target.numel(), op=op, stream=stream, timeout=timeout, key=key)
         return result
@@ -197,7 +198,7 @@ class Communicator(Calls):
         if (send_splits is None) != (recv_splits is None):
             raise ArgumentError("all_to_all: give both send_splits and recv_splits, or neither")
         if send_splits is None:
-            source, target, result = self._pair("all_to_all", send, recv, lambda shape: shape)
+            source, target, result = self._pair("all_to_all", send, recv, lambda shape: shape, stream)
             if source.numel() and (source.dim() == 0 or source.shape[0] % self.size):
                 raise ArgumentError(
                     f"all_to_all: send has shape {tuple(source.shape)}, its first dimension must be a multiple of "
@@ -209,7 +210,9 @@ class Communicator(Calls):
             return result
         splits, row = self._row_splits(source, send_splits, recv_splits)
         shape = (sum(recv_splits), *source.shape[1:])
-        source, target, result = self._pair("all_to_all", send, recv, lambda _: shape, expected=math.prod(shape))
+        source, target, result = self._pair(
+            "all_to_all", send, recv, lambda _: shape, stream, expected=math.prod(shape)
+        )
         if overlap(source, target):
             raise ArgumentError("all_to_all: recv overlaps send; in place it takes equal pieces only")
         splits = tuple(tuple(count * row for count in counts) for counts in splits)
@@ -278,7 +281,7 @@ class Communicator(Calls):
         elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
         root = self._checked_root("reduce", root)
         if self.rank == root:
-            source, target, result = self._pair("reduce", send, recv, lambda shape: shape)
+            source, target, result = self._pair("reduce", send, recv, lambda shape: shape, stream)
         else:
             source = target = self._checked("reduce", "send", arrays.as_tensor(send, "send"))
             result = None
@@ -293,7 +296,7 @@ class Communicator(Calls):
         not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
         root = self._checked_root("gather", root)
         if self.rank == root:
-            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size))
+            source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         else:
             source = target = self._checked("gather", "send", arrays.as_tensor(send, "send"))
             result = None
@@ -305,7 +308,7 @@ class Communicator(Calls):
         `root`, not overlapping recv; elsewhere it is not looked at."""
         root = self._checked_root("scatter", root)
         if self.rank == root:
-            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, shrinks=True)
+            source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, stream, shrinks=True)
         else:
             source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
         self._move_by_root("scatter", source, target, target.numel(), root, stream, timeout)
@@ -337,7 +340,9 @@ class Communicator(Calls):
             raise ArgumentError(f"all_gather: send has {rows} rows, recv_splits says {counts[self.rank]} of this rank")
         row = math.prod(source.shape[1:])
         shape = (sum(counts), *source.shape[1:])
-        source, target, result = self._pair("all_gather", send, recv, lambda _: shape, expected=math.prod(shape))
+        source, target, result = self._pair(
+            "all_gather", send, recv, lambda _: shape, stream, expected=math.prod(shape)
+        )
         if overlap(source, target):
             raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
         splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
@@ -534,7 +539,7 @@ class Communicator(Calls):
         for segment in segments:
             address, nbytes = segment.address, segment.layout.nbytes
             if self._segment_of(address, nbytes) is None:
-                self._add(p2p.share(self._bootstrap, address, nbytes, self.device, pool))
+                self._add(p2p.share(self._node, address, nbytes, self.device, pool))
 
     def placing(self):
         """The context of `tdccl.symmetric(self)`."""
@@ -576,8 +581,8 @@ class Communicator(Calls):
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
         self.check()
-        if collective not in ALGORITHMS:
-            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(ALGORITHMS)}")
+        if collective not in self._algorithms:
+            raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
         chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
@@ -601,9 +606,16 @@ class Communicator(Calls):
         PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
-        bootstrap = StoreBootstrap(store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink")
+        world_rank = self._bootstrap.world_rank
+        bootstrap = StoreBootstrap(
+            store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
+        )
         bootstrap.interrupt = functools.partial(self._check_alive, members)
-        smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        try:
+            smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
+        except BaseException:
+            self._control.announce(0, 0)  # nobody is there any more
+            raise
         self.destroy()
         return smaller
 
@@ -636,7 +648,7 @@ class Communicator(Calls):
         self._plans.clear()
         self._calls.clear()
         self._recorder.close()
-        for memory in [*self._segments, self._heap]:
+        for memory in filter(None, [*self._segments, self._heap, self._lanes]):
             memory.release(bootstrap, self._control.peers_gone)
         self._segments.clear()
         self.team = self._team = None  # they hold on to the scratch

@@ -10,17 +10,32 @@ from tdccl.runtime import bare
 from tdccl.runtime.algorithm import Context, context_of
 
 layout = bare.read("tdccl.language.team")
+rails = bare.read("tdccl.language.rails")
 ALGORITHMS = bare.read("tdccl.collectives").ALGORITHMS
+ACROSS_NODES = bare.read("tdccl.hierarchical").ALGORITHMS
+# Across nodes a message up to so many bytes takes the path with the fewest messages on the way.
+_ONE_SHOT = 64 << 10
+# The most blocks of a kernel that goes across nodes, for a few nodes and for many: with more, slots would be small.
+_BLOCKS_ACROSS = (32, 8)
 
 
-def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None) -> Context:
-    """What algorithms know of a communicator of `size` ranks with so many bytes of scratch (None: as the environment
-    says). Raises InitError if it is too small for them."""
+def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None, nodes: int = 1) -> Context:
+    """What algorithms know of a communicator of `size` ranks on each of `nodes` nodes, with so many bytes of scratch
+    (None: as the environment says) inside, and as many across. Raises InitError if it is too small for them."""
     rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
     scratch = scratch or environment.scratch_bytes()
     if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
         rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
+    if nodes > 1:
+        most, least = _BLOCKS_ACROSS
+        across = max(least, min(most, 8 * most // nodes))
+        rules = replace(rules, rings=min(rules.rings, across), blocks=min(rules.blocks, across))
     context = context_of(size, scratch, rules)
+    if nodes > 1:
+        slot = min(rules.tile * size, rails.slot_bytes_within(scratch, rules.rings, nodes))
+        if slot < 128 * size:
+            raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {nodes} nodes of {size} ranks")
+        context = context._replace(nodes=nodes, rail_slot=slot)
     if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
     return context
@@ -41,10 +56,22 @@ def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
     return table
 
 
+def rail_for(context: Context):
+    """The rail of a communicator across nodes, with the constants that go into kernels and no addresses yet; None for
+    one node."""
+    return None if context.nodes == 1 else rails.Rail(0, 0, 0, context.nodes, context.rail_slot)
+
+
+def table_across() -> tuning.Table:
+    """The tuning table of a communicator across nodes: nothing is measured."""
+    rows = [tuning.Row(_ONE_SHOT, "one_shot_rails", {}), tuning.Row(None, "two_shot_rails", {})]
+    return tuning.Table("across nodes: not measured", {"all_reduce": {"plain": rows}})
+
+
 def forced_algorithms() -> dict[str, str]:
     forced = environment.forced_algorithms()
     for collective, name in forced.items():
-        known = [algorithm.name for algorithm in ALGORITHMS.get(collective, ())]
+        known = [a.name for table in (ALGORITHMS, ACROSS_NODES) for a in table.get(collective, ())]
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else f"a collective of {', '.join(ALGORITHMS)}"
             raise InitError(f"TDCCL_ALGO={collective}:{name}: expected {expected}")

@@ -71,6 +71,32 @@ def subgroup_scratch_bytes() -> int:
     return max(scratch_bytes() // 4, min(scratch_bytes(), 16 << 20))
 
 
+def node_size() -> int | None:
+    """`TDCCL_NODE_SIZE=k`: draws a node boundary after every k ranks, also inside a host, to try what goes across."""
+    given = os.environ.get("TDCCL_NODE_SIZE")
+    if given is None:
+        return None
+    if not given.isdigit() or int(given) < 1:
+        raise InitError(f"TDCCL_NODE_SIZE is {given!r}, expected a whole number of ranks")
+    return int(given)
+
+
+def nvshmem_bytes() -> int:
+    """What a process takes from NVSHMEM for all its communicators: 512 MiB, or `TDCCL_NVSHMEM_MB`."""
+    given = os.environ.get("TDCCL_NVSHMEM_MB", "512")
+    if not given.isdigit() or not 0 < int(given) <= 1 << 20:
+        raise InitError(f"TDCCL_NVSHMEM_MB is {given!r}, expected a whole number of MiB")
+    return int(given) << 20
+
+
+def network_seed() -> int:
+    """`TDCCL_NETWORK_SEED`: from which the emulated network draws what arrives late and in another order."""
+    given = os.environ.get("TDCCL_NETWORK_SEED", "0")
+    if not given.isdigit():
+        raise InitError(f"TDCCL_NETWORK_SEED is {given!r}, expected a whole number")
+    return int(given)
+
+
 def rendezvous_address() -> str | None:
     """`TDCCL_INIT=tcp://host:port`: where the ranks meet when neither torchrun nor mpirun started them."""
     return os.environ.get("TDCCL_INIT")

@@ -1,4 +1,7 @@
-"""What this host offers, and which algorithm each collective would take: `python -m tdccl.info`. Needs no GPU."""
+"""What this host offers, and which algorithm each collective would take: `python -m tdccl.info`. Needs no GPU.
+
+Started by torchrun or mpirun, it also tells on which nodes the ranks are, and what they take across nodes.
+"""
 
 import argparse
 import importlib.metadata
@@ -13,11 +16,15 @@ import torch
 
 import tdccl
 from tdccl import environment, transport, tuning
-from tdccl.decisions import ALGORITHMS, context_for, table_for
+from tdccl.decisions import ACROSS_NODES, ALGORITHMS, context_for, table_across, table_for
+from tdccl.errors import InitError
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import choose
+from tdccl.transport import nvshmem
+from tdccl.transport.bootstrap import discover, launched
 
 _SHOWN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "reduce")
+_SHOWN_ACROSS = _SHOWN[:-1]
 _SIZES = [1 << power for power in range(10, 31, 2)]
 
 
@@ -25,7 +32,15 @@ def versions() -> dict[str, str]:
     """What is installed, by name; "-" for what is not."""
     found = {"tdccl": tdccl.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found["CUDA of torch"] = torch.version.cuda or "-"
-    for package in ("triton", "cuda-bindings", "mpi4py", "nvshmem4py-cu13", "nvidia-nvshmem-cu13"):
+    for package in (
+        "triton",
+        "cuda-bindings",
+        "mpi4py",
+        "nvshmem4py-cu13",
+        "nvidia-nvshmem-cu13",
+        "nvshmem4py-cu12",
+        "nvidia-nvshmem-cu12",
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -93,6 +108,25 @@ def multicast() -> str:
     return f"not supported by GPUs {', '.join(map(str, missing))}" if missing else "available"
 
 
+def network() -> str:
+    """Whether kernels could go to other nodes: NVSHMEM's bitcode, its emulation, or what is missing."""
+    if environment.emulated():
+        return "emulated"
+    try:
+        arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "90"
+        return f"bitcode for sm_{arch}: {nvshmem.device_library(int(arch))}"
+    except InitError as error:
+        return str(error)
+
+
+def topology() -> transport.Topology | None:
+    """On which nodes the ranks of the launcher are; None without a launcher. Collective."""
+    if not launched():
+        return None
+    bootstrap = discover(timeout=60)
+    return transport.topology_of(bootstrap.rank, bootstrap.exchange(transport.place_of(bootstrap)))
+
+
 def _supported(index: int) -> bool:
     return transport.multicast.supported(torch.device("cuda", index))
 
@@ -104,19 +138,27 @@ def choices(gpu: str, ranks: int, kind: str | None) -> tuple[str, list[list[str]
     """
     table = table_for(gpu, ranks, kind == "switch")
     context = context_for(ranks)._replace(multicast=transport.Multicast(kind, ""))
-    rows = []
-    for nbytes in _SIZES:
-        cells = [_choice(collective, nbytes, context, table) for collective in _SHOWN]
-        rows.append([_size(nbytes), *cells])
-    return table.source, rows
+    return table.source, [
+        [_size(nbytes), *(_choice(ALGORITHMS, collective, nbytes, context, table) for collective in _SHOWN)]
+        for nbytes in _SIZES
+    ]
 
 
-def _choice(collective: str, nbytes: int, context: Context, table: tuning.Table) -> str:
+def choices_across(nodes: int, width: int) -> list[list[str]]:
+    """The same for ranks on several nodes, so many on each."""
+    context, table = context_for(width, nodes=nodes), table_across()
+    return [
+        [_size(nbytes), *(_choice(ACROSS_NODES, name, nbytes, context, table) for name in _SHOWN_ACROSS)]
+        for nbytes in _SIZES
+    ]
+
+
+def _choice(algorithms: dict, collective: str, nbytes: int, context: Context, table: tuning.Table) -> str:
     dtype, itemsize, op = ("bf16", 2, "sum") if "reduce" in collective else ("u8", 1, None)
     found = []
     for segment in (None, "symmetric"):
         call = Call(collective, nbytes // itemsize, dtype, op, 0, 16, None, (segment, segment), False)
-        found.append(choose(ALGORITHMS[collective], call, context, table).algorithm.name)
+        found.append(choose(algorithms[collective], call, context, table).algorithm.name)
     return " / ".join(dict.fromkeys(found))
 
 
@@ -139,6 +181,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--gpu", help="show what this kind of GPU would take, as 'NVIDIA H200'")
     parser.add_argument("--multicast", action="store_true", help="show what it would take with NVLink multicast")
     options = parser.parse_args(words)
+    lying = topology()
+    if lying is not None and lying.rank != 0:
+        return
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
     found = gpus()
     for index, (gpu, nvlinks) in enumerate(zip(found, links())):
@@ -149,6 +194,13 @@ def main(words: list[str]) -> None:
         marks = [[str(row), *("yes" if cell else "no" for cell in cells)] for row, cells in enumerate(reach())]
         _table("Which GPU (row) reaches the memory of which", ["", *map(str, range(len(found)))], marks)
     print(f"NVLink multicast: {multicast()}")
+    print(f"NVSHMEM: {network()}")
+    for place, members in zip(lying.hosts, lying.nodes) if lying is not None else ():
+        print(f"node {place}: ranks {members[0]} to {members[-1]}")
+    if lying is not None and len(lying.nodes) > 1:
+        title = f"{len(lying.nodes)} nodes of {lying.width} ranks, bf16: not measured"
+        _table(title, ["bytes a chunk", *_SHOWN_ACROSS], choices_across(len(lying.nodes), lying.width))
+        return
     ranks = options.ranks or (max(2, len(found)) if found else 4)
     gpu = options.gpu or (torch.cuda.get_device_name(0) if found and not environment.emulated() else tuning.EMULATED)
     kind = "switch" if options.multicast or (options.gpu is None and multicast() in ("available", "emulated")) else None

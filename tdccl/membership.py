@@ -4,16 +4,27 @@ import atexit
 import contextlib
 import functools
 import os
-import socket
 import sys
 import time
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from tdccl import __version__, environment, transport, tuning
-from tdccl.decisions import context_for, device_of, forced_algorithms, layout, table_for
+from tdccl.decisions import (
+    ACROSS_NODES,
+    ALGORITHMS,
+    context_for,
+    device_of,
+    forced_algorithms,
+    layout,
+    rail_for,
+    rails,
+    table_across,
+    table_for,
+)
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
 from tdccl.runtime import watcher
 from tdccl.runtime.algorithm import team_of
@@ -41,61 +52,78 @@ class Membership:
         _announce_emulation(bootstrap.rank)
         self.rank, self.size = bootstrap.rank, bootstrap.size
         self.timeout = timeout
-        if self.size > layout.MAX_RANKS.value:
-            raise InitError(f"{self.size} ranks: one communicator takes up to {layout.MAX_RANKS.value}")
         self._bootstrap = bootstrap
         self._emulated = environment.emulated()
         self._scratch = scratch
         self._debug = environment.debug()
         self._agree(device, max_blocks)
-        self._plan_with(transport.multicast_between(bootstrap, self.device))
+        if len(self.topology.nodes) > 1:
+            self._node = bootstrap.subgroup(self.topology.local, f"node{self.topology.node}")
+            self._plan_with(transport.Multicast(None, "ranks are on several nodes"))
+        else:
+            self._node = bootstrap
+            self._plan_with(transport.multicast_between(bootstrap, self.device))
         self._control = transport.Control(bootstrap, pinned=not self._emulated)
+        self._control.words[layout.FIRST_WORD.value] = self.topology.local[0]
         self._abort_word = self._control.abort
         self._dead: set[int] = set()
         self._destroyed = ""  # the words of the error, once it is
         self._dumped = False
-        self._recorder = Recorder(bootstrap)
+        self._recorder: Recorder | None = None  # a peer may die before there is one
         self._end_watch = self._watch_peers()
-        self._heap = self._allocate_heap()
+        self._share_memory()
         if self.multicast.kind == "switch" and not self._heap.multicast:
             self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
-        self._team = self._make_team()
+        self._team, self._rail = self._make_team(), self._make_rail()
         _alive.add(self)
 
     def _agree(self, device, max_blocks: int | None) -> None:
         """Decides what calls depend on, and checks that all ranks fit together and will decide alike."""
-        host = f"{socket.gethostname()}/{_boot_id()}"
         mine = {"tdccl": __version__, "emulated": self._emulated}
-        error = None
+        place = error = None
+        try:
+            place = transport.place_of(self._bootstrap)
+        except InitError as refused:
+            mine, error = {**mine, "error": str(refused)}, refused
+        self.topology = transport.topology_of(self.rank, self._bootstrap.exchange(place))
         try:
             mine |= self._decide(device, max_blocks)
-        except InitError as refused:  # told to the others, who would wait for this rank
+        except Exception as refused:  # told to the others, who would wait for this rank
             mine, error = {**mine, "error": str(refused)}, refused
-        everyone = self._bootstrap.exchange((host, mine))
+        everyone = self._bootstrap.exchange(mine)
         if error is not None:
             raise error
-        for rank, (other_host, other) in enumerate(everyone):
+        for rank, other in enumerate(everyone):
             if other != mine:
                 raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
-            if other_host != host:
-                raise InitError(f"rank {rank} is on host {other_host}, rank {self.rank} on {host}: one host only")
 
     def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
         """Sets what calls depend on; returns what of it must be equal on all ranks."""
+        width = self.topology.width
+        if width > layout.MAX_RANKS.value:
+            raise InitError(f"{width} ranks on a node: one communicator takes up to {layout.MAX_RANKS.value}")
         self._forced = forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
-        self._context = context_for(self.size, self.max_blocks, self._scratch)
+        self._context = self._context_for(self.max_blocks)
         self.device = device_of(device, self.rank)
         self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
-        self.table = table_for(self.gpu, self.size)
+        self._algorithms = ALGORITHMS if self._context.nodes == 1 else ACROSS_NODES
+        self.table = self._table_for(False)
         equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
-        return {**equal, "debug": self._debug, "tuning": self.table.digest()}
+        tables = [self._table_for(multicast).digest() for multicast in (False, True)]
+        return {**equal, "debug": self._debug, "tuning": tables}
+
+    def _context_for(self, max_blocks: int | None):
+        return context_for(self.topology.width, max_blocks, self._scratch, len(self.topology.nodes))
+
+    def _table_for(self, multicast: bool) -> tuning.Table:
+        return table_for(self.gpu, self.size, multicast) if self._context.nodes == 1 else table_across()
 
     def _plan_with(self, multicast: transport.Multicast) -> None:
         """Lets algorithms and table know what the ranks have of multicast."""
         self.multicast = multicast
         self._context = self._context._replace(multicast=multicast)
-        self.table = table_for(self.gpu, self.size, multicast.kind == "switch")
+        self.table = self._table_for(multicast.kind == "switch")
 
     def _make_team(self) -> layout.Team:
         """What tdccl's own kernels get."""
@@ -103,14 +131,31 @@ class Membership:
         return team_of(self._context, backend)._replace(
             heap=self._heap.peers.data_ptr(),
             local=self._heap.address,
-            rank=self.rank,
+            rank=self._node.rank,
             control=self._control.words.data_ptr(),
             timeout=int(self.timeout * 1e9),
         )
 
+    def _allocate_lanes(self) -> transport.SymmetricMemory:
+        """What passes to other nodes goes through it."""
+        context = self._context
+        nbytes = rails.rail_bytes(context.rules.rings, context.nodes, context.rail_slot)
+        memory, pes = transport.allocate_across(self._bootstrap, nbytes, self.device)
+        self._pes = torch.tensor([pes[rank] for rank in self.topology.rail], dtype=torch.int32, device=self.device)
+        return memory
+
+    def _make_rail(self):
+        """What kernels that go to other nodes get besides the team; None if there are none."""
+        if self._lanes is None:
+            return None
+        return rail_for(self._context)._replace(
+            local=self._lanes.address, pes=self._pes.data_ptr(), node=self.topology.node
+        )
+
     @functools.cached_property
     def team(self):
-        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton)."""
+        """First argument of users' own communicating kernels, a `tdccl.language.Team` (which imports Triton); across
+        nodes that of this rank's node."""
         import triton.language as tl
 
         from tdccl.language import Team
@@ -135,10 +180,12 @@ class Membership:
         watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
         return weakref.finalize(self, _end_watches, watches)
 
-    def _allocate_heap(self) -> transport.SymmetricMemory:
-        """Scratch; if a rank can get none, no other waits for it."""
+    def _share_memory(self) -> None:
+        """The record of calls, and scratch; if a rank can get none, no other waits for it."""
         try:
-            return self._allocate(layout.heap_bytes(team_of(self._context, "")))
+            self._recorder = Recorder(self._bootstrap)
+            self._heap = self._allocate(layout.heap_bytes(team_of(self._context, "")))
+            self._lanes = self._allocate_lanes() if self._context.nodes > 1 else None
         except BaseException as error:
             self._control.fail(layout.ABORTED, self.rank)
             self._end_watch()
@@ -148,7 +195,7 @@ class Membership:
             raise
 
     def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
-        return transport.allocate(self._bootstrap, nbytes, self.device, self.multicast)
+        return transport.allocate(self._node, nbytes, self.device, self.multicast)
 
     def abort(self) -> None:
         """Ends the kernels of this communicator that are running, within 100 ms, here and on the other ranks; there and
@@ -162,6 +209,11 @@ class Membership:
         members = survivors(self.rank, self.size, exclude)
         if self._destroyed:
             raise DestroyedError(self._destroyed)
+        if hidden := [rank for rank in members if self._control.pids[rank] is None]:
+            raise InitError(
+                f"shrink: ranks {hidden} are on other hosts, or in another pid namespace, where it does not reach; "
+                "make a new communicator with tdccl.init"
+            )
         self.abort()
         mask, first = sum(1 << rank for rank in members), members[0]
         if self.rank == first:
@@ -169,14 +221,17 @@ class Membership:
             self._control.announce(mask, store.port)
             return store, members
         deadline = time.monotonic() + self.timeout
-        while not (port := self._control.announced(first, mask)):
+        while time.monotonic() < deadline:
+            if port := self._control.announced(first, mask):
+                with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
+                    store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
+                    store.set_timeout(timedelta(seconds=self.timeout))
+                    return store, members
             self._check_alive(members)
-            if time.monotonic() > deadline:
-                raise InitError(
-                    f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
-                )
             time.sleep(1e-3)
-        return open_store("127.0.0.1", port, False, self.timeout), members
+        raise InitError(
+            f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
+        )
 
     def _check_alive(self, members: list[int]) -> None:
         for rank in self._dead.intersection(members):
@@ -199,7 +254,7 @@ class Membership:
     def _dump_for(self, error: TdcclError) -> None:
         """Writes the last calls where TDCCL_TRACE_DIR says, once."""
         folder = environment.trace_folder()
-        if folder and not self._dumped:
+        if folder and self._recorder is not None and not self._dumped:
             self._dumped = True
             with contextlib.suppress(OSError):  # the error itself says more
                 self._recorder.dump(folder, f"{type(error).__name__}: {error}")
@@ -216,7 +271,7 @@ class Membership:
         """What the abort word and the record beside it say."""
         fault = dict(zip(layout.FAULT_FIELDS, self._control.words.tolist()))
         code, rank = fault["abort"] & 0xFF, fault["abort"] >> 8
-        calls = account(self._recorder.histories())
+        calls = account(self._recorder.histories()) if self._recorder is not None else []
         if code == layout.ABORTED:
             what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
             return Aborted("\n  ".join([what, *calls]), rank)
@@ -228,7 +283,15 @@ class Membership:
             return TdcclError(
                 f"a kernel was launched with more than team.blocks = {blocks} blocks; its results are wrong"
             )
-        kinds = {0: "data", 1: "result", 2: "barrier", 3: "a user's signal", 4: "packets", 5: "a message"}
+        kinds = {
+            0: "data",
+            1: "result",
+            2: "barrier",
+            3: "a user's signal",
+            4: "packets",
+            5: "a message",
+            7: "a tile across",
+        }
         if fault["kind"] == COMPARISON:
             what = f"to compare call {fault['epoch']}"
         else:
@@ -280,15 +343,6 @@ def _disown() -> None:
 
 
 os.register_at_fork(after_in_child=_disown)
-
-
-def _boot_id() -> str:
-    """Tells two hosts of the same name apart; containers on one kernel share it, and share memory too."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return str(os.getuid())
 
 
 def _announce_emulation(rank: int) -> None:

@@ -1,7 +1,6 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
 import concurrent.futures
-import contextlib
 import queue
 import threading
 import time
@@ -14,7 +13,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import ReduceOp
 from torch.futures import Future
 
-from tdccl import environment
+from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
@@ -54,6 +53,17 @@ class OnStream:
             torch._C._cuda_setDevice(self._device)
 
 
+_Future = torch._C.Future  # what torch's own backends return, too
+_Event = torch._C._CudaEventBase  # torch.cuda.Event, without a layer of Python in every call
+
+
+def _follow(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> None:
+    """stream.wait_stream(before), likewise."""
+    event = _Event()
+    event.record(before)
+    event.wait(stream)
+
+
 _known_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
 
 
@@ -75,8 +85,10 @@ class Work(dist.Work):
         self._outputs = outputs
         self._communicator = communicator
         self._stream = stream
-        self._event = stream.record_event() if stream else None
-        self._future = None
+        self._event = self._future = None
+        if stream is not None:
+            self._event = _Event()
+            self._event.record(stream)
 
     def wait(self, timeout=None) -> bool:
         """Makes the current stream wait; the host only if there is a timeout, and for no longer than that.
@@ -86,7 +98,7 @@ class Work(dist.Work):
         if self._event is not None:
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            _current_stream(self._stream.device_index).wait_event(self._event)
+            self._event.wait(_current_stream(self._stream.device_index))
         if self._communicator is not None:
             self._communicator.raise_fault()
         return True
@@ -123,13 +135,13 @@ class Work(dist.Work):
     def get_future(self) -> Future:
         if self._future is None:
             outputs = self.result()
-            devices, context = [], contextlib.nullcontext()
-            if self._stream is not None:
-                devices, context = [self._stream.device], OnStream(self._stream)
-            future = Future(devices=devices)
-            with context:  # the result is ready where this stream is now
-                future.set_result(outputs)
-            self._future = future
+            if self._stream is None:
+                self._future = _Future([])
+                self._future.set_result(outputs)
+            else:
+                self._future = _Future([self._stream.device])
+                with OnStream(self._stream):  # the result is ready where this stream is now
+                    self._future.set_result(outputs)
         return self._future
 
 
@@ -198,7 +210,7 @@ class GpuLane:
         self._stream = torch.cuda.Stream(communicator.device)
 
     def submit(self, call, tensor) -> MessageWork:
-        self._stream.wait_stream(_current_stream(self._stream.device_index))
+        _follow(self._stream, _current_stream(self._stream.device_index))
         with OnStream(self._stream):
             call(self._communicator)
         tensor.record_stream(self._stream)
@@ -294,7 +306,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._scratch = environment.subgroup_scratch_bytes() if dist.is_initialized() else None
         self._lock = threading.Lock()
         self._communicator: Communicator | None = None
-        self._stream = None
+        self._stream = self._handle = None
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
         self._barriers = 0
@@ -382,7 +394,8 @@ class ProcessGroup(dist.ProcessGroup):
         if tensor.is_sparse:
             return self._allreduce_sparse(tensor, opts)
         source, op = _reduced("all_reduce", opts, tensor)
-        return self._run(opts, tensors, tensors, Communicator.all_reduce, source, tensor, op)
+        inputs = tensors if source is tensor else [source]
+        return self._run(opts, inputs, tensors, Communicator.all_reduce, source, tensor, op)
 
     def _allreduce_sparse(self, tensor, opts):
         """The union of all ranks' elements, those at the same place added in rank order. Always on the current stream:
@@ -407,7 +420,7 @@ class ProcessGroup(dist.ProcessGroup):
                 source, op = _reduced("all_reduce", opts, tensor)
                 comm.all_reduce(source, tensor, op, **options)
 
-        return self._run(opts, tensors, tensors, call)
+        return self._compose(opts, tensors, tensors, call)
 
     def broadcast(self, tensors, opts=_BROADCAST):
         (tensor,) = tensors
@@ -429,7 +442,7 @@ class ProcessGroup(dist.ProcessGroup):
             for output, input in zip(outputs, inputs):
                 comm.all_gather(input, output, **options)
 
-        return self._run(opts, inputs, outputs, call)
+        return self._compose(opts, inputs, outputs, call)
 
     def allgather(self, outputs, inputs, opts=_ALLGATHER):
         (pieces,), (shard,) = outputs, inputs
@@ -449,7 +462,7 @@ class ProcessGroup(dist.ProcessGroup):
             comm.all_gather(shard.contiguous().view(-1), gathered, None if even else counts, **options)
             _unpack(gathered, pieces)
 
-        return self._run(opts, inputs, pieces, call)
+        return self._compose(opts, inputs, pieces, call)
 
     def allgather_coalesced(self, outputs, inputs, opts=_ALLGATHER):
         """`outputs` are lists, one for each rank, each with an output for every input."""
@@ -469,13 +482,13 @@ class ProcessGroup(dist.ProcessGroup):
             for pieces, shard in zip(by_input, inputs):
                 _unpack(comm.all_gather(shard.contiguous().view(-1), **options), pieces)
 
-        return self._run(opts, inputs, [piece for pieces in outputs for piece in pieces], call)
+        return self._compose(opts, inputs, [piece for pieces in outputs for piece in pieces], call)
 
     def _reduce_scatter_base(self, output, input, opts=_REDUCE_SCATTER):
         if self._gpu and input.is_cpu:
             return self._gloo()._reduce_scatter_base(output, input, opts)
         source, op = _reduced("reduce_scatter", opts, input)
-        return self._run(opts, [input], [output], Communicator.reduce_scatter, source, output, op)
+        return self._run(opts, [source], [output], Communicator.reduce_scatter, source, output, op)
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
         if self._gpu and inputs[0].is_cpu:
@@ -486,7 +499,7 @@ class ProcessGroup(dist.ProcessGroup):
                 source, op = _reduced("reduce_scatter", opts, input)
                 comm.reduce_scatter(source, output, op, **options)
 
-        return self._run(opts, inputs, outputs, call)
+        return self._compose(opts, inputs, outputs, call)
 
     def reduce_scatter(self, outputs, inputs, opts=_REDUCE_SCATTER):
         (shard,), (pieces,) = outputs, inputs
@@ -505,7 +518,7 @@ class ProcessGroup(dist.ProcessGroup):
                 ][self._rank]
             _unpack(reduced, [shard])
 
-        return self._run(opts, pieces, outputs, call)
+        return self._compose(opts, pieces, outputs, call)
 
     def alltoall_base(self, output, input, output_splits=(), input_splits=(), opts=_ALL_TO_ALL):
         if self._gpu and input.is_cpu:
@@ -531,14 +544,14 @@ class ProcessGroup(dist.ProcessGroup):
             comm.all_to_all(sent, received, sends, receives, **options)
             _unpack(received, outputs)
 
-        return self._run(opts, inputs, outputs, call)
+        return self._compose(opts, inputs, outputs, call)
 
     def reduce(self, tensors, opts=_REDUCE):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().reduce(tensors, opts)
         source, op = _reduced("reduce", opts, tensor)
-        return self._run(opts, tensors, tensors, Communicator.reduce, source, tensor, op, opts.rootRank)
+        return self._run(opts, [source], tensors, Communicator.reduce, source, tensor, op, opts.rootRank)
 
     def gather(self, outputs, inputs, opts=_GATHER):
         (shard,), root = inputs, opts.rootRank
@@ -553,7 +566,7 @@ class ProcessGroup(dist.ProcessGroup):
             if gathered is not None:
                 _unpack(gathered, pieces)
 
-        return self._run(opts, inputs, pieces, call)
+        return self._compose(opts, inputs, pieces, call)
 
     def scatter(self, outputs, inputs, opts=_SCATTER):
         (shard,), root = outputs, opts.rootRank
@@ -568,7 +581,7 @@ class ProcessGroup(dist.ProcessGroup):
             comm.scatter(_pack(pieces) if pieces else None, received, root, **options)
             _unpack(received, [shard])
 
-        return self._run(opts, [shard, *pieces], outputs, call)
+        return self._compose(opts, [shard, *pieces], outputs, call)
 
     # ---- messages between two ranks: always asynchronous, each peer and direction in a lane of its own ---
 
@@ -662,7 +675,7 @@ class ProcessGroup(dist.ProcessGroup):
             return BarrierWork([])
         stream = _current_stream(communicator.device.index)
         if opts.asyncOp:
-            self._stream.wait_stream(stream)
+            _follow(self._stream, stream)
             stream = self._stream
         communicator.barrier(stream=stream, timeout=seconds)
         return BarrierWork([], communicator, stream)
@@ -684,7 +697,7 @@ class ProcessGroup(dist.ProcessGroup):
     # ---- how a call is run ---------------------------------------------------------------------------
 
     def _run(self, opts, inputs, outputs, call, *arguments):
-        """Runs `call(communicator, *arguments)` where `opts` says: on the current stream, or on the group's own."""
+        """Runs `call(communicator, *arguments)`, a method, where `opts` says: on the current stream, or the group's."""
         communicator = self._communicator or self._connect(inputs[0].device)
         given = opts.timeout
         options = {"timeout": given.total_seconds()} if given > _NONE else {}
@@ -695,12 +708,21 @@ class ProcessGroup(dist.ProcessGroup):
         if stream is None:
             call(communicator, *arguments, **options)
             return Work(list(outputs))  # it has ended, and well: what befalls a rank later is not its matter
-        stream.wait_stream(_current_stream(stream.device_index))
-        with OnStream(stream):
-            call(communicator, *arguments, **options)
+        _follow(stream, _current_stream(stream.device_index))
+        call(communicator, *arguments, stream=self._handle, **options)
         for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
         return Work(list(outputs), communicator, stream)
+
+    def _compose(self, opts, inputs, outputs, call):
+        """The same of a `call(communicator)` of several steps, which go where torch's current stream is."""
+
+        def on_group_stream(communicator, *, stream, **options):
+            with OnStream(self._stream):
+                call(communicator, **options)
+
+        beside = opts.asyncOp and self._gpu
+        return self._run(opts, inputs, outputs, on_group_stream if beside else call)
 
     def _connect(self, device: torch.device | None) -> Communicator:
         """The communicator, made at the first call: only then is the device known."""
@@ -709,15 +731,18 @@ class ProcessGroup(dist.ProcessGroup):
                 raise DestroyedError(f"process group {self._name!r} is destroyed")
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()
-                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds)
+                world_rank = self._members[self._rank] if self._members else self._rank
+                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
+                blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
                 if not self._gpu:
-                    self._communicator = Communicator(bootstrap, None, seconds, scratch=self._scratch)
+                    self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)
                     return self._communicator
                 device = self.bound_device_id or device or torch.device("cuda")
                 with torch.cuda.device(device):
                     device = torch.device("cuda", torch.cuda.current_device())
-                    communicator = Communicator(bootstrap, device, seconds, scratch=self._scratch)
+                    communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
                     self._stream = torch.cuda.Stream(device)
+                    self._handle = self._stream.cuda_stream
                 self._communicator = communicator  # last: other threads look at it without the lock
             return self._communicator
 

@@ -26,7 +26,7 @@ from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import discover
 from tdccl.tuning.table import PLACEMENTS, dumped, merged
 
-# These have but one algorithm.
+# These take one algorithm at all sizes: the last that fits.
 _UNTUNED = ("barrier", "all_to_all_vdev", "send_recv")
 COLLECTIVES = [name for name in ALGORITHMS if name not in _UNTUNED]
 # Chunk, not message, is what tables go by; these have a chunk a rank.
@@ -237,6 +237,8 @@ def main(arguments: list[str]) -> None:
     """Measures, writes the table, and says what it changes; collective."""
     options = _parse(arguments)
     comm = tdccl.init()
+    if len(comm.topology.nodes) > 1:
+        raise SystemExit("tables are for the ranks of one node: start as many as there are on one")
     bootstrap = discover(timeout=comm.timeout)
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, options.factor)]
     log = print if comm.rank == 0 else lambda *_, **__: None

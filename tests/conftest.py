@@ -14,6 +14,7 @@ os.environ["TDCCL_SCRATCH_MB"] = str(cases.SCRATCH_MB)
 if not environment.emulated():
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if environment.multicast_forbidden_by() or not all(map(multicast.supported, gpus)):
+        environment.forbid_multicast_to_others()  # by what the next line may be overwriting
         os.environ["TDCCL_NVLS"] = "unicast"
 
 

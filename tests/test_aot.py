@@ -12,11 +12,14 @@ import pytest
 import torch
 from variants import context_of, team_of
 
-from tdccl import aot
+from tdccl import aot, decisions, environment
 from tdccl.collectives import ALGORITHMS
+from tdccl.errors import InitError
 from tdccl.runtime import bare, launch, pack
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Plan, choose
+from tdccl.transport import nvshmem
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
 
 RANKS = 4
 
@@ -91,9 +94,9 @@ def call_of(count, dtype="bf16", op="sum", alignment=16, segments=(None, None)):
     return Call("reduce_scatter", count, dtype, op, 0, alignment, None, segments, False)
 
 
-def launch_call(call, table=None):
+def launch_call(call, table=None, blocks=GPU.blocks):
     """Plans and launches a call as a communicator does; returns its choice."""
-    context, table = context_of(RANKS), table or aot.table_for("another GPU", RANKS)
+    context, table = context_of(RANKS, blocks=blocks), table or aot.table_for("another GPU", RANKS)
     choice = choose(ALGORITHMS[call.collective], call, context, table)
     plan = Plan(choice, call, team_of(context, "cuda"), call.segments)
     plan.launch(*plan.at(1 << 34, 1 << 35), 0)
@@ -111,8 +114,9 @@ def every_call():
 
 def test_every_size_is_launched_from_the_pack(built, driver, monkeypatch):
     use(monkeypatch, built)
-    for table, call in itertools.product(aot._tables(RANKS), every_call()):
-        geometry = launch_call(call, table).geometry
+    largest = (GPU.blocks, BESIDE_COMPUTATION)  # of a communicator's grids, and of those of torch's groups
+    for blocks, table, call in itertools.product(largest, aot._tables(RANKS), every_call()):
+        geometry = launch_call(call, table, blocks).geometry
         cubin, grid, _, _, threads, *_ = driver.launches[-1]
         assert (grid, threads) == (geometry.grid, geometry.warps * 32)
         assert cubin in driver.modules
@@ -242,6 +246,8 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)
 from tdccl import decisions
 from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.plan import Plan, choose
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
+from tdccl.tuning import BESIDE_COMPUTATION, GPU
 
 context = decisions.context_for(4)
 table, team = decisions.table_for("another GPU", 4), team_of(context, "cuda")
@@ -327,3 +333,27 @@ def test_the_first_call_of_a_process_does_not_even_import_the_compiler(tmp_path)
     ]
     assert [process.wait(100) for process in processes] == [0] * world
     assert not (tmp_path / "cache").exists()
+
+
+def bitcode():
+    try:
+        return nvshmem.device_library(90)
+    except InitError:
+        return None
+
+
+@pytest.mark.skipif(bitcode() is None, reason="NVSHMEM is not installed")
+def test_kernels_across_nodes_are_launched_from_a_pack_and_their_modules_initialised(driver, monkeypatch, tmp_path):
+    path, initialised = tmp_path / "across.zip", []
+    options = ("--arch", "sm_90", "--world", 2, "--nodes", 3, "--collective", "barrier")
+    run_aot("build", *options, "--out", path)
+    use(monkeypatch, path)
+    monkeypatch.setattr(nvshmem, "initialize_module", initialised.append)
+    monkeypatch.setattr(environment, "emulated", lambda: False)
+    context = decisions.context_for(2, scratch=64 << 20, nodes=3)
+    call = Call("barrier", 0, "u8", None, 0, 16, None, (None, None), False)
+    choice = choose(decisions.ACROSS_NODES["barrier"], call, context, decisions.table_across())
+    rail = decisions.rail_for(context)
+    for _ in range(2):
+        Plan(choice, call, team_of(context, "cuda"), [], rail).launch(0, 0, 0)
+    assert len(driver.launches) == 2 and initialised == driver.modules and len(initialised) == 1

@@ -10,6 +10,9 @@ import pytest
 import variants
 
 from tdccl.collectives import ALGORITHMS
+from tdccl.decisions import ACROSS_NODES
+from tdccl.errors import InitError
+from tdccl.transport import nvshmem
 
 PROGRAM = Path(__file__).with_name("variants.py")
 
@@ -113,6 +116,25 @@ LBB0:
 def test_an_instruction_that_lost_its_guard_is_found():
     (line,) = variants.unguarded(UNGUARDED.splitlines())
     assert "STG" in line and "R12" in line
+
+
+def bitcode(arch: int) -> str | None:
+    try:
+        return nvshmem.device_library(arch)
+    except InitError:
+        return None
+
+
+@pytest.mark.skipif(bitcode(90) is None, reason="NVSHMEM is not installed")
+def test_kernels_across_nodes_link_nvshmem_and_access_16_bytes():
+    kernels = compiled("across", "cuda", "90", "32")
+    listed = {f"{collective}.{algorithm.name}" for collective, table in ACROSS_NODES.items() for algorithm in table}
+    assert {kernel["name"] for kernel in kernels} == listed
+    for kernel in kernels:
+        assert kernel["state"] and not kernel["narrow"], kernel
+        assert {*kernel["missing"]} <= {"vprintf", "__assertfail"}, kernel  # which the driver has
+        if not kernel["name"].startswith("barrier."):
+            assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
 
 
 def test_hip_kernels_compile():

@@ -25,6 +25,16 @@ def test_it_tells_of_this_host():
     assert "one_shot_ll" in rows["1 KiB"] and "two_shot_staged / two_shot_pull" in rows["1 GiB"]
 
 
+def test_it_tells_on_which_nodes_the_ranks_are():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "tdccl.info"]
+    variables = os.environ | {"TDCCL_NODE_SIZE": "2"}
+    done = subprocess.run(launcher, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    nodes = [line.rpartition(": ")[2] for line in done.stdout.splitlines() if line.startswith("node ")]
+    assert nodes == ["ranks 0 to 1", "ranks 2 to 3"]
+    assert "NVSHMEM: " in done.stdout and "2 nodes of 2 ranks" in done.stdout and "two_shot_rails" in done.stdout
+
+
 @pytest.mark.parametrize("multicast", [False, True])
 def test_it_tells_what_other_gpus_would_take(multicast):
     said = info("--gpu", "NVIDIA H200", "--ranks", "4", *["--multicast"] * multicast, NCCL_NVLS_ENABLE="0")

@@ -7,6 +7,7 @@ import triton.language as tl
 
 import tdccl
 import tdccl.language as shmem
+from tdccl.language.signals import may_go_on
 
 
 @triton.jit
@@ -40,6 +41,30 @@ def check_shift(comm):
 
 def test_put_and_signal(ranks, world):
     ranks.run(check_shift, world)
+
+
+@triton.jit
+def patience_of(team, patient, first):
+    """Whether a wait may go on after each of some polls, of which `first` is the number of the first."""
+    epoch = shmem.begin(team)
+    polls, started, all_go = first, tl.zeros([], tl.int64), 1
+    for _ in range(8):
+        polls += 1
+        go, started = may_go_on(team, polls, started)
+        all_go = all_go & go.to(tl.int32)
+    tl.store(patient, all_go)
+    shmem.end(team, epoch)
+
+
+def check_patience(comm):
+    for first in (0, 2**31 - 5, -5):  # a 32-bit count of polls overflows within minutes
+        patient = torch.zeros(1, dtype=torch.int32, device=comm.device)
+        patience_of[(1,)](comm.team, patient, first)
+        assert patient.item() == 1, first
+
+
+def test_a_wait_outlasts_its_count_of_polls(ranks):
+    ranks.run(check_patience, 1)
 
 
 @triton.jit

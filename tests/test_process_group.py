@@ -80,3 +80,21 @@ def test_a_broken_installation_does_not_break_torch(installed):
     program = "import torch.distributed as dist; dist.Backend.register_backend = None; " \
               "import tdccl.torch_entry; del dist.Backend.TDCCL; tdccl.torch_entry.register()"  # fmt: skip
     assert "not available" in run(sys.executable, "-c", program, path=(installed, CHECKOUT))
+
+
+LONG_EXCHANGE = """
+from mpi4py import MPI
+from tdccl.transport.bootstrap import MPIBootstrap
+
+bootstrap = MPIBootstrap(MPI.COMM_WORLD, timeout=20)
+for length in (1, 100_000, 3_000_000):
+    told = bootstrap.exchange(bytes([bootstrap.rank]) * (length * (1 + bootstrap.rank)))
+    assert [len(each) for each in told] == [length * (1 + rank) for rank in range(bootstrap.size)]
+    assert all(each[-1] == rank for rank, each in enumerate(told))
+print(f"rank {bootstrap.rank} was told all")
+"""
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install tdccl[mpi]")
+def test_ranks_of_mpi_exchange_values_of_any_length():
+    assert mpirun(3, sys.executable, "-c", LONG_EXCHANGE).count("was told all") == 3

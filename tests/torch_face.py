@@ -7,6 +7,7 @@ mpirun -n 3 python tests/torch_face.py
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 from datetime import timedelta
 
@@ -357,6 +358,11 @@ def scaled_sums():
     shard = full(10, 0.0)
     dist.reduce_scatter_tensor(shard, full(10 * SIZE, RANK + 1.0), dist._make_nccl_premul_sum(0.25))
     same(shard, SIZE * (SIZE + 1) / 8)
+    large = full(1 << 20, RANK + 1.0)
+    work = dist.all_reduce(large, dist._make_nccl_premul_sum(0.5), async_op=True)
+    full(1 << 20, -1)  # would take the memory of the product, if that were free already
+    work.wait()
+    same(large, SIZE * (SIZE + 1) / 4)
 
 
 def messages():
@@ -474,7 +480,7 @@ def main():
     DEVICE = torch.device("cuda", local % torch.cuda.device_count()) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(DEVICE)
-    for _ in range(2):  # the second time on the store of the first, under torchrun
+    for again in (False, True):  # on the store of the first time, under torchrun
         dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
         assert dist.get_backend() == "tdccl"
@@ -483,8 +489,9 @@ def main():
                 check()
             except Exception as error:
                 raise AssertionError(f"rank {RANK} of {SIZE}, {check.__name__}: {error}") from error
-            if RANK == 0:
-                print(f"works: {check.__name__}", flush=True)
+            if again:
+                sys.stdout.write(f"works: {check.__name__}\n")  # in one piece, because the ranks share it
+                sys.stdout.flush()
         if not GLOO:
             dist.barrier()
         dist.destroy_process_group()

@@ -602,8 +602,8 @@ def main():
                 if isinstance(outcome, Exception):
                     raise outcome
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
-            if RANK == 0:
-                print(f"works: {case.__name__}", flush=True)
+            sys.stdout.write(f"works: {case.__name__}\n")  # in one piece, because the ranks share it
+            sys.stdout.flush()
         except Exception as error:
             failed += 1
             print(f"rank {RANK} of {SIZE}, {case.__name__}: {error}", flush=True)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
 from tdccl.collectives import ALGORITHMS
+from tdccl.decisions import context_for, rail_for
+from tdccl.hierarchical import ALGORITHMS as ACROSS_NODES
 from tdccl.runtime.algorithm import ITEMSIZE, Call, Context, team_of
 from tdccl.runtime.algorithm import context_of as context_within
 from tdccl.runtime.launch import Arguments, Symmetric, Team, compile_kernel
@@ -29,8 +32,8 @@ WIDE_FORMS = [("bf16", "sum"), ("fp16", "sum"), ("fp32", "avg")]
 NARROW_FORMS = [("fp64", "sum"), ("i64", "min"), ("i32", "max"), ("u8", "xor")]
 
 
-def context_of(size: int, scratch: int = 64 << 20) -> Context:
-    return context_within(size, scratch, tuning.GPU)
+def context_of(size: int, scratch: int = 64 << 20, blocks: int = tuning.GPU.blocks) -> Context:
+    return context_within(size, scratch, replace(tuning.GPU, blocks=blocks))
 
 
 def arguments_of(algorithm, call: Call, context: Context):
@@ -171,6 +174,32 @@ def forms(backend: str, arch: str, warp: str) -> None:
         print(told(facts, compiled), flush=True)
 
 
+def across(backend: str, arch: str, warp: str) -> None:
+    """Every kernel across nodes, linked to NVSHMEM's bitcode; with TDCCL_LONG=1 for more and larger nodes, too."""
+    shapes = [(2, 2)] if os.environ.get("TDCCL_LONG", "0") == "0" else [(2, 2), (4, 3)]
+    target = GPUTarget(backend, int(arch), int(warp))
+    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size == 2)]
+    for size, nodes, collective, algorithm, call in jobs:
+        context = context_for(size, scratch=64 << 20, nodes=nodes)
+        geometry = algorithm.geometry(call, context)
+        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context))
+        compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
+        facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
+        facts |= {"multimem": None, "state": "nvshmemi_device_state_d" in compiled.asm["ptx"]}
+        facts["missing"] = re.findall(r"\.extern \.func[^;]*?(\w+)\s*\(", compiled.asm["ptx"])
+        print(told(facts, compiled), flush=True)
+
+
+def _jobs_across(all_kinds: bool):
+    for collective, algorithms in ACROSS_NODES.items():
+        for algorithm in algorithms:
+            calls = [
+                call for call in calls_of(collective, algorithm) if call.op is None or call.dtype in ("bf16", "fp16")
+            ]
+            calls = [call for call in calls if algorithm.packets is None or call.op != "avg"]
+            yield from ((collective, algorithm, call) for call in (calls if all_kinds else calls[:1]))
+
+
 def told(facts: dict, compiled) -> str:
     """The facts, with those of the machine code, as a line of JSON."""
     if "hsaco" in compiled.asm:
@@ -183,4 +212,4 @@ def told(facts: dict, compiled) -> str:
 
 
 if __name__ == "__main__":
-    {"kernels": main, "forms": forms}[sys.argv[1]](*sys.argv[2:])
+    {"kernels": main, "forms": forms, "across": across}[sys.argv[1]](*sys.argv[2:])

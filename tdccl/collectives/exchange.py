@@ -118,34 +118,37 @@ def through_rings(
     own_target = recv + shmem.pick(recv_offsets, team.rank)
     for step in range(steps + 1):
         for tile in range(TILES):
-            within = tile * TILE + place
-            index = shmem.span_start(step, span) + within
+            start = shmem.span_start(step, span) + tile * TILE
             chunks = ()
             for distance in tl.static_range(1, 2 if SAME else team.size):  # all loads are under way before a store
                 pe = (team.rank + distance) % team.size
-                chunk = send + shmem.pick(send_offsets, pe) + index
-                chunks = chunks + (tl.load(chunk, mask=index < shmem.pick(send_counts, pe)),)
+                chunk = send + (shmem.pick(send_offsets, pe) + start)
+                chunks = chunks + (tl.load(chunk + place, mask=place < shmem.pick(send_counts, pe) - start),)
             for distance in tl.static_range(1, team.size):
                 pe = (team.rank + distance) % team.size
-                slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE)
-                tl.store(slot + within, chunks[0 if SAME else distance - 1], mask=index < shmem.pick(send_counts, pe))
-            own = chunks[0] if SAME else tl.load(own_source + index, mask=index < own_count)
-            tl.store(own_target + index, own, mask=index < own_count)
+                slot = shmem.remote_slot(team, epoch, distance - 1, step, pe, DTYPE, span, DEPTH, WHOLE) + tile * TILE
+                mask = place < shmem.pick(send_counts, pe) - start
+                tl.store(slot + place, chunks[0 if SAME else distance - 1], mask=mask)
+            own = chunks[0] if SAME else tl.load(own_source + start + place, mask=place < own_count - start)
+            tl.store(own_target + start + place, own, mask=place < own_count - start)
         shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_peers)
         if step >= 1:
             epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_peers)
             for tile in range(TILES):
-                within = tile * TILE + place
-                index = shmem.span_start(step - 1, span) + within
+                start = shmem.span_start(step - 1, span) + tile * TILE
                 chunks = ()
                 for distance in tl.static_range(1, team.size):
                     source = (team.rank + team.size - distance) % team.size
-                    slot = shmem.local_slot(team, epoch, distance - 1, step - 1, DTYPE, span, DEPTH, WHOLE)
-                    chunks = chunks + (tl.load(slot + within, mask=index < shmem.pick(recv_counts, source)),)
+                    slot = (
+                        shmem.local_slot(team, epoch, distance - 1, step - 1, DTYPE, span, DEPTH, WHOLE) + tile * TILE
+                    )
+                    mask = place < shmem.pick(recv_counts, source) - start
+                    chunks = chunks + (tl.load(slot + place, mask=mask),)
                 for distance in tl.static_range(1, team.size):
                     source = (team.rank + team.size - distance) % team.size
-                    target = recv + shmem.pick(recv_offsets, source) + index
-                    tl.store(target, chunks[distance - 1], mask=index < shmem.pick(recv_counts, source))
+                    target = recv + (shmem.pick(recv_offsets, source) + start)
+                    mask = place < shmem.pick(recv_counts, source) - start
+                    tl.store(target + place, chunks[distance - 1], mask=mask)
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 2)
     else:

@@ -82,6 +82,8 @@ def _combine(
     plan_here = this.plan_of(plan, tokens, align)
     if carry is None:
         return this.combine(h.contiguous(), plan_here, layout=layout), h.new_empty(0, dtype=torch.float32)
+    if layout == "compact":  # a dispatch gives no weight of an expert elsewhere, so none has a gradient
+        carry = torch.where(plan_here.topk_idx[: len(carry)] >= 0, carry, 0.0)
     return this.combine(h.contiguous(), plan_here, layout=layout, carry=carry.contiguous())
 
 

@@ -47,6 +47,7 @@ from tdccl.language.signals import (
     heap_at,
     local_at,
     may_go_on,
+    may_signal,
     of_call,
     record_fault,
     signal_all,
@@ -57,6 +58,7 @@ from tdccl.language.signals import (
     wait_all,
     wait_counters,
     wait_peers,
+    wait_word,
 )
 from tdccl.language.target import clock
 from tdccl.language.team import (

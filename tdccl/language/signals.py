@@ -7,9 +7,10 @@ grow, are never reset, and are compared wrap-safe by the sign of the difference.
 import triton
 import triton.language as tl
 
-from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock, pause
+from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock_of, pause
 from tdccl.language.team import (
     BARRIER,
+    FIRST_WORD,
     MAX_RANKS,
     STOP_BYTE,
     TIMED_OUT_CODE,
@@ -113,10 +114,16 @@ def may_go_on(team, polls, started):
     that is satisfied at once reads no clock. One failed wait sets the stop word of its rank, which ends all
     others there. The answer is the same for all threads of the block. Ordering: none.
     """
-    go = polls >= 0
+    return may_poll(team, team.backend, polls, started)
+
+
+@triton.jit
+def may_poll(team, BACKEND: tl.constexpr, polls, started):
+    """`may_go_on`, where `team` need have no more than local, control and timeout."""
+    go = tl.full([], 1, tl.int1)  # not a question of `polls`, which overflows within minutes
     pause(polls)
     if polls % POLLS_A_CHECK == 0:
-        now = clock(team)
+        now = clock_of(BACKEND)
         started = tl.where(started == 0, now, started)
         stop = tl.where(now - started >= team.timeout, tl.program_id(0) + 1, 0).to(tl.int64)
         if polls % POLLS_A_LOOK_AT_HOST == 0:
@@ -127,6 +134,12 @@ def may_go_on(team, polls, started):
 
 
 @triton.jit
+def may_signal(team):
+    """Whether no wait of this rank has failed: what it would tell its peers after one is no result. Ordering: none."""
+    return look(_stop_word(team)) == 0
+
+
+@triton.jit
 def record_fault(team, peer, kind, epoch, expected, seen):
     """After a wait that may not go on: notes in the control block who waited for whom.
 
@@ -134,15 +147,16 @@ def record_fault(team, peer, kind, epoch, expected, seen):
     because of an abort. Ordering: the record is released at sys scope by the abort word, which the host reads first.
     """
     if (look(_stop_word(team)) == tl.program_id(0) + 1) & (look(team.control) == 0):
+        first = tl.load(team.control + FIRST_WORD)
         tl.store(team.control + 1, tl.program_id(0).to(tl.int64))
-        tl.store(team.control + 2, peer.to(tl.int64))
+        tl.store(team.control + 2, first + peer)
         tl.store(team.control + 3, tl.full([], kind, tl.int64))
         tl.store(team.control + 4, epoch)
         tl.store(team.control + 5, expected)
         tl.store(team.control + 6, seen)
         tl.store(team.control + 7, tl.full([], 0, tl.int64) + team.timeout)
         tl.debug_barrier()
-        word = tl.full([], TIMED_OUT_CODE, tl.int64) + (team.rank << 8)
+        word = TIMED_OUT_CODE + ((first + team.rank) << 8)
         tl.atomic_xchg(team.control, word, sem="release", scope="sys")
 
 
@@ -155,8 +169,19 @@ def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = GE):
     released. Bounded: ends after the team's timeout, or on abort, with the fault recorded.
     OpenSHMEM: `shmem_signal_wait_until`.
     """
+    zero = tl.full([], 0, tl.int64)
+    seen, _ = wait_word(team, pointer, value, zero + peer, USER, zero, CMP)
+    return seen
+
+
+@triton.jit
+def wait_word(team, pointer, value, peer, KIND: tl.constexpr, epoch, CMP: tl.constexpr = GE):
+    """`signal_wait`, which records KIND and epoch with a fault; returns (the value seen, whether the wait succeeded).
+
+    Ordering: as `signal_wait`.
+    """
     seen = look(pointer)
-    go = True
+    go = tl.full([], 1, tl.int1)
     polls = 0
     started = tl.full([], 0, tl.int64)
     while (not _holds(seen, value, CMP)) & go:
@@ -165,10 +190,9 @@ def signal_wait(team, pointer, value, peer, CMP: tl.constexpr = GE):
         seen = look(pointer)
     tl.atomic_add(pointer, 0, sem="acquire", scope="sys")  # the looks order nothing; this one read acquires
     if not go:
-        zero = tl.full([], 0, tl.int64)
-        record_fault(team, zero + peer, USER, zero, zero + value, seen)
+        record_fault(team, peer, KIND, epoch, tl.full([], 0, tl.int64) + value, seen)
     tl.debug_barrier()
-    return seen
+    return seen, go
 
 
 @triton.jit

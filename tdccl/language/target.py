@@ -24,22 +24,28 @@ def device(twin):
     return lambda function: twin if emulated() else triton.jit(function)
 
 
-def _host_clock(team):
+def _host_clock(BACKEND):
     return time.monotonic_ns()
 
 
 def _host_pause(polls):
     # The peer that is waited for may need this core, and an interpreted poll costs a thousand sleeps.
-    time.sleep(min(1e-3, 20e-6 * int(polls)))
+    time.sleep(min(1e-3, 20e-6 * abs(int(polls))))
 
 
 @device(_host_clock)
-def clock(team):
-    """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
-    if team.backend == "hip":
+def clock_of(BACKEND: tl.constexpr):
+    """`clock`, for who has no team at hand but knows its backend."""
+    if BACKEND == "hip":
         return memrealtime() * 10
     else:
         return globaltimer()
+
+
+@triton.jit
+def clock(team):
+    """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
+    return clock_of(team.backend)
 
 
 @device(_host_pause)

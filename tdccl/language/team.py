@@ -88,9 +88,12 @@ SYMMETRIC_TYPES = Symmetric("*i64", "i64")
 # Words of the control block. `abort` is 0 or one of the codes; above its 8 bits it has the rank that
 # waited, aborted or died.
 FAULT_FIELDS = ("abort", "block", "peer", "kind", "epoch", "expected", "seen", "timeout")
+# Behind them: which rank of the communicator the team's rank 0 is, if the team is but a node of it.
+FIRST_WORD = tl.constexpr(8)
 ABORTED, TIMED_OUT, GRID_TOO_LARGE, PEER_DIED = 1, 2, 3, 4
 PACKET_KIND = tl.constexpr(4)
 CHANNEL_KIND = tl.constexpr(5)
+RAIL_KIND = tl.constexpr(7)
 TIMED_OUT_CODE = tl.constexpr(TIMED_OUT)
 GRID_CODE = tl.constexpr(GRID_TOO_LARGE)
 

@@ -59,12 +59,20 @@ _UNITS = {16: "i64", 8: "i64", 4: "i32", 2: "i16", 1: "i8"}
 
 
 class Context(NamedTuple):
-    """What an algorithm knows of the communicator."""
+    """What an algorithm knows of the communicator: of this rank's node, and of how many others there are.
+
+    size          ranks of the node
+    ring_bytes    what a block that has rings has of them, for each parity
+    nodes         number of nodes
+    rail_slot     bytes of a slot in a lane to another node
+    """
 
     size: int
     ring_bytes: int
     rules: Rules
     multicast: Multicast = Multicast(None, "nobody asked for it")
+    nodes: int = 1
+    rail_slot: int = 0
 
 
 def context_of(size: int, scratch: int, rules: Rules) -> Context:
@@ -318,9 +326,10 @@ def between_pairs(call: Call, context: Context) -> Geometry:
     )
 
 
-def copying(call: Call, context: Context, part_bytes: int | None = None) -> Geometry:
-    """Lays chunks, or parts of `part_bytes` bytes, out in tiles for a kernel that needs no scratch."""
-    return _tiled(call, context, context.rules.tile, part_bytes)
+def copying(call: Call, context: Context, part_bytes: int | None = None, room: int | None = None) -> Geometry:
+    """Lays chunks, or parts of `part_bytes` bytes, out in tiles for a kernel that needs no scratch, or has `room` bytes
+    of it for a tile."""
+    return _tiled(call, context, context.rules.tile if room is None else room, part_bytes)
 
 
 def _tiled(call: Call, context: Context, room: int, part_bytes: int | None) -> Geometry:

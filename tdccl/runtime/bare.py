@@ -1,4 +1,4 @@
-"""The host's half of the files of `language/`, `collectives/` and `nvls/`, without Triton.
+"""The host's half of the files of `language/`, `collectives/`, `nvls/` and `hierarchical/`, without Triton.
 
 These files hold kernels, and beside them the layout of the heap and the tables of algorithms, which is all that a call
 needs once its kernel is compiled. Importing them imports Triton, a compiler. So the host reads them a second time, as
@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from tdccl.environment import emulated
 
 _PACKAGE = Path(__file__).parent.parent
-_READ = ("tdccl.language", "tdccl.collectives", "tdccl.nvls")
+_READ = ("tdccl.language", "tdccl.collectives", "tdccl.nvls", "tdccl.hierarchical")
 _modules: dict[str, ModuleType] = {}
 
 
@@ -38,6 +38,9 @@ class _Anything:
 
     def __getattr__(self, name):
         return self
+
+    def __call__(self, function):  # as a decorator
+        return function
 
 
 _triton = _Anything()

@@ -113,30 +113,37 @@ class _Builder(type(_builder)):
             return result
         return self.cast_impl(result, tl.bfloat16)
 
+    def create_dot(self, left, right, total, *precision):
+        if left.dtype.scalar == tl.bfloat16:
+            left, right = (TensorHandle(_float32_of(side.data), tl.float32) for side in (left, right))
+        return super().create_dot(left, right, total, *precision)
+
     def create_load(self, pointer, *policy):
         return self.create_masked_load(pointer, None, None, *policy)
 
     def create_store(self, pointer, value, *policy):
         return self.create_masked_store(pointer, value, None, *(policy or (None,)))
 
-    def create_masked_load(self, pointers, mask, other, *policy):
+    def create_masked_load(self, pointers, mask, other, *policy, **named):
+        if isinstance(mask, np.ndarray):  # of a tensor descriptor in 3.6
+            mask = TensorHandle(mask, tl.int1)
         element = pointers.get_element_ty()
         dtype = interpreter._get_np_dtype(element)
         address, run = _contiguous(pointers.data, mask, dtype.itemsize)
         if run is None:
             mask = _full_mask(pointers, mask)
-            return super().create_masked_load(pointers, mask, other, *policy)
+            return super().create_masked_load(pointers, mask, other, *policy, **named)
         loaded = np.empty(pointers.data.size, dtype)
         if run < loaded.size:
             loaded[run:] = 0 if other is None else other.data.reshape(-1)[run:]
         ctypes.memmove(loaded.ctypes.data, address, run * dtype.itemsize)
         return TensorHandle(loaded.reshape(pointers.data.shape), element)
 
-    def create_masked_store(self, pointers, value, mask, *policy):
+    def create_masked_store(self, pointers, value, mask, *policy, **named):
         address, run = _contiguous(pointers.data, mask, value.data.itemsize)
         if run is None:
             mask = _full_mask(pointers, mask)
-            super().create_masked_store(pointers, value, mask, *policy)
+            super().create_masked_store(pointers, value, mask, *policy, **named)
             return
         stored = np.ascontiguousarray(value.data)
         ctypes.memmove(address, stored.ctypes.data, run * stored.itemsize)

@@ -15,9 +15,11 @@ import torch
 from tdccl.environment import emulated
 from tdccl.runtime import bare, pack
 from tdccl.runtime.algorithm import ITEMSIZE, Geometry
+from tdccl.transport import nvshmem
 
 _layout = bare.read("tdccl.language.team")
-Team, Symmetric = _layout.Team, _layout.Symmetric
+_rails = bare.read("tdccl.language.rails")
+Team, Symmetric, Rail = _layout.Team, _layout.Symmetric, _rails.Rail
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
@@ -26,17 +28,25 @@ class Arguments:
     """A kernel's arguments by name: their types, their values, and which addresses are 16-byte aligned.
 
     Values of "constexpr" type are baked in; `send` and `recv` change from call to call. `signature` is for kernels that
-    reach into peers' buffers, see `barrier_entry`.
+    reach into peers' buffers, see `barrier_entry`; `rail` for those that go to other nodes.
     """
 
-    def __init__(self, kernel, geometry: Geometry, symmetric: tuple[str, ...], op: str | None, signature: int = 0):
+    def __init__(
+        self,
+        kernel,
+        geometry: Geometry,
+        symmetric: tuple[str, ...],
+        op: str | None,
+        signature: int = 0,
+        rail: Rail | None = None,
+    ):
         """Types from the geometry; `values` still lacks team, send and recv."""
         names = kernel.arg_names
         pointer = "*" + geometry.dtype
-        self.types: dict[str, Any] = {"team": _layout.TEAM_TYPES, "signature": "i32"}
+        self.types: dict[str, Any] = {"team": _layout.TEAM_TYPES, "rail": _rails.RAIL_TYPES, "signature": "i32"}
         for name in ("send", "recv"):
             self.types[name] = _layout.SYMMETRIC_TYPES if name in symmetric else pointer
-        self.values: dict[str, Any] = {"signature": signature}
+        self.values: dict[str, Any] = {"signature": signature, "rail": rail}
         for name, value in geometry.counts.items():
             self.types[name] = ("i64",) * len(value) if isinstance(value, tuple) else "i64"
             self.values[name] = value
@@ -56,16 +66,22 @@ class Arguments:
     def key(self) -> tuple:
         """What of it goes into the machine code."""
         constants = tuple((name, str(value)) for name, value in self.values.items() if self.types[name] == "constexpr")
-        return str(self.types), constants, tuple(self._promises.items())
+        across = (tuple(self.values["rail"][3:]), nvshmem.version()) if self.across else ()
+        return str(self.types), constants, tuple(self._promises.items()), *across
+
+    @property
+    def across(self) -> bool:
+        """Whether the kernel goes to other nodes, so that NVSHMEM's bitcode is linked to it."""
+        return "rail" in self.types
 
     def promised(self, name: str) -> int:
         """A power of two that divides the argument's value, as the compiler is told."""
-        return 16 if name == "team" else self._promises.get(name, 1)
+        return 16 if name in ("team", "rail") else self._promises.get(name, 1)
 
 
 def _constant(name: str, value):
     """A constexpr argument as a kernel takes it."""
-    if name != "DTYPE":
+    if name not in ("DTYPE", "WIRE"):
         return value
     from triton.language import str_to_ty
 
@@ -98,7 +114,10 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
                     attributes[path] = [["tt.divisibility", divisor]]
     source = ASTSource(bare.kernel_of(kernel), arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if arguments.across:
+        options["extern_libs"] = {"nvshmem": nvshmem.device_library(target.arch)}
+    return triton.compile(source, target=target, options=options)
 
 
 def bind(kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]) -> Callable:
@@ -140,7 +159,9 @@ def _load(kernel, arguments: Arguments, team: Team, warps: int) -> pack.Loaded:
         if loaded is None:
             compiled = compile_kernel(kernel, arguments, team, warps, _target())
             compiled._init_handles()
-            loaded = pack.Loaded(compiled.function, compiled.metadata.shared, compiled)
+            loaded = pack.Loaded(compiled.function, compiled.metadata.shared, compiled, compiled.module)
+        if arguments.across:
+            nvshmem.initialize_module(loaded.module)
         _loaded[name, device] = loaded
     return loaded
 

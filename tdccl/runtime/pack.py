@@ -44,11 +44,13 @@ class Kernel(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A kernel on the current device: its handle, bytes of shared memory, and what must live as long as it."""
+    """A kernel on the current device: its handle, bytes of shared memory, what must live as long as it, and the handle
+    of its module."""
 
     function: int
     shared: int
     owner: Any
+    module: Any
 
 
 def key_of(identity: str) -> str:
@@ -59,7 +61,11 @@ def key_of(identity: str) -> str:
 def source_digest() -> str:
     """A digest of the sources of all kernels and of how they are compiled: a pack made from others is stale."""
     package = Path(__file__).parent.parent
-    kernels = (file for folder in ("language", "collectives", "nvls") for file in package.glob(f"{folder}/*.py"))
+    kernels = (
+        file
+        for folder in ("language", "collectives", "nvls", "hierarchical")
+        for file in package.glob(f"{folder}/*.py")
+    )
     files = [*kernels, package / "runtime" / "launch.py"]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -175,4 +181,4 @@ def _load(kernel: Kernel, cubin: bytes) -> Loaded:
     if kernel.shared > _DEFAULT_SHARED:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(function, limit, kernel.shared))
-    return Loaded(int(function), kernel.shared, module)
+    return Loaded(int(function), kernel.shared, module, module)

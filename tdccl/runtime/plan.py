@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tdccl.errors import ArgumentError
 from tdccl.runtime.algorithm import Algorithm, Call, Context, Geometry
-from tdccl.runtime.launch import Arguments, Team, bind
+from tdccl.runtime.launch import Arguments, Rail, Team, bind
 from tdccl.tuning import Row, Table
 
 
@@ -68,7 +68,7 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence):
+    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rail: Rail | None = None):
         """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
@@ -78,7 +78,8 @@ class Plan:
         self._recv_origin = segments["recv"].address if "recv" in symmetric else 0
         kernel = choice.algorithm.kernel
         places = [everywhere.index(segments[name]) for name in symmetric]
-        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, _signature(choice.algorithm, call, places))
+        signature = _signature(choice.algorithm, call, places)
+        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, signature, rail)
         self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def at(self, send: int, recv: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import os
 import select
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 # Between a death and the word of it: what a rank had sent before it ended may be all that calls under way still need.
@@ -89,11 +90,15 @@ def _tell(ended: set[int]) -> None:
     told: list[Callable[[], None]] = []
     with _lock:
         for pid, process in list(_processes.items()):
-            if process.descriptor in ended and _has_ended(process.descriptor):
+            # A garbage collection in this loop may have ended the watch.
+            if pid in _processes and process.descriptor in ended and _has_ended(process.descriptor):
                 told += process.tell
                 os.close(_processes.pop(pid).descriptor)
     for died in told:
-        died()
+        try:
+            died()
+        except Exception:  # the thread is there for others, too
+            traceback.print_exc()
 
 
 def _has_ended(descriptor: int) -> bool:

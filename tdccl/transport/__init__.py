@@ -7,6 +7,7 @@ from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.control import Control
 from tdccl.transport.multicast import Multicast, multicast_between
 from tdccl.transport.symmetric_memory import Region, Regions, SymmetricMemory
+from tdccl.transport.topology import Topology, place_of, topology_of
 
 __all__ = [
     "Bootstrap",
@@ -15,8 +16,12 @@ __all__ = [
     "Region",
     "Regions",
     "SymmetricMemory",
+    "Topology",
     "allocate",
+    "allocate_across",
     "multicast_between",
+    "place_of",
+    "topology_of",
 ]
 
 
@@ -28,4 +33,13 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device, multicast:
         from tdccl.transport import multicast as provider
     else:
         from tdccl.transport import p2p as provider
+    return provider.allocate(bootstrap, nbytes, device)
+
+
+def allocate_across(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[SymmetricMemory, list[int]]:
+    """(`nbytes` zeroed bytes a rank, which NVSHMEM's calls reach from other nodes; each rank's PE); collective."""
+    if emulated():
+        from tdccl.transport import network as provider
+    else:
+        from tdccl.transport import nvshmem as provider
     return provider.allocate(bootstrap, nbytes, device)

@@ -17,11 +17,13 @@ from tdccl.errors import InitError, TdcclError
 class Bootstrap(ABC):
     """Rank, size, and a way to hand small objects to all; every method is collective over its ranks.
 
-    interrupt  is called again and again while ranks are waited for; what it raises ends the wait
+    interrupt   is called again and again while ranks are waited for; what it raises ends the wait
+    world_rank  this process's rank in the group that this one is a part of, or its rank here if it is of none
     """
 
     rank: int
     size: int
+    world_rank: int
     interrupt: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
@@ -54,10 +56,13 @@ def _missing(absent: list[int], size: int, seconds: float) -> InitError:
 class StoreBootstrap(Bootstrap):
     """Over a torch.distributed Store."""
 
-    def __init__(self, store, rank: int, size: int, timeout: float, prefix: str = "tdccl"):
+    def __init__(
+        self, store, rank: int, size: int, timeout: float, prefix: str = "tdccl", world_rank: int | None = None
+    ):
         if not 0 <= rank < size:
             raise InitError(f"rank is {rank}, expected 0 to {size - 1}")
         self.rank, self.size = rank, size
+        self.world_rank = rank if world_rank is None else world_rank
         # Waiting on a client locks it: one's own lets other threads go on with theirs.
         self._store, self._origin = store.clone(), store  # a server lives as long as its first client
         self._timeout, self._prefix = timeout, prefix
@@ -109,8 +114,8 @@ class StoreBootstrap(Bootstrap):
                 self._store.wait(others, timedelta(seconds=10))
 
     def subgroup(self, members: list[int], name: str) -> "StoreBootstrap":
-        prefix = f"{self._prefix}/{name}"
-        return StoreBootstrap(self._origin, members.index(self.rank), len(members), self._timeout, prefix)
+        prefix, rank = f"{self._prefix}/{name}", members.index(self.rank)
+        return StoreBootstrap(self._origin, rank, len(members), self._timeout, prefix, self.world_rank)
 
 
 class MPIBootstrap(Bootstrap):
@@ -123,16 +128,20 @@ class MPIBootstrap(Bootstrap):
         self._comm, self._timeout = comm, timeout
         self._members = list(range(comm.Get_size())) if members is None else members
         self.rank, self.size = self._members.index(comm.Get_rank()), len(self._members)
+        self.world_rank = comm.Get_rank()
 
     def exchange(self, value: Any) -> list[Any]:
         values = [value] * self.size
         others = [rank for rank in range(self.size) if rank != self.rank]
         sent = [self._comm.isend(value, self._members[rank], self._TAG) for rank in others]
-        pending = {rank: self._comm.irecv(source=self._members[rank], tag=self._TAG) for rank in others}
+        pending: dict[int, Any] = dict.fromkeys(others)
         deadline = time.monotonic() + self._timeout
         while pending:
             for rank, request in list(pending.items()):
-                done, received = request.test()
+                if request is None:  # its length must be known first: a plain irecv takes 32 KiB at most
+                    message = self._comm.improbe(source=self._members[rank], tag=self._TAG)
+                    pending[rank] = request = message and message.irecv()
+                done, received = request.test() if request is not None else (False, None)
                 if done:
                     values[rank] = received
                     del pending[rank]
@@ -143,7 +152,7 @@ class MPIBootstrap(Bootstrap):
                 if time.monotonic() > deadline:
                     raise _missing(sorted(pending), self.size, self._timeout)
             except TdcclError:
-                for request in [*pending.values(), *sent]:
+                for request in filter(None, [*pending.values(), *sent]):
                     request.cancel()
                 raise
             time.sleep(0.0002)

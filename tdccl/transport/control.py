@@ -5,9 +5,12 @@ import ctypes
 import mmap
 import os
 import select
+import weakref
 
 import torch
 
+from tdccl.errors import InitError
+from tdccl.transport import topology
 from tdccl.transport.bootstrap import Bootstrap
 
 _WORDS_OF_KERNELS = 16
@@ -19,32 +22,43 @@ class Control:
 
     words  this rank's block, int64: the abort word, at which kernels look, and what they record (`FAULT_FIELDS`)
     abort  the abort word, for the host
-    pids   of all ranks' processes, as this process knows them; None for a rank in another pid namespace, whose death
-           is not seen and who is not told of faults here: there only the deadlines of waits end them
+    pids   of all ranks' processes, as this process knows them; None for a rank on another host or in another pid
+           namespace, whose death is not seen and who is not told of faults here: only the deadlines of waits end them
 
     The memory has no name, so that no crash leaves anything behind.
     """
 
     def __init__(self, bootstrap: Bootstrap, pinned: bool):
         """Collective; pinned: kernels of a GPU look at it. Raises InitError if it cannot be pinned."""
-        self._rank, self._pinned = bootstrap.rank, pinned
+        self._rank, self._unpin = bootstrap.rank, lambda: None
         descriptor = os.memfd_create("tdccl")
         try:
             os.ftruncate(descriptor, mmap.PAGESIZE)
-            namespace = os.readlink("/proc/self/ns/pid")
+            namespace = topology.boot_id(), os.readlink("/proc/self/ns/pid")  # whose number is the same on all hosts
             everyone = bootstrap.exchange((os.getpid(), namespace, descriptor))
             self.pids = [pid if other == namespace else None for pid, other, _ in everyone]
             self._blocks = [self._map(rank, theirs) for rank, (_, _, theirs) in enumerate(everyone)]
-            bootstrap.barrier()
+            self.words = self._blocks[self._rank]
+            refused = self._pin() if pinned else None
+            for rank, words in enumerate(bootstrap.exchange(refused)):  # and all have mapped all
+                if words is not None:
+                    raise InitError(f"rank {rank}: {words}")
         finally:
             os.close(descriptor)
-        self.words = self._blocks[self._rank]
         self._abort_words = [ctypes.c_int64.from_address(block.data_ptr()) for block in self._blocks]
         self.abort = self._abort_words[self._rank]
-        if pinned:
-            from tdccl.transport import p2p
 
+    def _pin(self) -> str | None:
+        """Lets kernels use the own block as long as it is mapped; returns what the driver says against it."""
+        from tdccl.transport import p2p
+
+        try:
             p2p.pin(self.words.data_ptr(), mmap.PAGESIZE)
+        except InitError as error:
+            return str(error)
+        self._unpin = weakref.finalize(self, _unpin, self.words)
+        self._unpin.atexit = False
+        return None
 
     def _map(self, rank: int, descriptor: int) -> torch.Tensor:
         """A rank's block; one that nobody else sees where it cannot be reached."""
@@ -76,11 +90,7 @@ class Control:
 
     def leave(self) -> None:
         """Tells the peers that this rank uses none of their memory any more; kernels here must have ended."""
-        if self._pinned:
-            from tdccl.transport import p2p
-
-            p2p.unpin(self.words.data_ptr())
-            self._pinned = False
+        self._unpin()
         self.words[_LEFT] = 1
 
     def has_left(self, rank: int) -> bool:
@@ -100,6 +110,12 @@ class Control:
         """The port at which `rank` awaits the ranks in the mask, 0 if it does not."""
         word = int(self._blocks[rank][_MEETING])
         return word & 0xFFFFFFFF if word >> 32 == members else 0
+
+
+def _unpin(words: torch.Tensor) -> None:
+    from tdccl.transport import p2p
+
+    p2p.unpin(words.data_ptr())
 
 
 def _dead(pid: int | None) -> bool:

@@ -79,6 +79,8 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
                 local.zero_()
             stream.synchronize()
             handle = _rendezvous(bootstrap, local)
+    except TdcclError:  # a peer has died, say
+        raise
     except RuntimeError as error:
         raise InitError(f"no symmetric memory of {nbytes} bytes a rank with a multicast address: {error}") from error
     addresses = [address + handle.offset for address in handle.buffer_ptrs]

@@ -4,6 +4,7 @@ Needs no NCCL, no torch group and no multicast object, so any number of overlapp
 any order. Two ranks may share one GPU.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from tdccl.transport.symmetric_memory import SymmetricMemory
 
 # After a failure: memory that a peer may still have mapped, and whether that has changed.
 _kept: list[tuple[Any, Callable[[], bool]]] = []
+_keeping = threading.Lock()
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -26,10 +28,10 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     """
     free_kept()
     with torch.cuda.device(device):
-        own = _check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
+        own = check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
         # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
         stream = torch.cuda.Stream(device)
-        _check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
+        check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
         stream.synchronize()
     memory = _Raw(own, nbytes)
     weakref.finalize(memory, _free, own, device).atexit = False
@@ -48,7 +50,7 @@ def share(bootstrap: Bootstrap, address: int, nbytes: int, device: torch.device,
 def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> SymmetricMemory:
     """Exchanges handles, and maps the peers' memory; `memory` is kept until no peer has it mapped."""
     with torch.cuda.device(device):
-        handle = _check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
+        handle = check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
         handles = bootstrap.exchange(bytes(handle.reserved))
         addresses = [memory.address] * bootstrap.size
         try:
@@ -70,7 +72,8 @@ def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> Symme
                 return
         except TdcclError:
             pass
-        _kept.append((memory, peers_gone))
+        with _keeping:
+            _kept.append((memory, peers_gone))
 
     return SymmetricMemory(local, addresses, release)
 
@@ -84,31 +87,33 @@ def _close(addresses: list[int], own: int) -> None:
 
 def free_kept() -> None:
     """Frees what was kept for peers who are gone now."""
-    _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
+    with _keeping:
+        _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
 
 
 def pin(address: int, nbytes: int) -> None:
     """Lets kernels of all GPUs use host memory, at the address that it has here. Raises InitError."""
     flags = runtime.cudaHostRegisterPortable | runtime.cudaHostRegisterMapped
-    _check(runtime.cudaHostRegister(address, nbytes, flags), f"cudaHostRegister of {nbytes} bytes")
+    check(runtime.cudaHostRegister(address, nbytes, flags), f"cudaHostRegister of {nbytes} bytes")
 
 
 def unpin(address: int) -> None:
     """Takes `pin` back."""
-    _check(runtime.cudaHostUnregister(address), "cudaHostUnregister")
+    check(runtime.cudaHostUnregister(address), "cudaHostUnregister")
 
 
 def _open(reserved: bytes, rank: int) -> int:
     handle = runtime.cudaIpcMemHandle_t()
     handle.reserved = reserved
     flags = runtime.cudaIpcMemLazyEnablePeerAccess
-    return _check(
+    return check(
         runtime.cudaIpcOpenMemHandle(handle, flags),
         f"cudaIpcOpenMemHandle of rank {rank}'s memory (are both GPUs on this host, with peer access?)",
     )
 
 
-def _check(result, what: str):
+def check(result, what: str):
+    """What a call of the CUDA runtime returned. Raises InitError if it failed."""
     status, *values = result
     if status != runtime.cudaError_t.cudaSuccess:
         raise InitError(f"{what}: {status.name}")
@@ -117,7 +122,12 @@ def _check(result, what: str):
 
 def _free(address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
-        _check(runtime.cudaFree(address), "cudaFree")
+        check(runtime.cudaFree(address), "cudaFree")
+
+
+def tensor_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Device memory as a uint8 tensor, which does not own it."""
+    return torch.as_tensor(_Raw(address, nbytes), device=device)
 
 
 class _Raw:

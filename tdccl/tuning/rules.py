@@ -53,6 +53,9 @@ GPU = Rules(
     steps=6,
 )
 
+# The largest grid of torch's groups, whose calls mostly run beside computation: what NCCL takes of a GPU, too.
+BESIDE_COMPUTATION = 32
+
 # With less scratch than this a communicator has smaller packet slots and fewer channels.
 LITTLE_SCRATCH = 32 << 20
 

@@ -1,0 +1,125 @@
+"""The product of two tiles' rows and columns that all fused operators share, and its shape."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tdccl import environment
+
+
+class Shape(NamedTuple):
+    """Rows and columns of a tile of the result, the depth of a step, steps in flight, warps of a block, and how many
+    tiles below each other are computed before the next column of tiles, to share what they load in the L2 cache."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    group: int
+
+
+def shape_for(rows: int, columns: int, descriptors: bool) -> Shape:
+    """The shape for a product whose shards have so many rows and columns; `rows` alone decides how high tiles are.
+
+    All ranks must cut alike, so it depends on sizes only.
+    """
+    if environment.emulated():
+        return Shape(16, 32, 32, 1, 4, 2)
+    height = 64 if rows <= 64 else 128
+    if not descriptors:
+        return Shape(height, 128, 32, 3, 8, 8)
+    if height == 64 or columns <= 128:
+        return Shape(height, 128, 64, 4, 4, 8)
+    return Shape(128, 256, 64, 4, 8, 8)
+
+
+def blocks_of(device: torch.device) -> int:
+    """As many blocks as the device runs at once, one a multiprocessor."""
+    return 2 if environment.emulated() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Right(NamedTuple):
+    """The right operand as kernels take it: a TensorDescriptor or a pointer, strides in elements, and whether it lies
+    column after column."""
+
+    operand: object
+    strides: tuple[int, int]
+    transposed: bool
+
+
+def by_descriptors(depth: int, columns: int) -> bool:
+    """Whether tensor descriptors can load both operands: their rows, or columns, are whole 16 bytes."""
+    return depth % 8 == 0 and columns % 8 == 0
+
+
+def left(a: torch.Tensor, shape: Shape, descriptors: bool):
+    """A matrix [M, K] with contiguous rows as the left operand of `product`."""
+    return TensorDescriptor.from_tensor(a, [shape.rows, shape.depth]) if descriptors else a
+
+
+def right(b: torch.Tensor, shape: Shape, descriptors: bool) -> Right:
+    """A matrix [K, N] with contiguous rows or columns as the right operand of `product`."""
+    transposed = b.stride(1) != 1
+    if not descriptors:
+        return Right(b, b.stride(), transposed)
+    if transposed:
+        return Right(TensorDescriptor.from_tensor(b.t(), [shape.columns, shape.depth]), b.stride(), True)
+    return Right(TensorDescriptor.from_tensor(b, [shape.depth, shape.columns]), b.stride(), False)
+
+
+def dense(a: torch.Tensor) -> torch.Tensor:
+    """The matrix with contiguous rows at a 16-byte aligned address."""
+    return _aligned(a.contiguous())
+
+
+def rows_or_columns(b: torch.Tensor) -> torch.Tensor:
+    """The matrix with contiguous rows or columns at a 16-byte aligned address."""
+    return _aligned(b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous())
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix
+
+
+@triton.jit
+def grouped(position, tiles_down, tiles_across, GROUP: tl.constexpr):
+    """(row, column) of the tile at a position of an order that goes down GROUP tiles before it goes across."""
+    in_group = GROUP * tiles_across
+    first = position // in_group * GROUP
+    height = tl.minimum(tiles_down - first, GROUP)
+    within = position % in_group
+    return first + within % height, within // height
+
+
+@triton.jit
+def product(
+    a, row, height, b, column, N, K, b_row, b_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """fp32 [ROWS, COLUMNS]: rows `row` .. of a [.., K] times columns `column` .. of b [K, N].
+
+    DESCRIPTORS: a and b are tensor descriptors, else pointers, of which `height` rows and N columns are read. Rows and
+    columns beyond have any values. Ordering: plain loads.
+    """
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if DESCRIPTORS:
+        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+            of_a = a.load([row, k])
+            of_b = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
+            total = tl.dot(of_a, of_b, total)
+    else:
+        i, j, inner = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        rows = a + (row + i).to(tl.int64)[:, None] * K
+        columns = b + j.to(tl.int64)[None, :] * b_column
+        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+            depth = k + inner
+            of_a = tl.load(rows + depth[None, :], mask=(i < height)[:, None] & (depth < K)[None, :], other=0)
+            at = columns + depth.to(tl.int64)[:, None] * b_row
+            of_b = tl.load(at, mask=(depth < K)[:, None] & (j < N)[None, :], other=0)
+            total = tl.dot(of_a, of_b, total)
+    return total

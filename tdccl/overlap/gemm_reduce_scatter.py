@@ -1,0 +1,191 @@
+"""A product fused with reduce-scatter: every rank has A and B of its share of K, and gets its rows of the sum.
+
+One launch: a persistent product computes the rows of the next rank first and its own last. What belongs to another rank
+is stored into a slot there, with a signal a tile; on its own rows each block then adds what the same block of all peers
+has stored, in rank order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl.communicator import Communicator
+from tdccl.language import overlap
+from tdccl.overlap.gemm import (
+    blocks_of,
+    by_descriptors,
+    dense,
+    grouped,
+    left,
+    product,
+    right,
+    rows_or_columns,
+    shape_for,
+)
+from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, padded, workspace
+
+_UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
+
+
+def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What `gemm_reduce_scatter` computes, one after the other."""
+    return comm.reduce_scatter(a @ b)
+
+
+@triton.jit
+def multiply_scattered(
+    team, epochs, signals, a, b, slots, odd, c, rows, N, width, K, most, b_row, b_column,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """c [rows, N] = the sum over ranks, in rank order, of their rows `rank * rows` .. of a [size * rows, K] times b.
+
+    slots: Symmetric, [size sources, rows, width], in odd epochs from element `odd` on. A block takes the same tiles of
+    every rank's rows.
+
+    Waits:    block b for block b of every peer, once a tile of its own rows.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    parities alternate. A rank starts a call when its last one has heard from all peers, who spoke in it only
+              after they had ended the last but one, which read this parity.
+    """
+    epoch = overlap.begin(epochs)
+    tiles_down, tiles_across = (rows + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
+    start = (epoch % 2) * odd
+    tiles = tiles_down * tiles_across
+    for distance in range(1, team.size + 1):
+        owner = (team.rank + distance) % team.size
+        slot = shmem.symm_at(slots, owner, DTYPE) + (start + _slot(team.rank, rows, width))
+        for position in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            down, across = grouped(position, tiles_down, tiles_across, GROUP)
+            height = tl.minimum(rows - down * ROWS, ROWS)
+            total = product(
+                a, owner * rows + down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column,
+                ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
+            )  # fmt: skip
+            i, j = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
+            place = slot + i.to(tl.int64)[:, None] * width + j[None, :]
+            tl.store(place, total.to(DTYPE), mask=(i < rows)[:, None] & (j < width)[None, :])
+            if owner == team.rank:
+                _wait_peers(team, signals, position, most, epoch)
+                for first in range(0, height, FOLDED):
+                    _fold_rows(
+                        team, slots, start, c, down * ROWS + first, across * COLUMNS, rows, N, width,
+                        DTYPE, FOLDED, COLUMNS,
+                    )  # fmt: skip
+            else:
+                shmem.fence()
+                shmem.signal_op(shmem.symm_at(signals, owner, tl.int64, 8) + team.rank * most + position, epoch)
+    overlap.end(epochs, epoch)
+
+
+@triton.jit
+def _slot(source, rows, width):
+    """Index (int64) of the first element of a source's slots."""
+    return (tl.zeros([], tl.int64) + source) * rows * width
+
+
+@triton.jit
+def _wait_peers(team, signals, position, most, epoch):
+    """Waits for what all peers store of one tile. Ordering: acquire at sys scope, then a block barrier."""
+    ranks = tl.arange(0, shmem.MAX_RANKS)
+    pointers = shmem.symm_at(signals, team.rank, tl.int64, 8) + (ranks * most + position)
+    targets = tl.full([shmem.MAX_RANKS], 0, tl.int64) + epoch
+    wanted = (ranks < team.size) & (ranks != team.rank)
+    shmem.wait_counters(team, pointers, targets, wanted, shmem.USER, epoch)
+
+
+@triton.jit
+def _fold_rows(
+    team, slots, start, c, row, column, rows, N, width,
+    DTYPE: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds all sources' elements of HEIGHT rows in rank order, in fp32, into c. Ordering: plain loads; wait before."""
+    i, j = (row + tl.arange(0, HEIGHT)).to(tl.int64), column + tl.arange(0, COLUMNS)
+    base = shmem.symm_at(slots, team.rank, DTYPE) + start
+    values = ()
+    for source in tl.static_range(team.size):
+        place = base + _slot(source, rows, width) + i[:, None] * width + j[None, :]
+        values = values + (tl.load(place, mask=(i < rows)[:, None] & (j < width)[None, :], other=0),)
+    tl.store(
+        c + i[:, None] * N + j[None, :], shmem.fold(values, "sum", DTYPE), mask=(i < rows)[:, None] & (j < N)[None, :]
+    )
+
+
+def gemm_reduce_scatter(
+    comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """This rank's rows of the sum over ranks of A times B, communication hidden behind the product; current stream.
+
+    a: [M, K] bfloat16 or float16, M a multiple of the ranks, K this rank's share. b: [K, N] of that dtype, rows or
+    columns contiguous (others are copied). out: [M / size, N], contiguous; None makes a new one, with a gradient.
+    M / size, K and N may be any numbers. Each rank's product is rounded to the dtype, as for reduce_scatter; they are
+    added in fp32, in rank order: the same bits in every run. The first call of a larger size allocates symmetric
+    memory, twice M x N, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call
+    of `comm` raises.
+    """
+    if out is None:
+        return torch.ops.tdccl.gemm_reduce_scatter(a, b, name_of(comm))
+    check_matrices("gemm_reduce_scatter", comm, a, b, comm.size)
+    shape = (a.shape[0] // comm.size, b.shape[1])
+    _compute(comm, a, b, check_out("gemm_reduce_scatter", out, shape, a))
+    return out
+
+
+def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    if out.numel() == 0:
+        return
+    a, b = dense(a), rows_or_columns(b)
+    (rows, columns), depth = out.shape, a.shape[1]
+    descriptors = by_descriptors(depth, columns)
+    shape = shape_for(rows, columns, descriptors)
+    width = padded(columns, _UNIT)
+    tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
+    blocks = blocks_of(comm.device)
+    space = workspace(comm, "gemm_reduce_scatter", comm.size * rows * width, _UNIT, a.dtype, tiles, blocks)
+    of_b = right(b, shape, descriptors)
+    dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
+
+    def multiply():
+        multiply_scattered[(blocks,)](
+            comm.team, space.epochs[0], space.signals_on_all_ranks, left(a, shape, descriptors), of_b.operand,
+            space.on_all_ranks, space.odd(_UNIT), out, rows, columns, width, depth, space.most, *of_b.strides,
+            DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
+            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, FOLDED=min(16, shape.rows),
+            num_warps=shape.warps,
+        )  # fmt: skip
+
+    comm.start_fused("reduce_scatter", "gemm_reduce_scatter", a, multiply)
+
+
+@torch.library.custom_op("tdccl::gemm_reduce_scatter", mutates_args=())
+def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
+    communicator = communicator_of(comm)
+    check_matrices("gemm_reduce_scatter", communicator, a, b, communicator.size)
+    out = a.new_empty((a.shape[0] // communicator.size, b.shape[1]))
+    _compute(communicator, a, b, out)
+    return out
+
+
+@_operator.register_fake
+def _fake(a, b, comm):
+    return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
+
+
+def _keep(ctx, inputs, output):
+    a, b, ctx.comm = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _gradients(ctx, gradient):
+    """Of a: all ranks' gradients times the transposed b, gathered on the way. Of b: a times the gathered gradient."""
+    a, b = ctx.saved_tensors
+    of_a = of_b = None
+    if ctx.needs_input_grad[0]:
+        of_a = torch.ops.tdccl.all_gather_gemm(gradient, b.t(), ctx.comm)
+    if ctx.needs_input_grad[1]:
+        of_b = a.t() @ communicator_of(ctx.comm).all_gather(gradient.contiguous())
+    return of_a, of_b, None
+
+
+_operator.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,106 @@
+"""What an operator keeps between its calls: symmetric memory, signals and epochs; and names of communicators."""
+
+import itertools
+import math
+import weakref
+
+import torch
+
+from tdccl.communicator import Communicator
+from tdccl.errors import ArgumentError
+
+_kept: weakref.WeakKeyDictionary[Communicator, dict] = weakref.WeakKeyDictionary()
+_named: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+_names: weakref.WeakKeyDictionary[Communicator, str] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+class Workspace:
+    """Symmetric memory of one operator of one communicator, for matrices of any shapes that fit.
+
+    buffer   flat: `half` elements for calls of even epochs, then as many and a unit more for those of odd ones
+    signals  int64 [size, most]: every word is set by one rank alone
+    epochs   int64 [2, blocks], this rank's own: a row a kernel, a word a block
+    """
+
+    def __init__(self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int):
+        self.half, self.most = elements, most
+        self.buffer = comm.empty(2 * elements + unit, dtype)
+        self.signals = comm.empty((comm.size, most), torch.int64)
+        self.epochs = torch.zeros((2, blocks), dtype=torch.int64, device=comm.device)
+        self.on_all_ranks = comm.symmetric(self.buffer)
+        self.signals_on_all_ranks = comm.symmetric(self.signals)
+
+    def odd(self, unit: int) -> int:
+        """The element with which odd epochs begin, a multiple of `unit`, past what even ones of any shape use."""
+        return padded(self.half, unit)
+
+    def holds(self, elements: int, unit: int, most: int) -> bool:
+        """Whether a call with so many elements and signals a rank fits."""
+        fits = elements <= self.half and self.odd(unit) + elements <= self.buffer.numel()
+        return fits and most <= self.most
+
+
+def workspace(
+    comm: Communicator, operator: str, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int
+) -> Workspace:
+    """The operator's workspace, of at least that size; a new one where it has outgrown the last, which is collective.
+
+    Graphs that were captured before go on with the one they had; it is freed with the communicator. Raises
+    ArgumentError where it would have to grow while a graph is captured.
+    """
+    kept = _kept.setdefault(comm, {})
+    found = kept.get((operator, dtype))
+    if found is not None and found.holds(elements, unit, most):
+        return found
+    if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ArgumentError(
+            f"{operator}: its first call of this size allocates, which a graph cannot hold; call it once before capture"
+        )
+    kept[operator, dtype] = made = Workspace(comm, elements, unit, dtype, most, blocks)
+    return made
+
+
+def name_of(comm: Communicator) -> str:
+    """A name by which operators of torch.library, which take no objects, find the communicator again."""
+    if comm not in _names:
+        _names[comm] = f"tdccl{next(_numbers)}"
+        _named[_names[comm]] = comm
+    return _names[comm]
+
+
+def communicator_of(name: str) -> Communicator:
+    """The communicator that has this name."""
+    return _named[name]
+
+
+def check_matrices(operator: str, comm: Communicator, a: torch.Tensor, b: torch.Tensor, rows: int = 1) -> None:
+    """Raises ArgumentError unless a [M, K] and b [K, N] can be multiplied, and `rows` divides M."""
+    for name, tensor in (("a", a), ("b", b)):
+        if tensor.dim() != 2 or tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.device != comm.device:
+            raise ArgumentError(
+                f"{operator}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected a matrix of "
+                f"bfloat16 or float16 on {comm.device}"
+            )
+    if a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        raise ArgumentError(
+            f"{operator}: a is {a.dtype} {tuple(a.shape)}, b is {b.dtype} {tuple(b.shape)}; expected equal dtypes, and "
+            "as many columns of a as b has rows"
+        )
+    if a.shape[0] % rows:
+        raise ArgumentError(f"{operator}: a has {a.shape[0]} rows, expected a multiple of the {rows} ranks")
+
+
+def check_out(operator: str, out: torch.Tensor, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """`out` if the result can go there. Raises ArgumentError."""
+    if tuple(out.shape) != shape or out.dtype != like.dtype or out.device != like.device or not out.is_contiguous():
+        raise ArgumentError(
+            f"{operator}: out is {out.dtype} {tuple(out.shape)}, strides {out.stride()}, on {out.device}; expected "
+            f"{like.dtype} {shape}, contiguous, on {like.device}"
+        )
+    return out
+
+
+def padded(count: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return math.ceil(count / unit) * unit

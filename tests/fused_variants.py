@@ -1,0 +1,89 @@
+"""Compiles the fused kernels for sm_90 without a GPU, a JSON line a kernel. Run as a program, as `variants.py` is."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["TDCCL_EMULATE"] = "0"
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from variants import context_of, sass_facts
+
+from tdccl.language.overlap import Shards
+from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES
+from tdccl.overlap.all_gather_gemm import PIECE, PUSH_WARPS, multiply_gathered, push_shard
+from tdccl.overlap.gemm import Shape, shape_for
+from tdccl.overlap.gemm_reduce_scatter import multiply_scattered
+from tdccl.runtime.algorithm import team_of
+from tdccl.runtime.launch import _leaves
+
+TARGET = GPUTarget("cuda", 90, 32)
+TEAM = team_of(context_of(4), "cuda")
+INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_column")
+
+
+def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
+    """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16."""
+    types = {
+        "team": TEAM_TYPES, "epochs": "*i64", "shards": Shards("i32", "i32", "i32", "constexpr"),
+        "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "shard": "*bf16", "c": "*bf16",
+        **dict.fromkeys(INTEGERS, "i32"), **operands, **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    types = {name: types[name] for name in kernel.arg_names}
+    values = {"team": TEAM, "shards": Shards(0, 0, 0, tile)}
+    fixed, divisible = {}, {}
+    for position, (name, kinds) in enumerate(types.items()):
+        value = values.get(name) or (constants.get(name) if kinds == "constexpr" else None)
+        for path, kind, leaf in _leaves(kinds, value, (position,)):
+            if kind == "constexpr":
+                fixed[path] = leaf
+            elif kind.startswith("*") or name in aligned or ((name, path[-1]) == ("shards", 1) and "K" in aligned):
+                divisible[path] = [["tt.divisibility", 16]]
+    return compile(ASTSource(kernel, types, fixed, divisible), target=TARGET, options={"num_warps": warps})
+
+
+def operands_of(shape: Shape, descriptors: bool, transposed: bool) -> dict:
+    if not descriptors:
+        return {"a": "*bf16", "gathered": "*bf16", "b": "*bf16"}
+    left = f"tensordesc<bf16[{shape.rows}, {shape.depth}]>"
+    block = (shape.columns, shape.depth) if transposed else (shape.depth, shape.columns)
+    return {"a": left, "gathered": left, "b": f"tensordesc<bf16[{block[0]}, {block[1]}]>"}
+
+
+def tell(name: str, kernel) -> None:
+    sass = kernel.asm["sass"]
+    facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "shared": kernel.metadata.shared}
+    facts["by_descriptors"] = len(re.findall("UTMALDG", sass))
+    print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
+
+
+def main() -> None:
+    for aligned in ({"K"}, set()):
+        constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
+        tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
+    everything = {"odd", "odd_row", "N", "width", "K", "b_row"}
+    for rows, columns, descriptors, transposed in [
+        (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
+        (2048, 7168, False, False), (64, 7168, False, False),
+    ]:  # fmt: skip
+        shape = shape_for(rows, columns, descriptors)
+        constants = {
+            "DTYPE": tl.bfloat16, "COLUMNS": shape.columns, "DEPTH": shape.depth, "STAGES": shape.stages,
+            "GROUP": shape.group, "DESCRIPTORS": descriptors, "TRANSPOSED": transposed,
+        }  # fmt: skip
+        aligned = everything if descriptors else {"odd", "width"}
+        fixed = SimpleNamespace(aligned=aligned, warps=shape.warps, tile=shape.rows)
+        operands = operands_of(shape, descriptors, transposed)
+        tell("multiply_gathered", compiled(multiply_gathered, constants, **vars(fixed), operands=operands))
+        constants |= {"ROWS": shape.rows, "FOLDED": 16}
+        tell("multiply_scattered", compiled(multiply_scattered, constants, **vars(fixed), operands=operands))
+
+
+if __name__ == "__main__":
+    main()

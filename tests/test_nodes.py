@@ -1,0 +1,582 @@
+"""Across nodes: node boundaries drawn inside this host, beyond which ranks reach each other by NVSHMEM's calls alone.
+
+In emulation those have the ordering of a network. On GPUs they need nvshmem4py, and go over NVLink.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import random
+import subprocess
+import sys
+import time
+
+import cases
+import pool
+import pytest
+import reference
+import torch
+import triton
+import triton.language as tl
+from test_collectives import only
+
+import tdccl
+import tdccl.language as shmem
+import tdccl.language.nvshmem as nvshmem
+import tdccl.language.rails as rails
+from tdccl import environment
+from tdccl.decisions import ACROSS_NODES
+from tdccl.runtime import launch
+from tdccl.runtime.algorithm import Geometry
+from tdccl.transport import network, topology
+from tdccl.transport import nvshmem as library
+from tdccl.transport.topology import topology_of
+
+pytestmark = pytest.mark.skipif(
+    not environment.emulated() and importlib.util.find_spec("nvshmem") is None, reason="nvshmem4py is not installed"
+)
+long = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="TDCCL_LONG=1 runs it")
+
+_groups = {}
+
+
+def drawn(comm, size):
+    """A communicator of the same ranks, with a node boundary after every `size` ranks; made once."""
+    if (comm, size) not in _groups:
+        os.environ["TDCCL_NODE_SIZE"] = str(size)
+        try:
+            _groups[comm, size] = comm.split(0)
+        finally:
+            del os.environ["TDCCL_NODE_SIZE"]
+    return _groups[comm, size]
+
+
+@contextlib.contextmanager
+def fresh(comm, size):
+    """One that is made anew, for what leaves it unusable."""
+    os.environ["TDCCL_NODE_SIZE"] = str(size)
+    try:
+        group = comm.split(0)
+    finally:
+        del os.environ["TDCCL_NODE_SIZE"]
+    try:
+        yield group
+    finally:
+        comm._bootstrap.barrier()
+        group.destroy()
+
+
+def by_nodes(values, op, size):
+    """The bits of a reduction across nodes of `size` ranks: node by node, then the nodes' sums, see `hierarchical`."""
+    dtype, partial = values[0].dtype, "sum" if op == "avg" else op
+    nodes = [values[start : start + size] for start in range(0, len(values), size)]
+    wide = op == "avg" and (dtype is torch.float16 or (dtype.itemsize == 1 and not dtype.is_floating_point))
+    if wide:
+        wide = torch.float32 if dtype.is_floating_point else torch.int32
+        nodes = [[value.to(wide) for value in node] for node in nodes]
+    sums = [reference.ordered(node, partial) for node in nodes]
+    if op != "avg":
+        return reference.ordered(sums, op)
+    total = sums[0].float() if dtype.is_floating_point and dtype.itemsize < 4 else sums[0]
+    for each in sums[1:]:
+        total = total + each.to(total.dtype)
+    divisor = torch.full_like(total, len(values))
+    return (total / divisor if dtype.is_floating_point else torch.div(total, divisor, rounding_mode="trunc")).to(dtype)
+
+
+def settle(comm):
+    if comm.device.type == "cuda":
+        torch.cuda.synchronize()
+    comm.check()
+
+
+# ---- topology ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("places", "nodes"),
+    [
+        ("aabb", [(0, 1), (2, 3)]),
+        ("aaaa", [(0, 1, 2, 3)]),
+        ("ab", [(0,), (1,)]),
+        ("aabbcc", [(0, 1), (2, 3), (4, 5)]),
+        ("abab", [(0,), (1,), (2,), (3,)]),  # not one after another
+        ("aab", [(0,), (1,), (2,)]),  # not equally many
+    ],
+)
+def test_ranks_of_a_place_share_a_node_if_they_can(places, nodes):
+    topology = topology_of(len(places) - 1, list(places))
+    assert list(topology.nodes) == nodes
+    assert topology.node == len(nodes) - 1 and topology.local == list(nodes[-1])
+    assert topology.rail == [ranks[-1] for ranks in nodes]
+
+
+def check_topology(comm):
+    group = drawn(comm, 2)
+    assert group.topology.nodes == ((0, 1), (2, 3)), group.topology
+    assert len(comm.topology.nodes) == 1
+    os.environ["TDCCL_NODE_SIZE"] = "2"
+    try:
+        backwards, inside = group.split(0, -group.rank), group.split(group.rank // 2)
+    finally:
+        del os.environ["TDCCL_NODE_SIZE"]
+    assert backwards.topology.nodes == ((0, 1), (2, 3))
+    assert len(inside.topology.nodes) == 1
+    for part in (backwards, inside):
+        ones = part.all_reduce(torch.ones(3, device=comm.device))
+        assert ones.tolist() == [part.size] * 3
+        settle(part)
+        part.destroy()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
+def test_boundaries_are_drawn_in_the_world_and_hold_for_its_parts(ranks):
+    ranks.run(check_topology, 4)
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "two"])
+def test_a_bad_node_size_is_refused(monkeypatch, bad):
+    monkeypatch.setenv("TDCCL_NODE_SIZE", bad)
+    with pytest.raises(tdccl.InitError, match="TDCCL_NODE_SIZE"):
+        environment.node_size()
+
+
+# ---- NVSHMEM's calls ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
+    """Node 0 puts two tiles to node 1, and tells it by a signal; node 1 copies what it then has to `recv`."""
+    place = tl.arange(0, TILE)
+    arrived = rails._word(rail, rails.RESULTS, 0, rails.ARRIVED_WORD)
+    for tile in range(2):
+        source = rails.out_slot(rail, rails.RESULTS, 0, tile, tl.int32)
+        target = rails.in_slot(rail, rails.RESULTS, 0, tile, tl.int32)
+        nbytes = tl.full([], TILE * 4, tl.int64)
+        if rail.node == 0:
+            pe = tl.load(rail.pes + 1)
+            tl.store(source + place, place + round * 1000 + tile * 100)
+            shmem.fence()
+            if HOW == "put_signal" and tile == 1:
+                nvshmem.put_signal_nbi(target, source, nbytes, arrived, round, pe)
+            elif HOW == "put":
+                nvshmem.put(target, source, nbytes, pe)
+            else:
+                nvshmem.put_nbi(target, source, nbytes, pe)
+    if rail.node == 0:
+        if HOW == "quiet":
+            nvshmem.quiet()
+        elif HOW == "fence" or HOW == "put":
+            nvshmem.fence()
+        if HOW != "put_signal":
+            nvshmem.signal_op(arrived, round, tl.load(rail.pes + 1))
+        nvshmem.quiet()
+    else:
+        shmem.signal_wait(team, arrived, round, 0)
+        for tile in range(2):
+            slot = rails.in_slot(rail, rails.RESULTS, 0, tile, tl.int32)
+            tl.store(recv + tile * TILE + place, tl.load(slot + place))
+
+
+def told(comm, how, seeds):
+    """For each seed, which of the two tiles node 1 saw; by a communicator that is used for nothing else."""
+    tile, seen = 64, []
+    with fresh(comm, 1) as group:
+        recv = torch.zeros(2 * tile, dtype=torch.int32, device=group.device)
+        geometry = Geometry("i32", 1, 4, False, {}, {"HOW": how, "TILE": tile})
+        for round, seed in enumerate(seeds, 1):
+            if environment.emulated():
+                network.reseed(seed, longest=0.2)  # longer than a busy host keeps the reader from looking
+            group._bootstrap.barrier()
+            geometry = geometry.adding(counts={"round": round})
+            arguments = launch.Arguments(tell, geometry, (), None, 0, group._rail)
+            launch.bind(tell, arguments, group._team, geometry, {})(0, recv.data_ptr(), 0)
+            settle(group)
+            expected = torch.arange(tile, dtype=torch.int32) + round * 1000
+            seen.append([torch.equal(recv.cpu()[:tile], expected), torch.equal(recv.cpu()[tile:], expected + 100)])
+            group._bootstrap.barrier()
+    if environment.emulated():
+        network.reseed(0)
+    return seen
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+@pytest.mark.parametrize("how", ["fence", "quiet", "put"])
+def test_a_signal_behind_a_fence_comes_after_what_was_put(ranks, how):
+    _, seen = ranks.run(told, 2, how=how, seeds=range(8))
+    assert seen == [[True, True]] * 8
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_a_put_with_signal_is_there_when_its_signal_is(ranks):
+    _, seen = ranks.run(told, 2, how="put_signal", seeds=range(8))
+    assert all(second for _, second in seen)
+    if environment.emulated():
+        assert not all(first for first, _ in seen), "what was put before it is not ordered, and was there every time"
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 2, reason="NVLink happens to keep the order")
+def test_a_signal_without_a_fence_overtakes(ranks):
+    _, seen = ranks.run(told, 2, how="nothing", seeds=range(8))
+    assert seen != [[True, True]] * 8
+
+
+@triton.jit
+def stream(team, rail, recv, count, TILE: tl.constexpr):
+    """Node 0 sends node 1 many more tiles than there are slots, and hears nothing from it but that they are taken."""
+    epoch, place = shmem.begin(team), tl.arange(0, TILE)
+    for tile in range(count):
+        if rail.node == 0:
+            epoch, number = rails.next_out(team, rail, rails.INPUTS, 1, epoch)
+            slot = rails.out_slot(rail, rails.INPUTS, 1, number, tl.int32)
+            tl.store(slot + place, place + tile * 1000)
+            rails.put_tile(team, rail, rails.INPUTS, 1, number, slot, TILE * 4)
+        else:
+            epoch, number = rails.next_in(team, rail, rails.INPUTS, 0, epoch)
+            slot = rails.in_slot(rail, rails.INPUTS, 0, number, tl.int32)
+            tl.store(recv + tile * TILE + place, tl.load(slot + place))
+            rails.took(team, rail, rails.INPUTS, 0, number)
+    shmem.end(team, epoch)
+
+
+def check_stream(comm, late):
+    """Rank `late` begins long after the other."""
+    count, tile = 30, 64
+    with fresh(comm, 1) as group:
+        recv = torch.zeros(count * tile, dtype=torch.int32, device=group.device)
+        geometry = Geometry("i32", 1, 4, False, {"count": count}, {"TILE": tile})
+        arguments = launch.Arguments(stream, geometry, (), None, 0, group._rail)
+        start = launch.bind(stream, arguments, group._team, geometry, {})
+        if group.rank == late:
+            time.sleep(0.3)
+        start(0, recv.data_ptr(), 0)
+        settle(group)
+        expected = torch.arange(tile) + 1000 * torch.arange(count)[:, None]
+        assert group.rank == 0 or torch.equal(recv.cpu(), expected.flatten().int())
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_sender_waits_for_slots_to_be_taken(ranks, late):
+    ranks.run(check_stream, 2, late=late)
+
+
+@triton.jit
+def fetch(team, rail, recv, TILE: tl.constexpr):
+    """Every node reads what the other has in a slot, once that has told it that it is there; and who they are."""
+    place, other = tl.arange(0, TILE), 1 - rail.node
+    source = rails.out_slot(rail, rails.RESULTS, 0, 0, tl.int32)
+    target = rails.in_slot(rail, rails.RESULTS, 0, 0, tl.int32)
+    arrived, pe = rails._word(rail, rails.RESULTS, 0, rails.ARRIVED_WORD), tl.load(rail.pes + other)
+    tl.store(source + place, place + 1000 * rail.node)
+    nvshmem.fence()
+    nvshmem.signal_op(arrived, tl.full([], 1, tl.int64), pe)
+    shmem.signal_wait(team, arrived, 1, 0)
+    nvshmem.get(target, source, tl.full([], TILE * 4, tl.int64), pe)
+    tl.store(recv + place, tl.load(target + place))
+    tl.store(recv + TILE, nvshmem.my_pe())
+    tl.store(recv + TILE + 1, nvshmem.n_pes())
+
+
+def check_fetch(comm):
+    tile = 64
+    with fresh(comm, 1) as group:
+        recv = torch.zeros(tile + 2, dtype=torch.int32, device=group.device)
+        geometry = Geometry("i32", 1, 4, False, {}, {"TILE": tile})
+        arguments = launch.Arguments(fetch, geometry, (), None, 0, group._rail)
+        launch.bind(fetch, arguments, group._team, geometry, {})(0, recv.data_ptr(), 0)
+        settle(group)
+        assert torch.equal(recv.cpu()[:tile], torch.arange(tile, dtype=torch.int32) + 1000 * (1 - group.rank))
+        assert recv[tile].item() == group._pes[group.rank].item() and recv[tile + 1].item() >= 2
+        group._bootstrap.barrier()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_get_reads_from_another_node(ranks):
+    ranks.run(check_fetch, 2)
+
+
+def check_addresses(comm):
+    """A rank has no address of another node's memory, and what it has is not beyond its reach by mistake."""
+    group = drawn(comm, 1)
+    assert group._heap.addresses == [group._heap.address]
+    with pytest.raises(tdccl.ArgumentError, match="no address in memory that NVSHMEM allocated"):
+        network.get(0, group._heap.address, 8, 0)
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 2, reason="of the emulation")
+def test_other_nodes_are_out_of_reach_but_for_nvshmem(ranks):
+    ranks.run(check_addresses, 2)
+
+
+# ---- collectives -------------------------------------------------------------------------------------------
+
+
+def run_once(group, size, collective, dtype, op, count, seed, in_place):
+    """One call against the reference, with this rank's buffers at an alignment of their own."""
+    whole = collective in ("all_reduce", "broadcast")
+    each = count if whole or collective == "all_gather" else count * group.size
+    everyone = reference.inputs(seed, group.size, each, dtype, group.device)
+    mine, root = slice(group.rank * count, (group.rank + 1) * count), seed % group.size
+    shift = (seed + group.rank) % 2
+    send = torch.cat([everyone[group.rank][:shift], everyone[group.rank]])[shift:]
+    if collective == "all_reduce":
+        expected = by_nodes(everyone, op, size)
+        result = group.all_reduce(send, send if in_place else None, op)
+    elif collective == "reduce_scatter":
+        expected = by_nodes([values[mine] for values in everyone], op, size)
+        result = group.reduce_scatter(send, send[mine] if in_place else torch.empty_like(send[mine]), op)
+    elif collective == "all_gather":
+        expected = torch.cat(everyone)
+        recv = torch.zeros_like(expected)
+        recv[mine] = send
+        result = group.all_gather(recv[mine] if in_place else send, recv)
+    elif collective == "broadcast":
+        expected, result = everyone[root], group.broadcast(send, root)
+    else:
+        expected = torch.cat([values[mine] for values in everyone])
+        result = group.all_to_all(send, send if in_place else None)
+    settle(group)
+    where = f"{collective} {dtype} {op} count {count} seed {seed} in_place {in_place} of {group.topology.nodes}"
+    assert reference.same_bits(result, expected), f"{where}: {(result != expected).sum().item()} wrong"
+
+
+def check_all(comm, size, kinds, counts):
+    """Every algorithm across nodes on some dtypes and sizes."""
+    group, seed = drawn(comm, size), 0
+    for collective, algorithms in ACROSS_NODES.items():
+        for algorithm in algorithms:
+            for dtype, op in kinds:
+                for count in counts:
+                    seed += 1
+                    if algorithm.packets is not None and (count > 300 or (op == "avg" and dtype.itemsize < 4)):
+                        continue
+                    with only(group, collective, algorithm.name):
+                        if collective == "barrier":
+                            group.barrier()
+                        else:
+                            run_once(group, size, collective, dtype, op, count, seed, seed % 2 == 1)
+
+
+KINDS = [(torch.bfloat16, "sum"), (torch.float16, "avg"), (torch.int8, "avg"), (torch.float64, "max")]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_algorithm_gives_the_ordered_bits(ranks, size, world):
+    if world < 2 or world % size or world == size:
+        pytest.skip("one node")
+    ranks.run(check_all, world, size=size, kinds=KINDS if size == 2 else KINDS[:1], counts=[1, 257, 20_011])
+
+
+@pytest.fixture(scope="module")
+def eight_ranks():
+    shared = pool.RankPool(8)
+    yield shared
+    shared.close()
+
+
+@pytest.mark.skipif(not environment.emulated() and pool.LARGEST_WORLD < 8, reason="needs 8 GPUs")
+@pytest.mark.parametrize(
+    ("nodes", "size"), [(2, 3), (2, 4), (4, 2), pytest.param(3, 2, marks=long), pytest.param(8, 1, marks=long)]
+)
+def test_more_and_larger_nodes(eight_ranks, nodes, size):
+    eight_ranks.run(check_all, nodes * size, size=size, kinds=KINDS[:1], counts=[1001], seconds=200)
+
+
+def check_large(comm):
+    """More than all scratch, so that every slot is used again and again."""
+    group = drawn(comm, 2)
+    count = (cases.SCRATCH_MB << 20) * 9 // 8 // 2
+    for collective in ("all_reduce", "broadcast", "all_to_all"):
+        each = count if collective != "all_to_all" else count // group.size
+        run_once(group, 2, collective, torch.bfloat16, "sum", each + 3, 5, False)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
+def test_messages_larger_than_the_scratch(ranks):
+    ranks.run(check_large, 4)
+
+
+def storm(comm, seed, calls):
+    """Random calls back to back, without a word between them, on a network that draws its delays anew."""
+    group, shared = drawn(comm, 2), random.Random(seed)
+    if environment.emulated():
+        network.reseed(seed * 7 + comm.rank)
+    for call in range(calls):
+        collective = shared.choice([*ACROSS_NODES])
+        dtype, count = shared.choice([torch.float32, torch.bfloat16, torch.int8]), shared.choice([1, 64, 1000, 9001])
+        if collective == "barrier":
+            group.barrier()
+        else:
+            run_once(group, 2, collective, dtype, "sum", count, seed * 100 + call, shared.random() < 0.5)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=long) for seed in range(2, 12))])
+def test_calls_back_to_back_on_a_network_that_reorders(ranks, seed):
+    ranks.run(storm, 4, seed=seed, calls=25)
+
+
+def check_graphs(comm):
+    """A captured graph replays on new input, between eager calls."""
+    group = drawn(comm, comm.size // 2)
+    x, y = torch.empty(50_000, device=comm.device), torch.empty(50_000, device=comm.device)
+    group.all_reduce(x, y)
+    settle(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        group.all_reduce(x, y)
+    for round in range(4):
+        everyone = reference.inputs(round, comm.size, x.numel(), x.dtype, comm.device)
+        x.copy_(everyone[comm.rank])
+        graph.replay()
+        settle(group)
+        expected = by_nodes(everyone, "sum", comm.size // 2)
+        assert reference.same_bits(y, expected), round
+        assert reference.same_bits(group.all_reduce(x), expected), round
+
+
+@pytest.mark.skipif(environment.emulated(), reason="CUDA graphs")
+def test_graphs_replay(ranks, world):
+    if world not in (2, 4):
+        pytest.skip("two nodes")
+    ranks.run(check_graphs, world)
+
+
+def check_composed(comm):
+    """What is made of other calls: roots and uneven pieces, none among them."""
+    group, rank, size = drawn(comm, comm.size // 2), comm.rank, comm.size
+    rows = [[(3 * i + j) % 4 for j in range(size)] for i in range(size)]  # i sends j so many
+    x = torch.arange(300.0, device=comm.device) + 1000 * rank
+    everyone = [torch.arange(300.0, device=comm.device) + 1000 * other for other in range(size)]
+    for root in (0, size - 1):
+        total, gathered = group.reduce(x, None, "max", root), group.gather(x, None, root)
+        assert (total is None) == (gathered is None) == (rank != root)
+        if rank == root:
+            assert torch.equal(total, everyone[-1]) and torch.equal(gathered, torch.cat(everyone))
+        part = torch.empty(7, device=comm.device)
+        group.scatter(torch.arange(7.0 * size, device=comm.device) if rank == root else None, part, root)
+        assert part.tolist() == [7.0 * rank + i for i in range(7)]
+    sent, received = rows[rank], [row[rank] for row in rows]
+    starts = [sum(row[:rank]) for row in rows]
+    expected = [everyone[i][start : start + count] for i, (start, count) in enumerate(zip(starts, received))]
+    found = group.all_to_all(x[: sum(sent)].clone(), None, sent, received)
+    assert torch.equal(found, torch.cat(expected))
+    counts = [2 * other for other in range(size)]
+    found = group.all_gather(x[: 2 * rank].clone(), None, counts)
+    assert torch.equal(found, torch.cat([values[:count] for values, count in zip(everyone, counts)]))
+    settle(group)
+
+
+def test_roots_and_uneven_pieces(ranks, world):
+    if world not in (2, 4):
+        pytest.skip("two nodes")
+    ranks.run(check_composed, world)
+
+
+# ---- faults, faces -----------------------------------------------------------------------------------------
+
+
+def check_timeout(comm, absent, size):
+    """All but one call; the errors name that one, also from another node."""
+    with fresh(comm, size) as group:
+        if comm.rank == absent:
+            return []
+        with pytest.raises(tdccl.Timeout) as caught:
+            group.all_reduce(torch.ones(9, device=comm.device), timeout=1)
+            settle(group)
+        return [str(caught.value).partition(":")[0]]
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
+    said = [*itertools.chain(*ranks.run(check_timeout, 4, absent=3, size=size))]
+    waited = {line for line in said if line.startswith("rank ")}
+    assert len(said) == 3 and any("for rank 3" in line for line in waited), said
+
+
+def check_hosts(comm):
+    """Ranks that take each other to be on other hosts, two on each: they meet by the network alone."""
+    found = topology.boot_id
+    topology.boot_id = lambda: f"host {comm.rank // 2}"
+    try:
+        group, other = comm.split(0), comm.split(0)
+    finally:
+        topology.boot_id = found
+    assert group.topology.nodes == ((0, 1), (2, 3))
+    assert [pid is None for pid in group._control.pids] == [rank // 2 != comm.rank // 2 for rank in range(4)]
+    assert group.all_reduce(torch.ones(9)).tolist() == [4] * 9
+    with pytest.raises(tdccl.InitError, match="on other hosts"):
+        group.shrink(exclude=[(comm.rank + 1) % 4])
+    if comm.rank != 3:  # each node hears of it by itself: by its own deadline, or by a peer of the same node
+        with pytest.raises(tdccl.Timeout):
+            group.all_reduce(torch.ones(9), timeout=1)
+    comm._bootstrap.barrier()
+    group.destroy()
+    if comm.rank < 2:
+        other.abort()  # told on its own host alone
+    comm._bootstrap.barrier()
+    with pytest.raises(tdccl.Aborted if comm.rank < 2 else tdccl.Timeout):
+        other.all_reduce(torch.ones(9), timeout=1)
+    comm._bootstrap.barrier()
+    other.destroy()
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 4, reason="other hosts are emulated")
+def test_ranks_of_other_hosts_are_reached_by_the_network_alone(ranks):
+    ranks.run(check_hosts, 4)
+
+
+def check_unsupported(comm):
+    group = drawn(comm, 1)
+    x = torch.ones(group.size, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="send_recv: not across nodes"):
+        group.send(x, (group.rank + 1) % group.size)
+    assert group.all_reduce(x).tolist() == [group.size] * group.size
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_what_does_not_go_across_says_so(ranks):
+    ranks.run(check_unsupported, 2)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
+def test_all_faces_check_and_time_it():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "bench.nodes_check"]
+    variables = os.environ | {"TDCCL_NODE_SIZE": "2"}
+    done = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "# parts that failed: 0" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+# ---- memory from NVSHMEM -----------------------------------------------------------------------------------
+
+
+def test_members_take_memory_that_is_free_on_all_of_them():
+    free = {rank: [(0, 1024)] for rank in range(3)}
+
+    def take(members, nbytes):
+        begin = library.first_fit([free[rank] for rank in members], nbytes)
+        for rank in members if begin is not None else ():
+            library._take(free[rank], begin, begin + nbytes)
+        return begin
+
+    assert [take([0, 1], 256), take([1, 2], 256), take([0, 2], 256)] == [0, 256, 512]
+    assert take([0, 1, 2], 512) is None
+    library._give_back(free[0], 512, 768)
+    library._give_back(free[2], 512, 768)
+    assert take([0, 1, 2], 512) == 512
+
+
+def test_bitcode_is_found_in_either_layout(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVSHMEM_HOME", str(tmp_path))
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    with pytest.raises(tdccl.InitError, match="no bitcode for sm_90, but for nothing"):
+        library.device_library(90)
+    for arch in (80, 90, 100):
+        (folder / f"libnvshmem_device_sm_{arch}.bc").touch()
+    assert library.device_library(90).endswith("sm_90.bc") and library.device_library(103).endswith("sm_100.bc")
+    (folder / "libnvshmem_device.bc").touch()
+    assert library.device_library(90).endswith("libnvshmem_device.bc")

@@ -1,0 +1,298 @@
+"""Communication fused with computation: the operators, the tile layer, and its swizzles."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pool
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import tdccl
+from tdccl import environment
+from tdccl.language import overlap
+from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
+
+# Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
+SHAPES = [(32, 64, 64), (37, 40, 72), (17, 33, 35), (1, 8, 8), (50, 7, 130)]
+OPERATORS = {"all_gather_gemm": all_gather_gemm, "gemm_reduce_scatter": gemm_reduce_scatter}
+
+
+def matrices(comm, operator: str, shape, dtype, transposed: bool, seed: int):
+    """(a, b) of every rank."""
+    rows, depth, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _rank in range(comm.size):
+        height = rows * (comm.size if operator == "gemm_reduce_scatter" else 1)
+        a = torch.randn(height, depth, generator=generator)
+        b = torch.randn(*((columns, depth) if transposed else (depth, columns)), generator=generator)
+        pairs.append(
+            (a.to(comm.device, dtype), b.t().to(comm.device, dtype) if transposed else b.to(comm.device, dtype))
+        )
+    return pairs
+
+
+def expected(comm, operator: str, pairs) -> torch.Tensor:
+    """What this rank should get, computed in fp32."""
+    if operator == "all_gather_gemm":
+        return torch.cat([a for a, _ in pairs]).float() @ pairs[comm.rank][1].float()
+    return sum(a.float() @ b.float() for a, b in pairs).chunk(comm.size)[comm.rank]
+
+
+def check(comm, operator: str, shape, dtype, transposed: bool, seed: int) -> torch.Tensor:
+    pairs = matrices(comm, operator, shape, dtype, transposed, seed)
+    result = OPERATORS[operator](comm, *pairs[comm.rank])
+    wanted = expected(comm, operator, pairs)
+    tolerance = 4e-2 if dtype is torch.bfloat16 else 6e-3
+    scale = shape[1] ** 0.5
+    assert result.dtype is dtype and result.shape == wanted.shape
+    torch.testing.assert_close(result.float() / scale, wanted / scale, atol=tolerance, rtol=tolerance)
+    return result
+
+
+def check_shapes(comm, operator):
+    delay = random.Random(comm.rank)
+    for seed, shape in enumerate(SHAPES + SHAPES[:2]):  # larger and smaller ones in turns share memory and signals
+        time.sleep(delay.choice([0, 0, 0.02]))
+        dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
+        check(comm, operator, shape, dtype, seed % 3 == 0, seed)
+
+
+def check_bits(comm, operator):
+    """The same bits in every run; those of gemm_reduce_scatter are those of a product and then reduce_scatter."""
+    delay = random.Random(comm.rank)
+    results = []
+    for _ in range(3):
+        time.sleep(delay.choice([0, 0, 0.02]))
+        results.append(check(comm, operator, (37, 32, 40), torch.bfloat16, False, 7))
+    assert all(torch.equal(result, results[0]) for result in results)
+    plain = import_module(f"tdccl.overlap.{operator}").reference
+    wanted = plain(comm, *matrices(comm, operator, (37, 32, 40), torch.bfloat16, False, 7)[comm.rank])
+    torch.testing.assert_close(results[0], wanted, atol=0.2, rtol=0.04)
+    if operator == "gemm_reduce_scatter" and comm.device.type == "cpu":
+        a, b = matrices(comm, operator, (37, 32, 40), torch.bfloat16, False, 7)[comm.rank]
+        product = (a.float() @ b.float()).bfloat16()  # K is one step, which the interpreter multiplies in fp32
+        assert torch.equal(results[0], comm.reduce_scatter(product))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_ragged_shapes_with_ranks_that_come_late(ranks, world, operator):
+    ranks.run(check_shapes, world, operator=operator)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_bits_are_the_same_in_every_run(ranks, operator):
+    ranks.run(check_bits, pool.LARGEST_WORLD, operator=operator)
+
+
+@triton.jit
+def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
+    """Each swizzle's order, a row each."""
+    for position in range(tl.num_programs(0) * 0, tiles * team.size):
+        tl.store(listed + position, overlap.from_own_rank(team, position, tiles))
+        tl.store(listed + 1000 + position, overlap.from_next_rank(team, position, tiles))
+    for position in range(tl.num_programs(0) * 0, total):
+        tl.store(listed + 2000 + position, overlap.straddling_last(team, position, rows, TILE))
+        tl.store(listed + 3000 + position, overlap.straddling_first(team, position, rows, TILE))
+
+
+def check_orders(comm):
+    for rows, tile in [(8, 4), (10, 4), (7, 4), (3, 4), (1, 4), (13, 8), (9, 16), (5, 1)]:
+        tiles, total = -(-rows // tile), -(-rows * comm.size // tile)
+        listed = torch.full((4, 1000), -1, dtype=torch.int32, device=comm.device)
+        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile)
+        own, following, last, first = listed.tolist()
+        ranks = [(comm.rank + step) % comm.size for step in range(comm.size + 1)]
+        assert own[: tiles * comm.size] == [r * tiles + t for r in ranks[:-1] for t in range(tiles)]
+        assert following[: tiles * comm.size] == [r * tiles + t for r in ranks[1:] for t in range(tiles)]
+        owners = {
+            t: {min(row, rows * comm.size - 1) // rows for row in (t * tile, t * tile + tile - 1)} for t in range(total)
+        }
+        straddling = [t for t in owners if len(owners[t]) > 1]
+
+        def whole(order, owners=owners):
+            return [t for rank in order for t in owners if owners[t] == {rank}]
+
+        assert last[:total] == whole(ranks[:-1]) + straddling, (rows, tile)
+        assert first[:total] == straddling + whole(ranks[1:]), (rows, tile)
+
+
+def test_swizzles(ranks, world):
+    ranks.run(check_orders, world)
+
+
+@triton.jit
+def pull_all(team, epochs, shards, signals, x, gathered, result, PIECE: tl.constexpr):
+    """Every rank offers its tiles, and fetches all the others' when they are told of."""
+    epoch = overlap.begin(epochs)
+    tiles = overlap.tiles_of(shards)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        mine = team.rank * tiles + tile
+        overlap.push(shards, x, gathered, mine, team.rank, tl.float32, PIECE)
+        for pe in range(team.size):
+            overlap.notify(shards, signals, mine, pe, epoch)
+    for step in range(team.size):
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            theirs = overlap.from_own_rank(team, step * tiles + tile, tiles)
+            if overlap.wait(team, shards, signals, theirs, epoch):
+                overlap.pull(shards, gathered, result, theirs, overlap.owner_of(shards, theirs), tl.float32, PIECE)
+    overlap.end(epochs, epoch)
+
+
+def check_pull(comm):
+    for rows, columns, tile in [(8, 5, 4), (7, 12, 4), (1, 1, 16)]:
+        shards = overlap.shards_of(rows, columns, tile)
+        padded = -(-rows // tile) * tile
+        gathered, signals = comm.empty((comm.size, padded, columns)), comm.empty((comm.size, 8), torch.int64)
+        epochs = torch.zeros(2, dtype=torch.int64, device=comm.device)
+        result = torch.zeros(comm.size, padded, columns, device=comm.device)
+        symmetric = comm.symmetric(signals), comm.symmetric(gathered)
+        for round in range(2):
+            wanted = torch.arange(comm.size * rows * columns, dtype=torch.float32, device=comm.device)
+            wanted = wanted.view(comm.size, rows, columns) + round
+            x = wanted[comm.rank].clone()
+            pull_all[(2,)](comm.team, epochs, shards, symmetric[0], x, symmetric[1], result, PIECE=16)
+            assert torch.equal(result[:, :rows], wanted)
+            comm.barrier()
+
+
+def test_tiles_are_pulled(ranks, world):
+    ranks.run(check_pull, world)
+
+
+def check_gradients(comm):
+    """Against the same in one process, in fp32."""
+    for operator, other in (("all_gather_gemm", 0), ("gemm_reduce_scatter", 1)):
+        pairs = matrices(comm, operator, (19, 24, 40), torch.bfloat16, other == 1, 3)
+        a, b = (tensor.clone().requires_grad_() for tensor in pairs[comm.rank])
+        result = OPERATORS[operator](comm, a, b)
+        weight = torch.arange(result.numel(), device=comm.device).view_as(result) % 3 - 1.0
+        (result * weight).float().sum().backward()
+        # In fp32: all ranks' matrices and what each rank's result was multiplied by.
+        wholes = [[tensor.float().requires_grad_() for tensor in pair] for pair in pairs]
+        if operator == "all_gather_gemm":
+            rows = torch.cat([left for left, _ in wholes])
+            total = sum(((rows @ right) * weight).sum() for _, right in wholes)
+        else:
+            total = (sum(left @ right for left, right in wholes) * weight.repeat(comm.size, 1)).sum()
+        total.backward()
+        for mine, whole in zip((a, b), wholes[comm.rank]):
+            torch.testing.assert_close(mine.grad.float(), whole.grad, atol=0.5, rtol=0.05)
+
+
+def test_gradients(ranks, world):
+    ranks.run(check_gradients, world)
+
+
+def check_refused(comm):
+    a, b = (torch.ones(shape, dtype=torch.bfloat16, device=comm.device) for shape in ((4, 8), (8, 4)))
+    with pytest.raises(tdccl.ArgumentError, match="bfloat16 or float16"):
+        all_gather_gemm(comm, a.float(), b.float())
+    with pytest.raises(tdccl.ArgumentError, match="as many columns"):
+        all_gather_gemm(comm, b, b)
+    with pytest.raises(tdccl.ArgumentError, match="multiple of the 3 ranks"):
+        gemm_reduce_scatter(comm, a, b)
+    with pytest.raises(tdccl.ArgumentError, match="out is"):
+        all_gather_gemm(comm, a, b, out=b)
+
+
+def test_what_cannot_be_multiplied_is_refused(ranks):
+    if pool.LARGEST_WORLD < 3:
+        pytest.skip("needs 3 ranks")
+    ranks.run(check_refused, 3)
+
+
+def test_kernels_multiply_on_tensor_cores_without_spills():
+    program = Path(__file__).with_name("fused_variants.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == {"push_shard", "multiply_gathered", "multiply_scattered"}
+    for kernel in kernels:
+        assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        if kernel["name"] == "push_shard":
+            assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
+        else:
+            assert kernel["wgmma"], kernel
+            assert "128" in kernel["stores"] or not kernel["by_descriptors"], kernel
+
+
+def check_absent(comm, operator):
+    """Rank 0 never calls: the others are told, within the timeout."""
+    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], operator), comm.device, 2.0)
+    a, b = matrices(comm, operator, (20, 16, 16), torch.bfloat16, False, 1)[comm.rank]
+    OPERATORS[operator](group, a, b)  # all have come once: the memory is there
+    if comm.rank:
+        with pytest.raises(tdccl.TdcclError):
+            OPERATORS[operator](group, a, b)
+            torch.cuda.synchronize() if comm.device.type == "cuda" else None
+            group.check()
+    comm._bootstrap.barrier()
+    group.destroy()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_rank_that_never_comes_is_told(ranks, operator):
+    if pool.LARGEST_WORLD < 2:
+        pytest.skip("needs 2 ranks")
+    ranks.run(check_absent, 2, operator=operator)
+
+
+def check_compiled(comm):
+    """torch.compile sees the operators, their shapes and their gradients."""
+    a, b = matrices(comm, "all_gather_gemm", (8, 16, 24), torch.bfloat16, False, 5)[comm.rank]
+
+    def layer(x, up):
+        return gemm_reduce_scatter(comm, all_gather_gemm(comm, x, up).relu(), up.t())
+
+    eager = layer(a, b)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    leaf = a.clone().requires_grad_()
+    result = compiled(leaf, b)
+    assert torch.equal(result, eager)
+    result.sum().backward()
+    assert leaf.grad.shape == a.shape
+
+
+def test_torch_compile_sees_the_operators(ranks):
+    ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
+
+
+def check_replay(comm):
+    """A graph of both, replayed after new input and mixed with eager calls."""
+    a, b = matrices(comm, "all_gather_gemm", (200, 128, 264), torch.bfloat16, False, 6)[comm.rank]
+    down = b.t().contiguous()
+    hidden = torch.empty(comm.size * 200, 264, dtype=torch.bfloat16, device=comm.device)
+    result = torch.empty(200, 128, dtype=torch.bfloat16, device=comm.device)
+
+    def layer():
+        all_gather_gemm(comm, a, b, hidden)
+        gemm_reduce_scatter(comm, hidden, down, result)
+
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer()
+        layer()
+    for factor in (1, 2, -1):
+        a.mul_(factor)
+        layer()
+        eager = hidden.clone(), result.clone()
+        hidden.zero_()
+        result.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(hidden, eager[0]) and torch.equal(result, eager[1])
+
+
+@pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
+def test_graphs_replay(ranks, world):
+    ranks.run(check_replay, world)
