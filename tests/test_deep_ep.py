@@ -159,7 +159,8 @@ def check_combine(comm, dtype):
             rows = reference.compact_rows(problem, rank)
             layout = layout_of(buffer, problem.idx[rank], problem.experts)
             routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
-            for options in (routed, {**routed, "num_worst_tokens": comm.size * 12}, {}):
+            worst = {**routed, "num_worst_tokens": comm.size * 12}
+            for options, biases in ((routed, ()), (worst, (x,)), ({}, (x, x + 1))):
                 received, _, _, _, handle, _ = buffer.dispatch(
                     x, **layout, **options, previous_event=buffer.capture(), async_finish=True
                 )
@@ -169,14 +170,12 @@ def check_combine(comm, dtype):
                     {t: problem.x[s][t] * (peer + 2) for s, t in reference.compact_rows(problem, peer) if s == rank}
                     for peer in range(comm.size)
                 ]
-                for bias in (None, x, (x, x + 1)):
-                    biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-                    combined, carried, event = buffer.combine(made, handle, bias=bias, async_finish=True)
-                    event.current_stream_wait()
-                    assert carried is None
-                    assert same_bits(
-                        combined, reference.combined(by_rank, len(x), HIDDEN, dtype, biases, device=comm.device)
-                    )
+                bias = {0: None, 1: x, 2: biases}[len(biases)]
+                combined, carried, event = buffer.combine(made, handle, bias=bias, async_finish=True)
+                event.current_stream_wait()
+                assert carried is None
+                expected = reference.combined(by_rank, len(x), HIDDEN, dtype, biases, device=comm.device)
+                assert same_bits(combined, expected)
             _, _, weights, _, handle, _ = buffer.dispatch(x, **layout, **routed)
             weights[:] = rank + 1  # where the expert is elsewhere, too
             combined, carried, event = buffer.combine(received, handle, weights)
@@ -190,6 +189,36 @@ def test_combine(ranks, world):
 
 def test_combine_of_fp32(ranks):
     ranks.run(check_combine, THREE, dtype=torch.float32)
+
+
+def check_settings(comm):
+    """What has no effect is taken; a limit on multiprocessors changes no bit."""
+    options = {"num_nvl_bytes": 1 << 30, "num_rdma_bytes": 1 << 30, "num_qps_per_rank": 8, "allow_mnnvl": True}
+    *_, problem = problems(comm)
+    x, found = problem.x[comm.rank], []
+    try:
+        for limit in (None, 4):
+            with buffer_of(comm, **options) as buffer:
+                if limit is not None:
+                    deep_ep.Buffer.set_num_sms(limit)
+                config = buffer.get_dispatch_config(comm.size)
+                assert config == buffer.get_combine_config(comm.size) == deep_ep.Config(limit or 20, 6, 256)
+                assert config.get_nvl_buffer_size_hint(2 * HIDDEN, comm.size) == 0
+                assert config.get_rdma_buffer_size_hint(2 * HIDDEN, comm.size) == 0
+                assert buffer.get_low_latency_rdma_size_hint(128, HIDDEN, comm.size, problem.experts) == 0
+                buffer.clean_low_latency_buffer(128, HIDDEN, problem.experts)
+                layout = layout_of(buffer, problem.idx[comm.rank], problem.experts)
+                received, _, _, _, handle, _ = buffer.dispatch(x, **layout, config=config, async_finish=True)
+                combined, _, event = buffer.combine(received, handle, config=config, async_finish=True)
+                event.current_stream_wait()
+                found.append((received, combined))
+    finally:
+        deep_ep.Buffer.num_sms, deep_ep.Buffer._max_blocks = 20, None
+    assert all(map(same_bits, *found))
+
+
+def test_settings(ranks):
+    ranks.run(check_settings, min(2, pool.LARGEST_WORLD))
 
 
 def check_arguments(comm):
@@ -437,11 +466,19 @@ def test_a_rank_is_masked(ranks, world):
 
 
 PROGRAM = """
+import os
 import sys
 import torch
 import torch.distributed as dist
-import tdccl.compat.deep_ep as deep_ep
+import tdccl.compat.deep_ep
 
+sys.modules["deep_ep"] = tdccl.compat.deep_ep
+import deep_ep
+from deep_ep.utils import EventHandle, EventOverlap
+
+if torch.cuda.is_available():
+    rank = os.environ.get("LOCAL_RANK") or os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
+    torch.cuda.set_device(int(rank))
 if sys.argv[1] == "mpi":
     from mpi4py import MPI
 
@@ -454,6 +491,10 @@ for buffer in buffers:
     device = buffer._comm.device
     x = torch.full((3, 64), buffer.rank + 1.0, dtype=torch.bfloat16, device=device)
     idx = torch.arange(2, device=device).expand(3, 2).contiguous()
+    event = EventOverlap(EventHandle())
+    *layout, event = buffer.get_dispatch_layout(idx, 2, previous_event=event, async_finish=True)
+    event.current_stream_wait()
+    assert layout[0].tolist() == [3, 3]
     received, counts, handle, event, hook = buffer.low_latency_dispatch(x, idx, 4, 2, use_fp8=False)
     assert counts.tolist() == [6] and received[0, :6, 0].tolist() == [1.0] * 3 + [2.0] * 3
     buffer.destroy()

@@ -4,6 +4,6 @@
 """
 
 from tdccl.compat.deep_ep.buffer import Buffer, Config
-from tdccl.compat.deep_ep.events import EventHandle, EventOverlap
+from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from tdccl import environment
 from tdccl.communicator import Communicator
-from tdccl.compat.deep_ep.events import EventHandle, EventOverlap, SideStream
 from tdccl.compat.deep_ep.handles import Handle, LowLatencyHandle
+from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap, SideStream
 from tdccl.ep import ExpertParallel, LowLatency
 from tdccl.ep.experts import power_of_two
 from tdccl.errors import ArgumentError, PeerFailure, Timeout

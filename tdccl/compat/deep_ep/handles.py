@@ -56,7 +56,7 @@ class LowLatencyHandle(_Handle):
     """(src_info, layout_range, num_max_dispatch_tokens_per_rank, hidden, num_experts).
 
     src_info int32 [local experts, rows]: the token of a row on its rank. layout_range int64 [local experts, ranks]: the
-    first row of each rank << 32 | how many.
+    first row of each rank << 32 | how many. Look at these two after the hook only.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a later call or stream waits for, and the stream on which asynchronous calls go."""
+"""Events, under DeepEP's name for their module, and the stream on which asynchronous calls go."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
