@@ -44,6 +44,10 @@ def installed(tmp_path):
 
 
 def pytest_generate_tests(metafunc):
-    """`world` runs over every size of the pool."""
+    """`world` runs over every size of the pool; in emulation, where they are slow, those of a module with WORLDS only
+    over these, unless TDCCL_LONG=1."""
     if "world" in metafunc.fixturenames:
-        metafunc.parametrize("world", range(1, pool.LARGEST_WORLD + 1), ids=lambda world: f"world{world}")
+        worlds = range(1, pool.LARGEST_WORLD + 1)
+        if environment.emulated() and os.environ.get("TDCCL_LONG", "0") == "0":
+            worlds = getattr(metafunc.module, "WORLDS", worlds)
+        metafunc.parametrize("world", worlds, ids=lambda world: f"world{world}")

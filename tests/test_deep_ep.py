@@ -18,6 +18,8 @@ TOKENS = ([5, 0, 7, 3], [0, 0, 0, 0], [9, 12, 1, 4])  # of each rank; the last n
 HIDDEN, TOP_K, LOCAL = 512, 3, 2
 THREE = min(3, pool.LARGEST_WORLD)  # ranks, where other numbers of them would say no more
 
+WORLDS = (2, 3)
+
 
 @contextmanager
 def buffer_of(comm, **options):

@@ -20,6 +20,7 @@ from tdccl import environment
 from tdccl.ep import ExpertParallel, LowLatency, autograd
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
+WORLDS = (2, 3)
 
 
 def shape_of(comm, seed, **sizes):

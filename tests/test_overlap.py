@@ -22,6 +22,7 @@ from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 # Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
 SHAPES = [(32, 64, 64), (37, 40, 72), (17, 33, 35), (1, 8, 8), (50, 7, 130)]
 OPERATORS = {"all_gather_gemm": all_gather_gemm, "gemm_reduce_scatter": gemm_reduce_scatter}
+WORLDS = (2, 3)
 
 
 def matrices(comm, operator: str, shape, dtype, transposed: bool, seed: int):

@@ -10,6 +10,8 @@ import triton.language as tl
 import tdccl
 import tdccl.compat.triton_distributed as dl
 
+WORLDS = (2, 3)
+
 
 def check_product(comm, rows):
     depth, columns = 40, 72
