@@ -28,7 +28,7 @@ from tdccl.overlap.gemm import (
 )
 from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
 
-# Blocks that push: enough for nine tenths of what NVLink carries. The product leaves them their multiprocessors, so
+# Blocks that push: few, for the product takes longer than they do. It leaves them their multiprocessors, so
 # that they run whichever of the two comes first.
 PUSHERS = 8
 PUSH_WARPS = 8
