@@ -46,7 +46,10 @@ def main(backend: str, arch: str, warp: str) -> None:
     CompilingWorkspace.target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp))
     expert_parallel.Workspace = batched.Workspace = CompilingWorkspace
     bootstrap = SimpleNamespace(exchange=lambda mine: [mine] * RANKS)
-    comm = SimpleNamespace(size=RANKS, rank=0, device=torch.device("cpu"), check=lambda: None, _bootstrap=bootstrap)
+    topology = SimpleNamespace(nodes=[range(RANKS)])
+    comm = SimpleNamespace(
+        size=RANKS, rank=0, device=torch.device("cpu"), topology=topology, check=lambda: None, _bootstrap=bootstrap
+    )
     sizes = TOKENS, 7168, 256, 8
     idx, x, weights = torch.zeros(TOKENS, 8).long(), torch.zeros(TOKENS, 7168).bfloat16(), torch.zeros(TOKENS, 8)
     ep = expert_parallel.ExpertParallel(comm, *sizes)

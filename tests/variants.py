@@ -121,7 +121,7 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
         **pointers,
         **dict.fromkeys(constexpr, "constexpr"),
     }
-    arguments = SimpleNamespace(types=types, values=constexpr, promised=lambda name: 1)
+    arguments = SimpleNamespace(types=types, values=constexpr, promised=lambda name: 1, across=False)
     return compile_kernel(multimem_kernels.every_form, arguments, team_of(context_of(size), target.backend), 4, target)
 
 
