@@ -262,6 +262,7 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if comm.rank == 0 else None
         port = bootstrap.exchange(store.port if store else None)[0]
         store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
+        environment.forbid_multicast_to_others()
         dist.init_process_group("nccl", store=store, rank=comm.rank, world_size=comm.size, device_id=comm.device)
     bench = Bench(options, comm, bootstrap)
     described = describe(comm.size, comm.device, options.command)

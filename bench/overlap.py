@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 
 import tdccl
 from bench.output import describe, given
@@ -138,6 +137,8 @@ class Bench:
         self._add({"operator": operator, "mlp": name, "tokens": self.options.tokens, "times_us": times})
 
     def _fused_gather(self, a, b, group) -> Callable:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         shard = symmetric_memory.empty(*a.shape, dtype=a.dtype, device=a.device)
         symmetric_memory.rendezvous(shard, group)
         return lambda: torch.ops.symm_mem.fused_all_gather_matmul(shard.copy_(a), [b], 0, group)

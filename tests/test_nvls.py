@@ -141,7 +141,7 @@ def test_all_ranks_must_be_permitted_and_have_a_gpu_of_their_own(nothing_said, m
 # Who may name what: the permission, torch's symmetric memory, driver calls, and the instructions.
 ONLY_IN = {
     r"NCCL_NVLS_ENABLE|TORCH_SYMM_MEM_DISABLE_MULTICAST|NVSHMEM_DISABLE_NVLS": {"tdccl/environment.py"},
-    r"\b_symmetric_memory\b": {"tdccl/transport/multicast.py", "bench/implementations.py"},
+    r"\b_symmetric_memory\b": {"tdccl/transport/multicast.py", "bench/implementations.py", "bench/overlap.py"},
     r"multicast_ptr|MULTICAST_SUPPORTED": {"tdccl/transport/multicast.py"},
     r"(?i)cuMulticast|mc_ptr|nvls_malloc|ncclMemAlloc": set(),
     r"multimem\.(ld_reduce|st|red)\.": {"tdccl/language/multimem.py"},
