@@ -81,10 +81,11 @@ def main() -> None:
         aligned = everything if descriptors else {"odd", "width"}
         fixed = SimpleNamespace(aligned=aligned, warps=shape.warps, tile=shape.rows)
         operands = operands_of(shape, descriptors, transposed)
-        tell("multiply_gathered", compiled(multiply_gathered, constants, **vars(fixed), operands=operands))
         for copied in (False, True):
-            constants |= {"ROWS": shape.rows, "FOLDED": 16, "COPIED": copied}
-            tell("multiply_scattered", compiled(multiply_scattered, constants, **vars(fixed), operands=operands))
+            gathering = constants | {"COPIED": copied}
+            tell("multiply_gathered", compiled(multiply_gathered, gathering, **vars(fixed), operands=operands))
+            scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
+            tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 
 # Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
 SHAPES = [(32, 64, 64), (37, 40, 72), (17, 33, 35), (1, 8, 8), (50, 7, 130)]
+if not environment.emulated():  # where copy engines move more than in emulation
+    SHAPES += [(2100, 1100, 1096), (1500, 2048, 2056)]
 OPERATORS = {"all_gather_gemm": all_gather_gemm, "gemm_reduce_scatter": gemm_reduce_scatter}
 WORLDS = (2, 3)
 
@@ -266,12 +268,13 @@ def test_torch_compile_sees_the_operators(ranks):
     ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
 
 
-def check_replay(comm):
+def check_replay(comm, shape):
     """A graph of both, replayed after new input and mixed with eager calls."""
-    a, b = matrices(comm, "all_gather_gemm", (200, 128, 264), torch.bfloat16, False, 6)[comm.rank]
+    rows, depth, columns = shape
+    a, b = matrices(comm, "all_gather_gemm", shape, torch.bfloat16, False, 6)[comm.rank]
     down = b.t().contiguous()
-    hidden = torch.empty(comm.size * 200, 264, dtype=torch.bfloat16, device=comm.device)
-    result = torch.empty(200, 128, dtype=torch.bfloat16, device=comm.device)
+    hidden = torch.empty(comm.size * rows, columns, dtype=torch.bfloat16, device=comm.device)
+    result = torch.empty(rows, depth, dtype=torch.bfloat16, device=comm.device)
 
     def layer():
         all_gather_gemm(comm, a, b, hidden)
@@ -294,6 +297,7 @@ def check_replay(comm):
         assert torch.equal(hidden, eager[0]) and torch.equal(result, eager[1])
 
 
+@pytest.mark.parametrize("shape", [(200, 128, 264), (2100, 1096, 1096)], ids=["pushed", "copied"])
 @pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
-def test_graphs_replay(ranks, world):
-    ranks.run(check_replay, world)
+def test_graphs_replay(ranks, world, shape):
+    ranks.run(check_replay, world, shape=shape)

@@ -119,6 +119,16 @@ def wait(team, shards, signals, tile, epoch):
 
 
 @triton.jit
+def is_there(team, shards, signals, tile, epoch):
+    """Whether the tile's owner has told this rank of it: `wait` without waiting, of the same ordering if it has."""
+    pointer = signal_of(shards, signals, tile, team.rank)
+    seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    fence_descriptors(team.backend)
+    return seen - epoch >= 0
+
+
+@triton.jit
 def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.constexpr):
     """Copies a tile of this rank's `shard` (its first row; 16-byte aligned) to its place in `gathered` on rank `pe`.
 

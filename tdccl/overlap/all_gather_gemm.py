@@ -68,7 +68,7 @@ def push_shard(
 def multiply_gathered(
     team, epochs, shards, pieces, signals, a, gathered, odd_row, b, c, N, K, b_row, b_column,
     DTYPE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """c [size * shards.rows, N] = all ranks' rows times b; own rows from `a`, others from `gathered` when they come.
 
@@ -81,6 +81,7 @@ def multiply_gathered(
     epoch = overlap.begin(epochs)
     ROWS: tl.constexpr = shards.TILE
     rows = shards.rows
+    whole = team.rank  # the last rank of which all is known to be here
     tiles_down, tiles_across = overlap.tiles_of(shards), (N + COLUMNS - 1) // COLUMNS
     of_rank = tiles_down * tiles_across
     # Two loops have what is in flight in the same shared memory; branches of one loop would take twice as much.
@@ -94,8 +95,12 @@ def multiply_gathered(
         owner = (team.rank + position // of_rank) % team.size
         down, across = grouped(position % of_rank, tiles_down, tiles_across, GROUP)
         tile = owner * tiles_down + down
-        piece = owner * overlap.tiles_of(pieces) + down * ROWS // pieces.TILE
-        overlap.wait(team, pieces, signals, piece, epoch)
+        if owner != whole:
+            first = owner * overlap.tiles_of(pieces)
+            overlap.wait(team, pieces, signals, first + down * ROWS // pieces.TILE, epoch)
+            if COPIED:  # one piece after the other
+                last = first + overlap.tiles_of(pieces) - 1
+                whole = tl.where(overlap.is_there(team, pieces, signals, last, epoch), owner, whole)
         row = (epoch % 2).to(tl.int32) * odd_row + tile * ROWS
         _multiply_tile(
             gathered, row, owner, down, across, b, c, rows, N, K, b_row, b_column,
@@ -170,8 +175,9 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
 
+    copies = Copies(comm, space) if copied else None
+
     def copy():
-        copies = Copies(comm, space)
         copies.meet()
         for pe in (*range(comm.rank - 1, -1, -1), *range(comm.size - 1, comm.rank, -1)):
             for piece, part in enumerate(a_shard.split(height)):
@@ -188,15 +194,14 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
             comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
             left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
             DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
+            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, COPIED=copied,
+            num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused(
-        "all_gather",
-        "all_gather_gemm",
-        a_shard,
-        lambda: beside(comm.device, copy if copied else push, multiply) if others else multiply(),
-    )
+    def together():
+        beside(comm.device, copy if copied else push, multiply, moving_first=not copied)
+
+    comm.start_fused("all_gather", "all_gather_gemm", a_shard, together if others else multiply)
 
 
 def _pushers(comm: Communicator) -> int:

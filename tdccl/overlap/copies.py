@@ -5,8 +5,8 @@ copies before all have begun the call, when their last product is over: they `me
 its call: it copies the word in which `meet` has left it.
 """
 
+import concurrent.futures
 import ctypes
-import threading
 
 import torch
 import triton
@@ -42,7 +42,7 @@ def meet(team, starts, epoch):
     tl.store(epoch, tl.where(go, now, now - DEAD))  # a copy of a past epoch passes for nothing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["told"])
 def await_tiles(team, told, tiles, epoch):
     """One block. Waits until a product has told of so many tiles at `told` (*i64), and sets that back to zero.
 
@@ -62,6 +62,11 @@ class Copies:
 
     def __init__(self, comm: Communicator, space: Workspace):
         self.comm, self.space = comm, space
+        if not space.loaded:  # as a call that copies nothing, because later a product would wait for what is loaded
+            self.meet()
+            self.await_tiles(0, 0, 0)
+            space.epochs += 1
+            space.loaded = True
         self._targets = comm.addresses_of(space.buffer)
         self._signals = comm.addresses_of(space.signals)
 
@@ -96,36 +101,27 @@ def _copy(target: int, source: int, nbytes: int, device: torch.device) -> None:
 _sides: dict[torch.device, "torch.cuda.Stream"] = {}
 
 
-def beside(device: torch.device, moving, computing) -> None:
-    """Calls `moving` on a stream of its own, as soon as the current one has come here, and `computing` on the current
-    one, which then waits for both. In emulation a stream is a thread."""
+def beside(device: torch.device, moving, computing, moving_first: bool) -> None:
+    """Calls `moving` on a stream of its own, from where the current one stands now, and `computing` on the current one,
+    which then waits for both. In emulation a stream is a thread.
+
+    A kernel is loaded only when nothing runs: what may have to be loaded must not come after what waits for it.
+    """
     if device.type != "cuda":
-        _in_threads(moving, computing)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            moved = thread.submit(moving)
+            computing()
+        moved.result()
         return
     if device not in _sides:
         _sides[device] = torch.cuda.Stream(device, priority=-1)
     side, current = _sides[device], torch.cuda.current_stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        moving()
-    computing()
-    current.wait_stream(side)
 
-
-def _in_threads(moving, computing) -> None:
-    failed = []
-
-    def move():
-        try:
+    def on_side():
+        with torch.cuda.stream(side):
             moving()
-        except BaseException as error:  # told to who called
-            failed.append(error)
 
-    thread = threading.Thread(target=move)
-    thread.start()
-    try:
-        computing()
-    finally:
-        thread.join()
-    if failed:
-        raise failed[0]
+    for launch in (on_side, computing) if moving_first else (computing, on_side):
+        launch()
+    current.wait_stream(side)

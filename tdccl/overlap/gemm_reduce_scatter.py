@@ -159,8 +159,9 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
 
+    copies = Copies(comm, space) if copied else None
+
     def copy():
-        copies = Copies(comm, space)
         copies.meet()
         for owner in (*range(comm.rank + 1, comm.size), *range(comm.rank)):
             for piece, part in enumerate(staged[owner].split(shape.group * shape.rows)):
@@ -178,12 +179,10 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
             COPIED=copied, num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused(
-        "reduce_scatter",
-        "gemm_reduce_scatter",
-        a,
-        lambda: beside(comm.device, copy, multiply) if copied else multiply(),
-    )
+    def together():
+        beside(comm.device, copy, multiply, moving_first=False)
+
+    comm.start_fused("reduce_scatter", "gemm_reduce_scatter", a, together if copied else multiply)
 
 
 @torch.library.custom_op("tdccl::gemm_reduce_scatter", mutates_args=())

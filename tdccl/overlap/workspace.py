@@ -40,6 +40,7 @@ class Workspace:
         self.signals_on_all_ranks = comm.symmetric(self.signals)
         if copied:
             self.starts_on_all_ranks = comm.symmetric(comm.empty(comm.size, torch.int64))
+            self.loaded = False
             self.epoch = torch.zeros(1, dtype=torch.int64, device=comm.device)
             self.told = torch.zeros((comm.size, most), dtype=torch.int64, device=comm.device)
 
