@@ -96,11 +96,12 @@ def test_bits_are_the_same_in_every_run(ranks, operator):
 
 
 @triton.jit
-def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
+def orders(team, listed, rows, tiles, total, TILE: tl.constexpr, NODE: tl.constexpr):
     """Each swizzle's order, a row each."""
     for position in range(tl.num_programs(0) * 0, tiles * team.size):
         tl.store(listed + position, overlap.from_own_rank(team, position, tiles))
         tl.store(listed + 1000 + position, overlap.from_next_rank(team, position, tiles))
+        tl.store(listed + 4000 + position, overlap.from_other_node(team, position, tiles, NODE))
     for position in range(tl.num_programs(0) * 0, total):
         tl.store(listed + 2000 + position, overlap.straddling_last(team, position, rows, TILE))
         tl.store(listed + 3000 + position, overlap.straddling_first(team, position, rows, TILE))
@@ -109,12 +110,18 @@ def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
 def check_orders(comm):
     for rows, tile in [(8, 4), (10, 4), (7, 4), (3, 4), (1, 4), (13, 8), (9, 16), (5, 1)]:
         tiles, total = -(-rows // tile), -(-rows * comm.size // tile)
-        listed = torch.full((4, 1000), -1, dtype=torch.int32, device=comm.device)
-        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile)
-        own, following, last, first = listed.tolist()
+        listed = torch.full((5, 1000), -1, dtype=torch.int32, device=comm.device)
+        node = 2 if comm.size % 2 == 0 else 1
+        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile, NODE=node)
+        own, following, last, first, other_node = listed.tolist()
         ranks = [(comm.rank + step) % comm.size for step in range(comm.size + 1)]
         assert own[: tiles * comm.size] == [r * tiles + t for r in ranks[:-1] for t in range(tiles)]
         assert following[: tiles * comm.size] == [r * tiles + t for r in ranks[1:] for t in range(tiles)]
+        owned = [tile // tiles for tile in other_node[: tiles * comm.size : tiles]]
+        assert other_node[: tiles * comm.size] == [r * tiles + t for r in owned for t in range(tiles)]
+        assert sorted(owned) == [*range(comm.size)] and owned[-1] == comm.rank
+        assert {rank // node for rank in owned[-node:]} == {comm.rank // node}
+        assert owned[0] // node == (comm.rank // node + 1) % (comm.size // node)
         owners = {
             t: {min(row, rows * comm.size - 1) // rows for row in (t * tile, t * tile + tile - 1)} for t in range(total)
         }

@@ -197,6 +197,19 @@ def from_next_rank(team, position, tiles):
 
 
 @triton.jit
+def from_other_node(team, position, tiles, NODE: tl.constexpr):
+    """The order that starts with the tiles of the next node's ranks and ends with the own node's, the own ones last.
+
+    For producers of a reduce-scatter over nodes of NODE ranks: what crosses the network leaves first, and no two ranks
+    of a node send to one rank at once.
+    """
+    step = position // tiles
+    node = (team.rank // NODE + 1 + step // NODE) % (team.size // NODE)
+    local = (team.rank + 1 + step) % NODE
+    return (node * NODE + local) * tiles + position % tiles
+
+
+@triton.jit
 def straddling_last(team, position, rows, TILE: tl.constexpr):
     """The tile of TILE rows at a position, where shards of `rows` rows follow each other without gaps, so that tiles
     may straddle ranks: the own rank's whole tiles, the next ranks', and last those that need more than one rank."""
