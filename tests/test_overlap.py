@@ -275,6 +275,15 @@ def test_torch_compile_sees_the_operators(ranks):
     ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
 
 
+def test_a_pass_of_the_compiler_finds_the_patterns():
+    if pool.LARGEST_WORLD < 2:
+        pytest.skip("needs 2 ranks")
+    program = str(Path(__file__).with_name("compiled_products.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count(": ok") == 2, done.stdout + done.stderr
+
+
 def check_replay(comm, shape):
     """A graph of both, replayed after new input and mixed with eager calls."""
     rows, depth, columns = shape
