@@ -324,6 +324,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._beside: Beside | None = None  # on a GPU, once there is a communicator
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
+        self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
         self._barriers = 0
         self._ended = False
         self._register_shim("cuda" if self._gpu else "cpu")
@@ -351,7 +352,10 @@ class ProcessGroup(dist.ProcessGroup):
         return self._store
 
     def _get_backend(self, device: torch.device) -> Backend:
-        return Backend(super()._get_backend(device), self)
+        backend = self._backends.get(device)
+        if backend is None:
+            backend = self._backends[device] = Backend(super()._get_backend(device), self)
+        return backend
 
     @property
     def communicator(self) -> Communicator:
@@ -396,6 +400,7 @@ class ProcessGroup(dist.ProcessGroup):
             communicator, lanes = self._communicator, list(self._lanes.values())
             self._communicator, self._gloo_group, self._ended = None, None, True
             self._lanes.clear()
+            self._backends.clear()
         for lane in lanes:
             lane.close()
         return communicator
