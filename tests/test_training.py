@@ -1,5 +1,6 @@
 """The examples, and torch's ways to train in parallel, learn on "tdccl" what they learn on Gloo, or NCCL on GPUs."""
 
+import json
 import os
 import socket
 import sys
@@ -61,6 +62,16 @@ def test_training(ranks, size, kinds):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks.run(check_training, size, kinds=kinds, port=port)
+
+
+def test_bench_measures_backends_in_turns(tmp_path):
+    options = ["--vs=gloo", "--calls=1", "--steps=1", "--sequences=1", "-J", str(tmp_path / "torch.json")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run(*launcher, "-m", "bench.torch_backend", *options, TDCCL_EMULATE="1")
+    figures = json.loads((tmp_path / "torch.json").read_text())["figures"]
+    measured = {(figure["what"], figure["impl"]) for figure in figures if figure["value"] > 0}
+    for what in ("host time of asynchronous dist.all_reduce, 64 KiB", "FSDP2 step, 1 x 16 tokens a rank"):
+        assert {(what, "tdccl"), (what, "gloo")} <= measured
 
 
 @LONG
