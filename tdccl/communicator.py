@@ -505,7 +505,7 @@ class Communicator(Calls):
         """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone.
 
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
-        and in every 64th call, to compare where their tensors lay.
+        and in every 512th call, to compare where their tensors lay.
 
         Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ.
         """
