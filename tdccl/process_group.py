@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 import types
+import weakref
 from datetime import timedelta
 
 import torch
@@ -65,13 +66,25 @@ class Beside:
         self.stream = torch.cuda.Stream(device)
         self.handle = self.stream.cuda_stream
         self._index, self._lock = device.index, threading.Lock()
+        self._last = _nobody
         with torch.cuda.device(device):
             self._order = Order()
 
     def follow(self) -> None:
         """What it is given from now on waits for what the caller's current stream has been given."""
+        last = self._last()
+        if last is not None:
+            last.mark_end()
         with self._lock:
             self._order.follow(self.handle, torch._C._cuda_getCurrentRawStream(self._index))
+
+    def ends_with(self, work: "Work") -> None:
+        """Until it is given more, and so is told to follow, the end of `work` is where this stream is."""
+        self._last = weakref.ref(work)
+
+
+def _nobody() -> None:
+    """Like the weak reference to a Work that is gone."""
 
 
 _known_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
@@ -88,7 +101,11 @@ def _current_stream(index: int) -> torch.cuda.Stream:
 
 
 class Work(dist.Work):
-    """A collective: on the group's own stream, or complete as far as the host can tell (no stream)."""
+    """A collective: on a stream, or complete as far as the host can tell (no stream).
+
+    The event at its end is recorded when somebody asks for it, or more is put on the stream: mostly never, as DDP drops
+    the Work as soon as it has the future, which has an event of its own.
+    """
 
     __slots__ = ("_communicator", "_event", "_future", "_outputs", "_stream")
 
@@ -98,19 +115,25 @@ class Work(dist.Work):
         self._communicator = communicator
         self._stream = stream
         self._event = self._future = None
-        if stream is not None:
-            self._event = _Event()
-            self._event.record(stream)
+
+    def mark_end(self):
+        """The event at its end."""
+        if self._event is None:
+            event = _Event()
+            event.record(self._stream)
+            self._event = event
+        return self._event
 
     def wait(self, timeout=None) -> bool:
         """Makes the current stream wait; the host only if there is a timeout, and for no longer than that.
 
         Raises Timeout if the call has not ended by then, which it still may; and what has failed the communicator.
         """
-        if self._event is not None:
+        if self._stream is not None:
+            event = self.mark_end()
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            self._event.wait(_current_stream(self._stream.device_index))
+            event.wait(_current_stream(self._stream.device_index))
         if self._communicator is not None:
             self._communicator.raise_fault()
         return True
@@ -119,13 +142,13 @@ class Work(dist.Work):
 
     def _wait_on_host(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not self._event.query():
+        while not self.mark_end().query():
             if time.monotonic() > deadline:
                 raise Timeout(f"wait: the call has not ended within {seconds:g} s")
             time.sleep(5e-5)
 
     def is_completed(self) -> bool:
-        return self._event is None or self._event.query()
+        return self._stream is None or self.mark_end().query()
 
     def is_success(self) -> bool:
         return self.is_completed() and self.exception() is None
@@ -163,10 +186,10 @@ class BarrierWork(Work):
     __slots__ = ()
 
     def wait(self, timeout=None) -> bool:
-        if self._event is not None:
+        if self._stream is not None:
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            self._event.synchronize()
+            self.mark_end().synchronize()
             self._communicator.raise_fault()  # a barrier that gave up must not look passed
         return True
 
@@ -229,7 +252,9 @@ class GpuLane:
         with OnStream(stream):
             call(self._communicator)
         tensor.record_stream(stream)
-        return MessageWork([tensor], self._communicator, stream)
+        work = MessageWork([tensor], self._communicator, stream)
+        self._beside.ends_with(work)
+        return work
 
     def idle(self) -> bool:
         return self._beside.stream.query()
@@ -429,7 +454,10 @@ class ProcessGroup(dist.ProcessGroup):
         values = comm.all_gather(own.values(), None, counts)
         with torch.no_grad():
             tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
-        return Work([tensor], comm, _current_stream(comm.device.index) if self._gpu else None)
+        work = Work([tensor], comm, _current_stream(comm.device.index) if self._gpu else None)
+        if self._gpu:
+            work.mark_end()
+        return work
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
@@ -698,14 +726,20 @@ class ProcessGroup(dist.ProcessGroup):
             self._beside.follow()
             stream = self._beside.stream
         communicator.barrier(stream=stream, timeout=seconds)
-        return BarrierWork([], communicator, stream)
+        work = BarrierWork([], communicator, stream)
+        work.mark_end()
+        return work
 
     def _start_coalescing(self, device) -> None:
         """Nothing to prepare: each call is one launch already."""
 
     def _end_coalescing(self, device):
         """One Work for all: asynchronous calls share a stream, so its end now is the end of each of them."""
-        return Work([], self._communicator, self._beside.stream if self._beside else None)
+        if self._beside is None:
+            return Work([])
+        work = Work([], self._communicator, self._beside.stream)
+        work.mark_end()
+        return work
 
     # torch 2.13's names
     all_gather_single = _allgather_base
@@ -733,7 +767,9 @@ class ProcessGroup(dist.ProcessGroup):
         stream = beside.stream
         for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
-        return Work(list(outputs), communicator, stream)
+        work = Work(list(outputs), communicator, stream)
+        beside.ends_with(work)
+        return work
 
     def _compose(self, opts, inputs, outputs, call):
         """The same of a `call(communicator)` of several steps, which go where torch's current stream is."""

@@ -213,6 +213,19 @@ def streams():
                 del garbage
 
 
+def ends():
+    """The end of an asynchronous call is where it was, whatever the group is given after it."""
+    side = torch.cuda.Stream()
+    first = dist.all_reduce(full(1000, 1), async_op=True)
+    torch.cuda._sleep(1_000_000_000)
+    second = dist.all_reduce(full(1000, 1), async_op=True)
+    with torch.cuda.stream(side):
+        first.wait()
+    side.synchronize()
+    assert first.is_completed() and not second.is_completed()
+    second.wait()
+
+
 def coalesced():
     tensors = [full(10 + i, RANK) for i in range(3)]
     with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
@@ -485,7 +498,7 @@ def main():
         dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
         assert dist.get_backend() == "tdccl"
-        for check in AGAIN if again else [cpu_tensors] if GLOO else [*EVERYWHERE, streams] if GPU else EVERYWHERE:
+        for check in AGAIN if again else [cpu_tensors] if GLOO else [*EVERYWHERE, streams, ends] if GPU else EVERYWHERE:
             try:
                 check()
             except Exception as error:
