@@ -383,7 +383,7 @@ def messages():
     if SIZE == 1:
         return
     right, left = (RANK + 1) % SIZE, (RANK - 1) % SIZE
-    for count in (1, 1000, 300_000):
+    for count in (1, 1000, 300_000 if GPU else 20_000):
         into = full(count, -1)
         if RANK == 0:
             dist.send(full(count, RANK), right)
