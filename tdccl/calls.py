@@ -19,7 +19,7 @@ from tdccl.runtime import agreement, arrays
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.runtime.recorder import PLAIN, ROOTED, described, name_of, place_of, placed
-from tdccl.runtime.streams import Order
+from tdccl.runtime.streams import Order, stream_of
 
 _MOST_PLANS = 4096
 AGAIN = object()  # what `_again` returns of a call that it has made
@@ -38,8 +38,7 @@ class Calls(Membership):
         self._lock = threading.RLock()
         self._streams: dict[Any, int] = {}  # where each lane's last call went
         self._index = self.device.index
-        with self._on_device():
-            self._order = None if self._emulated else Order()
+        self._order = None if self._emulated else Order(self._index)
         self._interpreting: list[int] = []  # threads, in emulation
         self._interpreted = threading.Condition()
         self._stop_word = ctypes.c_int64.from_address(self._heap.address + layout.STOP_BYTE.value)
@@ -318,7 +317,7 @@ class Calls(Membership):
         """torch's context of a stream in any form."""
         if self._emulated or stream is None:
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.ExternalStream(arrays.stream_handle(stream), self.device))
+        return torch.cuda.stream(stream_of(arrays.stream_handle(stream), self._index))
 
     def _follow(self, lane, handle: int) -> None:
         """A call on a new stream waits for those on the last one in its lane."""

@@ -18,7 +18,7 @@ from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
-from tdccl.runtime.streams import Order
+from tdccl.runtime.streams import Order, current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
 # By hash, which of a ReduceOp is its number: it takes half as long to ask as the number itself.
@@ -67,8 +67,7 @@ class Beside:
         self.handle = self.stream.cuda_stream
         self._index, self._lock = device.index, threading.Lock()
         self._last = _nobody
-        with torch.cuda.device(device):
-            self._order = Order()
+        self._order = Order(device.index)
 
     def follow(self) -> None:
         """What it is given from now on waits for what the caller's current stream has been given."""
@@ -85,19 +84,6 @@ class Beside:
 
 def _nobody() -> None:
     """Like the weak reference to a Work that is gone."""
-
-
-_known_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
-
-
-def _current_stream(index: int) -> torch.cuda.Stream:
-    """torch.cuda.current_stream, likewise."""
-    data = torch._C._cuda_getCurrentStream(index)
-    stream = _known_streams.get(data)
-    if stream is None:
-        number, index, kind = data
-        stream = _known_streams[data] = torch.cuda.Stream(stream_id=number, device_index=index, device_type=kind)
-    return stream
 
 
 class Work(dist.Work):
@@ -133,7 +119,7 @@ class Work(dist.Work):
             event = self.mark_end()
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            event.wait(_current_stream(self._stream.device_index))
+            event.wait(current_stream(self._stream.device_index))
         if self._communicator is not None:
             self._communicator.raise_fault()
         return True
@@ -454,7 +440,7 @@ class ProcessGroup(dist.ProcessGroup):
         values = comm.all_gather(own.values(), None, counts)
         with torch.no_grad():
             tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
-        work = Work([tensor], comm, _current_stream(comm.device.index) if self._gpu else None)
+        work = Work([tensor], comm, current_stream(comm.device.index) if self._gpu else None)
         if self._gpu:
             work.mark_end()
         return work
@@ -721,7 +707,7 @@ class ProcessGroup(dist.ProcessGroup):
         if not self._gpu:
             communicator.barrier(timeout=seconds)
             return BarrierWork([])
-        stream = _current_stream(communicator.device.index)
+        stream = current_stream(communicator.device.index)
         if opts.asyncOp:
             self._beside.follow()
             stream = self._beside.stream

@@ -226,6 +226,18 @@ def ends():
     second.wait()
 
 
+def one_after_another():
+    """Calls on two streams share scratch, so that the second waits for the first, on the default stream, too."""
+    side, first = torch.cuda.Stream(), torch.cuda.Event()
+    torch.cuda._sleep(1_000_000_000)
+    dist.all_reduce(full(1000, 1))
+    first.record()
+    with torch.cuda.stream(side):
+        dist.all_reduce(full(1000, 1))
+    side.synchronize()
+    assert first.query()
+
+
 def coalesced():
     tensors = [full(10 + i, RANK) for i in range(3)]
     with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
@@ -498,7 +510,7 @@ def main():
         dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
         assert dist.get_backend() == "tdccl"
-        for check in AGAIN if again else [cpu_tensors] if GLOO else [*EVERYWHERE, streams, ends] if GPU else EVERYWHERE:
+        for check in AGAIN if again else [cpu_tensors] if GLOO else [*EVERYWHERE, streams, ends, one_after_another] if GPU else EVERYWHERE:
             try:
                 check()
             except Exception as error:
