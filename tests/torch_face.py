@@ -497,6 +497,8 @@ EVERYWHERE = [
     scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
+ON_GPUS = [streams, ends, one_after_another] if GPU else []
+AT_FIRST = [cpu_tensors] if GLOO else [*EVERYWHERE, *ON_GPUS]
 AGAIN = [cpu_tensors] if GLOO else [all_reduce, groups, messages, monitored]  # in a default group made anew
 
 
@@ -510,7 +512,7 @@ def main():
         dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
         assert dist.get_backend() == "tdccl"
-        for check in AGAIN if again else [cpu_tensors] if GLOO else [*EVERYWHERE, streams, ends, one_after_another] if GPU else EVERYWHERE:
+        for check in AGAIN if again else AT_FIRST:
             try:
                 check()
             except Exception as error:
