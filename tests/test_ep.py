@@ -63,7 +63,7 @@ def check_round(comm, ep, problem, align=1):
     expected = reference.combined(
         [{t: problem.x[s][t] * (peer + 2) for s, t in reference.compact_rows(problem, peer) if s == rank}
          for peer in range(comm.size)],
-        len(x), hidden, x.dtype, bias, comm.device,
+        len(x), hidden, x.dtype, bias, comm.device, comm.topology.nodes,
     )  # fmt: skip
     assert same_bits(ep.combine(h, plan, bias=bias), expected)
     y, carried = ep.combine(copied.rows, plan, carry=r.weights)
@@ -106,7 +106,7 @@ def check_round(comm, ep, problem, align=1):
                 total += value.float() * weight
             sums[t] = total.to(x.dtype)
         gathered.append(sums)
-    assert same_bits(y, reference.combined(gathered, len(x), hidden, x.dtype, (), comm.device))
+    assert same_bits(y, reference.combined(gathered, len(x), hidden, x.dtype, (), comm.device, comm.topology.nodes))
 
 
 def check_quantised_layouts(comm):

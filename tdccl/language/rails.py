@@ -170,6 +170,12 @@ def sent(rail, STAGE: tl.constexpr, node):
 
 
 @triton.jit
+def received(rail, STAGE: tl.constexpr, node):
+    """The number of the next tile from `node`, for which `next_in` has waited. Ordering: none."""
+    return tl.load(_word(rail, STAGE, node, RECEIVED))
+
+
+@triton.jit
 def next_shared(rail):
     """The number of the next tile that all nodes are sent from one slot: that of this rank's own node, in RESULTS.
 
