@@ -29,5 +29,32 @@ NEEDS_FOUR = pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
 
 
 @NEEDS_FOUR
-def test_rows_arrive_in_order_and_combine_bitwise(ranks):
-    ranks.run(on_nodes, 4, check=test_ep.check_rounds, size=2, align=4)
+@pytest.mark.parametrize(
+    ("check", "arguments"),
+    [
+        (test_ep.check_rounds, {"align": 4}),
+        (test_ep.check_corners, {}),
+        (test_ep.check_quantised_layouts, {}),
+        (test_ep.check_hooks, {}),
+        (test_ep.check_refusals, {}),
+        (test_ep.check_many, {"rounds": 4}),
+        (test_ep.check_gradients, {"compiled": False}),
+        pytest.param(test_ep.check_shapes, {}, marks=LONG),
+    ],
+    ids=lambda value: getattr(value, "__name__", "").removeprefix("check_"),
+)
+def test_two_nodes_of_two(ranks, check, arguments):
+    ranks.run(on_nodes, 4, check=check, size=2, **arguments)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_nodes_of_one(ranks):
+    ranks.run(on_nodes, 2, check=test_ep.check_rounds, size=1, align=1)
+
+
+@LONG
+@pytest.mark.skipif(not environment.emulated(), reason="more GPUs")
+@pytest.mark.parametrize(("nodes", "size"), [(2, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize("check", [test_ep.check_corners, test_ep.check_quantised_layouts])
+def test_more_and_larger_nodes(eight_ranks, nodes, size, check):  # noqa: F811
+    eight_ranks.run(on_nodes, nodes * size, 1200, check=check, size=size)
