@@ -73,7 +73,10 @@ def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Laun
         topology=topology_of(0, [str(rank // sizes.width) for rank in range(ranks)]), launches=[], backend=backend,
         _context=context, _bootstrap=SimpleNamespace(exchange=lambda mine: [mine] * ranks),
     )  # fmt: skip
-    with mock.patch.object(expert_parallel, "Workspace", _Workspace), mock.patch.object(batched, "Workspace", _Workspace):
+    with (
+        mock.patch.object(expert_parallel, "Workspace", _Workspace),
+        mock.patch.object(batched, "Workspace", _Workspace),
+    ):
         _many(comm, sizes, fp8)
         if sizes.nodes == 1:
             _few(comm, sizes, fp8)

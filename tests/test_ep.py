@@ -303,7 +303,7 @@ def check_refusals(comm):
         with pytest.raises(tdccl.ArgumentError, match=text):
             call()
     if low:
-        with pytest.raises(tdccl.ArgumentError, match="h is torch.bfloat16"):
+        with pytest.raises(tdccl.ArgumentError, match=r"h is torch\.bfloat16"):
             low.combine(x, low.plan(taken), torch.ones(4, 2, device=comm.device))
     comm._bootstrap.barrier()
 

@@ -2,17 +2,12 @@
 
 import os
 
-import ep_reference as reference
 import pool
 import pytest
 import test_ep
-import torch
-from reference import same_bits
 from test_nodes import drawn, eight_ranks, pytestmark  # noqa: F401
 
-import tdccl
 from tdccl import environment
-from tdccl.ep import ExpertParallel, LowLatency
 from tdccl.transport import network
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="TDCCL_LONG=1 runs it")

@@ -1,9 +1,9 @@
 """Dispatch and combine for many tokens across nodes: one copy of a token for each node that it goes to.
 
-It goes over the rail to the rank with the same place there, which passes it on inside by address; the sums come back the
-same way, a node's ranks added up by the one that had passed the token on. Tokens travel in *records*: a row, its scales
-and its weights, one after another, each at a multiple of 16 bytes. A tile of the rail has the records of those tokens
-of a chunk that go to that node, in their order; both ends know from the plan which these are.
+It goes over the rail to the rank with the same place there, which passes it on inside by address; the sums come back
+the same way, a node's ranks added up by the one that had passed the token on. Tokens travel in *records*: a row, its
+scales and its weights, one after another, each at a multiple of 16 bytes. A tile of the rail has the records of those
+tokens of a chunk that go to that node, in their order; both ends know from the plan which these are.
 
 Why no two blocks wait for each other: at step s a block sends chunk s across and takes in chunk s - LAG, so a tile for
 which there must be a free slot, s - LANE_DEPTH, was taken in before anybody came to step s.
@@ -148,8 +148,8 @@ def dispatch(
     CHUNK: tl.constexpr, RECORD: tl.constexpr, AT_SCALES: tl.constexpr, AT_WEIGHTS: tl.constexpr, SEND: tl.constexpr,
     RECV: tl.constexpr,
 ):  # fmt: skip
-    """At step s block b sends chunk s of its range of tokens across, passes chunk s - LAG of its own and of its likes on
-    to the landing buffers of this node, and takes chunk s - LAG - 1 of every source out of its own.
+    """At step s block b sends chunk s of its range of tokens across, passes chunk s - LAG of its own and of its likes
+    on to the landing buffers of this node, and takes chunk s - LAG - 1 of every source out of its own.
 
     tensors, sizes, buffers, OUT, QUANT: as `throughput.dispatch`, but that sent_node comes after sent_row. CHUNK: a
     power of two. RECORD: bytes of a record, AT_SCALES and AT_WEIGHTS: where in it these begin. SEND: this launch does
@@ -338,9 +338,9 @@ def combine(
     LAYOUT: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, RECORD: tl.constexpr, AT_WEIGHTS: tl.constexpr,
     SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
-    """At step s block b puts chunk s of its range of every source into the landing buffer, as `throughput.combine`; sends
-    its likes in other nodes this node's sums for chunk s - 1 of theirs; adds up all nodes' for chunk s - 1 - LAG of its
-    own tokens.
+    """At step s block b puts chunk s of its range of every source into the landing buffer, as `throughput.combine`;
+    sends its likes in other nodes this node's sums for chunk s - 1 of theirs; adds up all nodes' for chunk s - 1 - LAG
+    of its own tokens.
 
     tensors, sizes, LAYOUT: as `throughput.combine`, but that sent_node comes after sent_row. SEND: this launch does the
     first of these, RECV: the others.

@@ -229,8 +229,9 @@ class ExpertParallel(Experts):
             passed = (tokens, ranks) if self.nodes == 1 else (self.nodes * self.max_tokens, ranks // self.nodes)
             shapes = {
                 "sent_row": passed, "sent_node": (tokens if self.nodes > 1 else 0, self.nodes),
-                "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k), "expert_row": (rows, top_k), "source": (rows,),
-                "expert_source": (self.most_expert_rows(align),), "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
+                "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k), "expert_row": (rows, top_k),
+                "source": (rows,), "expert_source": (self.most_expert_rows(align),), "told": (3, ranks),
+                "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
             }  # fmt: skip
             layout, end = {}, 0
             for name, shape in shapes.items():
@@ -302,8 +303,8 @@ class ExpertParallel(Experts):
         )  # fmt: skip
         name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
         finish = self._run(
-            self._moving, "ep_dispatch", self._kernels.dispatch, name, _WARPS, constants, tensors, (len(rows),), x.numel(),
-            hook, stream,
+            self._moving, "ep_dispatch", self._kernels.dispatch, name, _WARPS, constants, tensors, (len(rows),),
+            x.numel(), hook, stream,
         )  # fmt: skip
         if words:
             out_scales = out_scales.view(torch.int32 if quant == "fp8_128_ue8m0" else torch.float32)

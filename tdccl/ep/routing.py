@@ -90,7 +90,9 @@ def _load_routing(pointer, first, last, TILE: tl.constexpr, TOP_K: tl.constexpr,
 
 
 @triton.jit
-def _routing_of(team, buffers, gathered, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, NODES: tl.constexpr):
+def _routing_of(
+    team, buffers, gathered, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, NODES: tl.constexpr
+):
     """(pointer to the routing of a source, how many tokens it has): of what it told this block, or across nodes of
     `gathered`. Ordering: plain loads."""
     if NODES == 1:
@@ -229,8 +231,8 @@ def place(
     ALIGN: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before, or across
-    nodes `count`.
+    """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before, or
+    across nodes `count`.
 
     tensors: addresses of the counts, of what was gathered across nodes, and of the arrays of a plan in their order (see
     `Plan`). sizes: this rank's node. BLOCKS: a power of two, at least the grid.
