@@ -74,7 +74,7 @@ class Membership:
         self._share_memory()
         if self.multicast.kind == "switch" and not self._heap.multicast:
             self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
-        self._team, self._rail = self._make_team(), self._make_rail()
+        self._team, self._rails = self._make_team(), self._make_rails()
         _alive.add(self)
 
     def _agree(self, device, max_blocks: int | None) -> None:
@@ -137,20 +137,31 @@ class Membership:
         )
 
     def _allocate_lanes(self) -> transport.SymmetricMemory:
-        """What passes to other nodes goes through it."""
+        """What passes to other nodes goes through it: between likes, then between all pairs of ranks."""
         context = self._context
-        nbytes = rails.rail_bytes(context.rules.rings, context.nodes, context.rail_slot)
-        memory, pes = transport.allocate_across(self._bootstrap, nbytes, self.device)
-        self._pes = torch.tensor([pes[rank] for rank in self.topology.rail], dtype=torch.int32, device=self.device)
+        self._pairs_start = rails.rail_bytes(context.rules.rings, context.nodes, context.rail_slot)
+        of_pairs = rails.rail_bytes(context.rules.channels, self.size, context.pair_slot)
+        memory, pes = transport.allocate_across(self._bootstrap, self._pairs_start + of_pairs, self.device)
+        of_likes = [pes[rank] for rank in self.topology.rail]
+        self._pes = {
+            pairs: torch.tensor(numbers, dtype=torch.int32, device=self.device)
+            for pairs, numbers in ((False, of_likes), (True, pes))
+        }
         return memory
 
-    def _make_rail(self):
-        """What kernels that go to other nodes get besides the team; None if there are none."""
+    def _make_rails(self):
+        """What kernels that go to other nodes get besides the team, by whether every rank is a node to them; None if
+        there are none."""
         if self._lanes is None:
             return None
-        return rail_for(self._context)._replace(
-            local=self._lanes.address, pes=self._pes.data_ptr(), node=self.topology.node
-        )
+        addresses = {False: self._lanes.address, True: self._lanes.address + self._pairs_start}
+        numbers = {False: self.topology.node, True: self.rank}
+        return {
+            pairs: rail_for(self._context, pairs)._replace(
+                local=addresses[pairs], pes=self._pes[pairs].data_ptr(), node=numbers[pairs]
+            )
+            for pairs in (False, True)
+        }
 
     @functools.cached_property
     def team(self):

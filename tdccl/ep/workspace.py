@@ -54,7 +54,7 @@ class Workspace:
         nbytes = rails.rail_bytes(self.blocks, nodes, slot_bytes)
         lanes, _ = transport.allocate_across(comm._bootstrap, nbytes, comm.device)
         comm._add(lanes)
-        return comm._rail._replace(local=lanes.address, slot_bytes=slot_bytes)
+        return comm._rails[False]._replace(local=lanes.address, slot_bytes=slot_bytes)
 
     def local(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """This rank's buffer of that name, flat."""

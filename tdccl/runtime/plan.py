@@ -68,8 +68,11 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rail: Rail | None = None):
-        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
+    def __init__(
+        self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rails: dict[bool, Rail] | None = None
+    ):
+        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it. rails: across
+        nodes, by whether every rank is a node to it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
         symmetric = choice.algorithm.symmetric
@@ -79,7 +82,9 @@ class Plan:
         kernel = choice.algorithm.kernel
         places = [everywhere.index(segments[name]) for name in symmetric]
         signature = _signature(choice.algorithm, call, places)
-        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, signature, rail)
+        arguments = Arguments(
+            kernel, choice.geometry, symmetric, call.op, signature, rails and rails[choice.algorithm.pairs]
+        )
         self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def at(self, send: int, recv: int) -> tuple[int, int]:
