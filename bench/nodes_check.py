@@ -39,10 +39,14 @@ from tdccl.transport.bootstrap import Bootstrap, discover
 # (element type, operation): the first at all sizes and timed, the others at two.
 _KINDS = [("bfloat16", "sum"), ("float", "sum"), ("half", "avg"), ("int64", "min")]
 _SIZES = [16, 1 << 16] if environment.emulated() else [16, 1 << 10, 1 << 16, 1 << 20, 1 << 26]
-# What the other parts call: collective, elements, element type, operation.
+# What the other parts call: collective, elements, element type, operation, alignment, whether by split lists.
 _OTHERS = [
-    ("all_reduce", 1000, "fp32", "sum"), ("all_reduce", 10_000, "fp32", "sum"), ("all_reduce", 9, "fp32", "sum"),
-    ("all_gather", 28, "u8", None), ("barrier", 0, "u8", None),
+    ("all_reduce", 1000, "fp32", "sum", 16, False), ("all_reduce", 10_000, "fp32", "sum", 16, False),
+    ("all_reduce", 9, "fp32", "sum", 16, False), ("all_gather", 28, "u8", None, 16, False),
+    ("barrier", 0, "u8", None, 16, False), ("send_recv", 0, "u8", None, 16, False),
+    ("send_recv", 0, "u8", None, 4, False), ("all_gather", 0, "u8", None, 4, True),
+    ("all_to_all", 0, "u8", None, 4, True), ("all_to_all", 0, "u8", None, 16, True),
+    ("all_to_all_vdev", 0, "u8", None, 16, False),
 ]  # fmt: skip
 
 
@@ -59,7 +63,7 @@ def cases(name: str, rank: int, ranks: int) -> Iterator[Case]:
 def jobs(nodes: int, width: int, arch: str) -> list[aot.Job]:
     """The kernels of all parts."""
     context, distinct = context_for(width, nodes=nodes), {}
-    calls = [Call(name, count, dtype, op, 0, 16, None, (None, None), False) for name, count, dtype, op in _OTHERS]
+    calls = [_other(nodes * width, *other) for other in _OTHERS]
     for name in ACROSS_NODES.keys() & COLLECTIVES.keys():
         calls += [_call(case) for case in cases(name, 0, nodes * width) if case.count]
     for call in calls:
@@ -77,6 +81,12 @@ def _call(case: Case) -> Call:
     if case.op is None:
         dtype, count = "u8", count * case.dtype.itemsize
     return Call(case.collective.name, count, dtype, case.op, max(0, case.root), 16, None, (None, None), case.in_place)
+
+
+def _other(ranks: int, name: str, count: int, dtype: str, op: str | None, alignment: int, uneven: bool) -> Call:
+    splits = (((alignment,) * ranks,) * 2) if uneven else None
+    on_device = (0, 0, 16, 16, 16) if name == "all_to_all_vdev" else None
+    return Call(name, count, dtype, op, 0, alignment, splits, (None, None), False, on_device)
 
 
 def compile_all(topology: tdccl.transport.Topology) -> str:
@@ -183,6 +193,57 @@ class Checker:
         ]
         return [f"    {', '.join(f'{microseconds:.1f}' for microseconds in times)} us"]
 
+    def pairs(self) -> list[str]:
+        """Messages, roots and pieces of uneven sizes, checked; a ring of messages timed."""
+        comm, lines = self._comm, []
+        right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        for nbytes in [64, 1 << 16] if environment.emulated() else [64, 1 << 16, 1 << 20, 1 << 26]:
+            x, y = (torch.full((nbytes // 4,), value, device=comm.device) for value in (comm.rank + 0.5, -1.0))
+
+            def ring(x=x, y=y):
+                comm.send_recv([(x, right)], [(y, left)])
+
+            for clock in self._clocks:
+                y.fill_(-1)
+                once = clock.repeated(ring, 1)
+                self._agree(
+                    f"a ring of {nbytes} bytes, {clock.mode}", self._fault(once, lambda y=y: _all(y, left + 0.5))
+                )
+            times = [slowest(clock, self._bootstrap, ring, lambda: None, self._effort) for clock in self._clocks]
+            lines.append(f"    {nbytes:>10} B     {', '.join(f'{microseconds:.1f}' for microseconds in times)} us")
+        for unit in (1, 4):  # of 4 bytes, and of 16
+            self._agree(f"pieces of {4 * unit} bytes", self._fault(partial(self._pieces, unit), lambda: None))
+        return lines
+
+    def _pieces(self, unit: int) -> None:
+        """Piece j of rank i has (2 i + j) % 5 rows of `unit` words, whose value says whose they are."""
+        comm, ranks = self._comm, range(self._comm.size)
+        counts = [[(2 * i + j) % 5 * 301 for j in ranks] for i in ranks]
+        sent, received = counts[comm.rank], [row[comm.rank] for row in counts]
+
+        def rows(source: int, count: int):
+            return torch.full((count, unit), source + 0.25, device=comm.device)
+
+        expected = torch.cat([rows(source, count) for source, count in enumerate(received)])
+        send = rows(comm.rank, sum(sent))
+        assert torch.equal(comm.all_to_all(send, None, sent, received), expected), "all_to_all"
+        recv = torch.zeros(sum(received) + 3, 4, device=comm.device)
+        answer = torch.zeros(2, comm.size, dtype=torch.int64, device=comm.device)
+        on_device = torch.tensor(sent, device=comm.device)
+        comm.all_to_all_vdev(send.repeat(1, 4 // unit), recv, on_device, answer)
+        assert answer[0].tolist() == received and torch.equal(recv[:-3, :unit], expected), "all_to_all_vdev"
+        rising = [301 * (source + 1) for source in ranks]
+        gathered = comm.all_gather(rows(comm.rank, rising[comm.rank]), None, rising)
+        assert torch.equal(gathered, torch.cat([rows(*each) for each in enumerate(rising)])), "all_gather"
+        root = comm.size - 1
+        gathered = comm.gather(rows(comm.rank, 77), None, root)
+        whole = torch.cat([rows(source, 77) for source in ranks])
+        assert gathered is None or torch.equal(gathered, whole), "gather"
+        mine = comm.scatter(whole if comm.rank == root else None, torch.empty(77, unit, device=comm.device), root)
+        assert torch.equal(mine, rows(comm.rank, 77)), "scatter"
+        total = comm.reduce(rows(comm.rank, 77), None, "sum", root)
+        assert total is None or _all(total, sum(ranks) + 0.25 * comm.size) is None, "reduce"
+
     def subgroups(self) -> list[str]:
         """One rank of each node; the ranks of each node; all in another order; each with its own memory."""
         comm = self._comm
@@ -214,6 +275,11 @@ class Checker:
         return lines
 
 
+def _all(tensor: torch.Tensor, value: float) -> str | None:
+    wrong = int((tensor != value).sum())
+    return f"{wrong} of {tensor.numel()} elements are not {value}" if wrong else None
+
+
 def _wrong(case: Case, recv: torch.Tensor, seed: int) -> str | None:
     wrong = data.count_wrong(case, recv, seed)
     return f"{wrong} of {recv.numel()} elements wrong, {recv[:4].tolist()}..." if wrong else None
@@ -232,6 +298,22 @@ def torch_face() -> list[str]:
     listed = [torch.empty(7, device=device) for _ in range(size)]
     dist.all_gather(listed, torch.full((7,), float(rank), device=device))
     assert [part[0].item() for part in listed] == list(range(size)), listed
+    y, right, left = torch.empty(301, device=device), (rank + 1) % size, (rank - 1) % size
+    mine = torch.full_like(y, float(rank))
+    for each in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, right), dist.P2POp(dist.irecv, y, left)]):
+        each.wait()
+    assert y.eq(left).all(), y[:3]
+    sent, received = [rank + j for j in range(size)], [i + rank for i in range(size)]
+    y = torch.empty(sum(received), device=device)
+    dist.all_to_all_single(y, torch.full((sum(sent),), float(rank), device=device), received, sent)
+    assert y.tolist() == [float(i) for i, count in enumerate(received) for _ in range(count)], y
+    listed = [torch.empty_like(mine) for _ in range(size)] if rank == 0 else None
+    dist.gather(mine, listed)
+    assert rank or [part[0].item() for part in listed] == list(range(size)), listed
+    dist.scatter(mine, [part + 0.5 for part in listed] if rank == 0 else None)
+    assert mine.eq(rank + 0.5).all(), mine[:3]
+    dist.reduce(mine, size - 1)
+    assert rank != size - 1 or mine.eq(sum(range(size)) + 0.5 * size).all(), mine[:3]
     dist.barrier()
     dist.destroy_process_group()
     return []
@@ -257,8 +339,14 @@ def main() -> int:
         for name, algorithms in ACROSS_NODES.items()
         if name in COLLECTIVES
         for algorithm in algorithms
+        if not algorithm.pairs  # which are for other calls
     ]
-    parts += [("barrier", Checker.barriers), ("subgroups", Checker.subgroups), ("timeout", Checker.timeout)]
+    parts += [
+        ("barrier", Checker.barriers),
+        ("pairs", Checker.pairs),
+        ("subgroups", Checker.subgroups),
+        ("timeout", Checker.timeout),
+    ]
     parts += [("torch.distributed", lambda _: torch_face())]
     failed, results = 0, []
     for name, part in parts:
