@@ -659,9 +659,11 @@ class Communicator(Calls):
         with self._on_device():
             self._control.leave()
         self._end_watch()
+        if self._heartbeat is not None:
+            self._heartbeat.end()
         if bootstrap is not None:
             bootstrap.close()
-        self._bootstrap = self._arenas = self._loans = None  # a store may end with its last user
+        self._bootstrap = self._arenas = self._loans = self._store = None  # a store may end with its last user
 
     def __enter__(self) -> "Communicator":
         return self

@@ -6,8 +6,10 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 import contextlib
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import pool
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from test_collectives import only
@@ -27,7 +30,7 @@ import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from tdccl import environment, model
 from tdccl.decisions import ACROSS_NODES
-from tdccl.runtime import launch
+from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
 from tdccl.transport import network, topology
 from tdccl.transport import nvshmem as library
@@ -497,29 +500,40 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
 
 
-def check_hosts(comm):
-    """Ranks that take each other to be on other hosts, two on each: they meet by the network alone."""
+@contextlib.contextmanager
+def two_hosts(rank):
+    """Ranks take each other to be on two hosts, two on each: they meet by the network and the store alone."""
     found = topology.boot_id
-    topology.boot_id = lambda: f"host {comm.rank // 2}"
+    topology.boot_id = lambda: f"host {rank // 2}"
     try:
-        group, other = comm.split(0), comm.split(0)
+        yield
     finally:
         topology.boot_id = found
+
+
+def check_hosts(comm):
+    with two_hosts(comm.rank):
+        group, other = comm.split(0), comm.split(0)
     assert group.topology.nodes == ((0, 1), (2, 3))
     assert [pid is None for pid in group._control.pids] == [rank // 2 != comm.rank // 2 for rank in range(4)]
     assert group.all_reduce(torch.ones(9)).tolist() == [4] * 9
-    with pytest.raises(tdccl.InitError, match="on other hosts"):
-        group.shrink(exclude=[(comm.rank + 1) % 4])
-    if comm.rank != 3:  # each node hears of it by itself: by its own deadline, or by a peer of the same node
-        with pytest.raises(tdccl.Timeout):
+    if comm.rank != 3:  # the first whose deadline has passed tells the others, also on the other host
+        with pytest.raises(tdccl.Timeout, match=r"waited 1 s for rank \d"):
             group.all_reduce(torch.ones(9), timeout=1)
     comm._bootstrap.barrier()
     group.destroy()
-    if comm.rank < 2:
-        other.abort()  # told on its own host alone
+    start = time.monotonic()
+    if comm.rank == 1:
+        other.abort()
+    with pytest.raises(tdccl.Aborted, match="rank 1 aborted"):
+        other.all_reduce(torch.ones(9))
+    assert time.monotonic() - start < 5
     comm._bootstrap.barrier()
-    with pytest.raises(tdccl.Aborted if comm.rank < 2 else tdccl.Timeout):
-        other.all_reduce(torch.ones(9), timeout=1)
+    with two_hosts(comm.rank):
+        if comm.rank != 3:
+            smaller = other.shrink(exclude=[3])
+            assert smaller.all_reduce(torch.ones(9)).tolist() == [3] * 9
+            smaller.destroy()
     comm._bootstrap.barrier()
     other.destroy()
 
@@ -527,6 +541,44 @@ def check_hosts(comm):
 @pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 4, reason="other hosts are emulated")
 def test_ranks_of_other_hosts_are_reached_by_the_network_alone(ranks):
     ranks.run(check_hosts, 4)
+
+
+def live_or_die(rank, port, answers):
+    """Rank 2 ends without a word between calls; the others hear of it, and go on without the host."""
+    heartbeat.SILENCE = 3.0
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    with two_hosts(rank):
+        comm = tdccl.init(store=store, rank=rank, size=4, timeout=60)
+        assert comm.all_reduce(torch.ones(9)).tolist() == [4] * 9
+        comm._bootstrap.barrier()
+        if rank >= 2:  # a host is gone, with all of its ranks at once
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            comm.all_reduce(torch.ones(9))
+        except tdccl.PeerFailure as failure:
+            assert failure.rank == 2 and "rank 2 on another host" in str(failure), failure
+            assert time.monotonic() - start < 12
+            comm = comm.shrink(exclude=[2, 3])
+            answers.put(comm.all_reduce(torch.ones(9)).tolist() == [2] * 9)
+        comm.destroy()
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="other hosts are emulated")
+def test_a_host_that_falls_silent_is_noticed_and_left_behind():
+    context = multiprocessing.get_context("spawn")
+    store, answers = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context.Queue()
+    ranks = [context.Process(target=live_or_die, args=(rank, store.port, answers)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    try:
+        assert [answers.get(timeout=90) for _ in range(2)] == [True, True]
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [0, 0, -signal.SIGKILL, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
