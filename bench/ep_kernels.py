@@ -1,7 +1,5 @@
 """The kernels of expert parallelism as they are launched, to be compiled without a GPU and without other ranks."""
 
-import multiprocessing
-import os
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -9,6 +7,7 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
+from bench.compiling import on_all_cores
 from tdccl.decisions import context_for, rail_for
 from tdccl.ep import ExpertParallel, LowLatency, batched, expert_parallel
 from tdccl.runtime.algorithm import Geometry, team_of
@@ -116,11 +115,8 @@ def _few(comm, sizes: Sizes, fp8: bool) -> None:
 
 def warm(sizes: Sizes, arch: int) -> None:
     """Compiles them all into Triton's cache, on all cores at once."""
-    jobs = [(sizes, arch, number) for number in range(len(launches(sizes)))]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count())) as workers:
-        workers.starmap(_warm, jobs, chunksize=1)
+    on_all_cores(_warm, [(sizes, arch, number) for number in range(len(launches(sizes)))])
 
 
 def _warm(sizes: Sizes, arch: int, number: int) -> None:
-    torch.set_num_threads(1)
     launches(sizes)[number].compile(GPUTarget("cuda", arch, 32))

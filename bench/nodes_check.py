@@ -12,8 +12,6 @@ NVSHMEM goes over NVLink: the times are not those of a network. `python -m bench
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
 import traceback
@@ -27,6 +25,7 @@ import torch.distributed as dist
 import tdccl
 from bench import data
 from bench.collectives import COLLECTIVES, Buffers, Case
+from bench.compiling import on_all_cores
 from bench.output import Result, describe, given
 from tdccl import aot, environment, torch_entry, tuning
 from tdccl.decisions import ACROSS_NODES, context_for
@@ -93,8 +92,7 @@ def compile_all(topology: tdccl.transport.Topology) -> str:
     """Compiles the kernels into Triton's cache, on all cores; returns how long it took, in words."""
     start, arch = time.monotonic(), "sm_{}{}".format(*torch.cuda.get_device_capability())
     todo = jobs(len(topology.nodes), topology.width, arch)
-    with multiprocessing.get_context("spawn").Pool(min(len(todo), os.cpu_count())) as workers:
-        workers.map(aot.warm, todo, chunksize=1)
+    on_all_cores(aot.warm, [(job,) for job in todo])
     return f"{len(todo)} kernels compiled in {time.monotonic() - start:.0f} s"
 
 
