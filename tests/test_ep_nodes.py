@@ -27,7 +27,7 @@ NEEDS_FOUR = pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
 @pytest.mark.parametrize(
     ("check", "arguments"),
     [
-        (test_ep.check_rounds, {"align": 4}),
+        pytest.param(test_ep.check_rounds, {"align": 4}, marks=LONG),
         (test_ep.check_corners, {}),
         (test_ep.check_quantised_layouts, {}),
         (test_ep.check_hooks, {}),

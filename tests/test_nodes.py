@@ -589,6 +589,15 @@ def test_all_faces_check_and_time_it():
     assert done.returncode == 0 and "# parts that failed: 0" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
+@long
+@pytest.mark.skipif(not environment.emulated(), reason="of ranks on one GPU each")
+def test_the_table_of_faults_holds_across_drawn_nodes():
+    command = [sys.executable, "-m", "bench.faults", "--ranks", "3", "--repeat", "1"]
+    variables = os.environ | {"TDCCL_NODE_SIZE": "1"}
+    done = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout
+
+
 # ---- memory from NVSHMEM -----------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def on_nodes(comm, check, size, **arguments):
 @pytest.mark.parametrize(
     ("check", "arguments"),
     [
-        (test_send_recv.check_ring, {}),
+        pytest.param(test_send_recv.check_ring, {}, marks=long),
         (test_send_recv.check_pair_alone, {}),
         (test_send_recv.check_storm, {"seed": 1}),
         (test_send_recv.check_bad_messages, {}),

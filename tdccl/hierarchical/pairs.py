@@ -87,7 +87,7 @@ def _at(addresses, pe, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _count(counts, pe, LANES: tl.constexpr):
-    return tl.multiple_of(_of(counts, pe), LANES)
+    return _of(counts, pe) // LANES * LANES  # as the compiler sees it
 
 
 @triton.jit
