@@ -460,15 +460,25 @@ def test_eight_ranks():
     ids=["sm_90", "sm_100", "gfx942"],
 )
 def test_kernels_compile_and_access_16_bytes(target):
-    program = Path(__file__).with_name("ep_variants.py")
-    run = subprocess.run([sys.executable, program, *target], capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-4000:]
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    kernels = compiled(1, 4, target)
     assert {kernel["name"] for kernel in kernels} >= {
         "routing.exchange", "routing.place", "throughput.dispatch", "throughput.combine", "low_latency.dispatch",
         "low_latency.combine",
     }  # fmt: skip
-    for kernel in kernels if target[0] == "cuda" else ():
+    if target[0] == "cuda":
+        check_accesses(kernels)
+
+
+def compiled(nodes, width, target) -> list[dict]:
+    program = Path(__file__).with_name("ep_variants.py")
+    command = [sys.executable, program, str(nodes), str(width), *target]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check_accesses(kernels):
+    for kernel in kernels:
         assert not kernel["narrow"], kernel
         if kernel["moves"]:
             assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel

@@ -5,6 +5,7 @@ import os
 import pool
 import pytest
 import test_ep
+from test_compile import bitcode
 from test_nodes import drawn, eight_ranks, pytestmark  # noqa: F401
 
 from tdccl import environment
@@ -53,3 +54,12 @@ def test_nodes_of_one(ranks):
 @pytest.mark.parametrize("check", [test_ep.check_corners, test_ep.check_quantised_layouts])
 def test_more_and_larger_nodes(eight_ranks, nodes, size, check):  # noqa: F811
     eight_ranks.run(on_nodes, nodes * size, 1200, check=check, size=size)
+
+
+@pytest.mark.skipif(bitcode(90) is None, reason="NVSHMEM is not installed")
+def test_kernels_link_nvshmem_and_access_16_bytes():
+    kernels = test_ep.compiled(2, 2, ("cuda", "90", "32"))
+    assert {kernel["name"] for kernel in kernels} >= {"across.dispatch", "across.combine"}
+    test_ep.check_accesses(kernels)
+    missing = [name for kernel in kernels for name in kernel.get("missing", ())]
+    assert {*missing} <= {"vprintf", "__assertfail"}, missing  # which the driver has
