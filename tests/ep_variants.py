@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["TDCCL_EMULATE"] = "0"
+os.environ |= {"TDCCL_EMULATE": "0", "TDCCL_SCRATCH_MB": "64"}
 
 import variants
 from triton.backends.compiler import GPUTarget
