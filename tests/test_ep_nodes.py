@@ -1,6 +1,7 @@
 """Expert parallelism across nodes, drawn inside this host: what `test_ep` asks of one node, bit by bit."""
 
 import os
+from unittest import mock
 
 import pool
 import pytest
@@ -8,7 +9,10 @@ import test_ep
 from test_compile import bitcode
 from test_nodes import drawn, eight_ranks, pytestmark  # noqa: F401
 
+import tdccl
+import tdccl.compat.deep_ep as deep_ep
 from tdccl import environment
+from tdccl.ep import LowLatency
 from tdccl.transport import network
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="TDCCL_LONG=1 runs it")
@@ -41,6 +45,20 @@ NEEDS_FOUR = pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
 )
 def test_two_nodes_of_two(ranks, check, arguments):
     ranks.run(on_nodes, 4, check=check, size=2, **arguments)
+
+
+def check_refused(comm):
+    group = drawn(comm, 1)
+    with pytest.raises(tdccl.ArgumentError, match="ranks of one node"):
+        LowLatency(group, 4, 64, 2 * comm.size, 2)
+    draws = mock.patch.dict(os.environ, TDCCL_NODE_SIZE="1")
+    with draws, pytest.raises(NotImplementedError, match="several nodes"):
+        deep_ep.Buffer(group)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_what_is_for_one_node_says_so(ranks):
+    ranks.run(check_refused, 2)
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
