@@ -68,7 +68,8 @@ def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Laun
     """One launch of each distinct kernel of the calls that `bench.ep` makes."""
     ranks, context = sizes.nodes * sizes.width, context_for(sizes.width, nodes=sizes.nodes)
     comm = SimpleNamespace(
-        size=ranks, rank=0, device=torch.device("cpu"), check=lambda: None, all_gather=lambda *_, **__: None,
+        size=ranks, rank=0, device=torch.device("cpu"), check=lambda: None, check_one_node=lambda _: None,
+        all_gather=lambda *_, **__: None,
         topology=topology_of(0, [str(rank // sizes.width) for rank in range(ranks)]), launches=[], backend=backend,
         _context=context, _bootstrap=SimpleNamespace(exchange=lambda mine: [mine] * ranks),
     )  # fmt: skip

@@ -298,6 +298,13 @@ class Membership:
             raise DestroyedError(self._destroyed)
         self.raise_fault()
 
+    def check_one_node(self, what: str) -> None:
+        """Raises ArgumentError where ranks are on several nodes, for what goes by their addresses alone."""
+        if (nodes := len(self.topology.nodes)) > 1:
+            raise ArgumentError(
+                f"{what} is for the ranks of one node, these are on {nodes}: take split() for those of each"
+            )
+
     def dump(self, folder: str | os.PathLike) -> str:
         """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
         which is made if need be; returns its path. `python -m tdccl.trace` reads it. Works after a failure too."""

@@ -30,6 +30,7 @@ import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from tdccl import environment, model
 from tdccl.decisions import ACROSS_NODES
+from tdccl.overlap import all_gather_gemm
 from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
 from tdccl.transport import network, topology
@@ -579,6 +580,17 @@ def test_a_host_that_falls_silent_is_noticed_and_left_behind():
     finally:
         for process in ranks:
             process.kill()
+
+
+def check_refused(comm):
+    group, x = drawn(comm, 1), torch.ones(16, 16, dtype=torch.bfloat16, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="ranks of one node, these are on 2"):
+        all_gather_gemm(group, x, x)
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_what_goes_by_addresses_alone_says_so(ranks):
+    ranks.run(check_refused, 2)
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")

@@ -13,7 +13,6 @@ from tdccl.ep import low_latency
 from tdccl.ep.expert_parallel import Dispatched
 from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
-from tdccl.errors import ArgumentError
 
 _BLOCKS = 2 if environment.emulated() else 128
 _SLICES = 2 if environment.emulated() else 4
@@ -63,8 +62,7 @@ class LowLatency(Experts):
         max_blocks: int | None = None,
     ):
         """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`."""
-        if len(comm.topology.nodes) > 1:
-            raise ArgumentError("LowLatency is for the ranks of one node: take ExpertParallel, or split() for a node")
+        comm.check_one_node("LowLatency")
         blocks = _BLOCKS if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         self._places, self._columns = power_of_two(top_k), max(4, power_of_two(self.local_experts))

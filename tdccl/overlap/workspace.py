@@ -24,6 +24,7 @@ class Workspace:
     """
 
     def __init__(self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int):
+        comm.check_one_node("communication fused with computation")
         self.half, self.most = elements, most
         self.buffer = comm.empty(2 * elements + unit, dtype)
         self.signals = comm.empty((comm.size, most), torch.int64)
