@@ -23,6 +23,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from test_collectives import only
+from test_process_group import MPIRUN
 
 import tdccl
 import tdccl.language as shmem
@@ -449,7 +450,7 @@ def test_graphs_replay(ranks, world):
 
 
 def check_composed(comm):
-    """What is made of other calls: roots and uneven pieces, none among them."""
+    """Roots and uneven pieces, none among them."""
     group, rank, size = drawn(comm, comm.size // 2), comm.rank, comm.size
     rows = [[(3 * i + j) % 4 for j in range(size)] for i in range(size)]  # i sends j so many
     x = torch.arange(300.0, device=comm.device) + 1000 * rank
@@ -599,6 +600,36 @@ def test_all_faces_check_and_time_it():
     variables = os.environ | {"TDCCL_NODE_SIZE": "2"}
     done = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "# parts that failed: 0" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+UNDER_MPIRUN = """
+from mpi4py import MPI
+import torch
+import tdccl
+from tdccl.transport import topology
+
+rank = MPI.COMM_WORLD.Get_rank()
+topology.boot_id = lambda: f"host {rank // 2}"
+comm = tdccl.init(timeout=60)
+assert comm.all_reduce(torch.ones(9)).tolist() == [4] * 9
+if rank == 3:
+    comm.abort()
+try:
+    comm.all_reduce(torch.ones(9))
+except tdccl.Aborted as error:
+    print("told of", error.rank, flush=True)
+comm.destroy()
+"""
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="other hosts are emulated")
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun")
+def test_ranks_of_mpirun_make_a_store_for_faults_to_cross_hosts(tmp_path):
+    (tmp_path / "abort.py").write_text(UNDER_MPIRUN)
+    command = [MPIRUN, "--oversubscribe", "-n", "4", sys.executable, tmp_path / "abort.py"]
+    variables = os.environ | {"PYTHONPATH": str(pool.ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("told of 3") == 4, done.stdout + done.stderr[-3000:]
 
 
 @long
