@@ -154,9 +154,7 @@ class Calls(Membership):
         return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
-        algorithms = self._algorithms.get(call.collective)
-        if algorithms is None:
-            raise ArgumentError(f"{call.collective}: not across nodes; use split() for the ranks of one")
+        algorithms = self._algorithms[call.collective]
         return choose(algorithms, call, self._context, self.table, self._forced.get(call.collective))
 
     def _again(self, collective: str, value: Any, timeout: float | None, send: Any, recv: Any, stream) -> Any:
@@ -189,8 +187,8 @@ class Calls(Membership):
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
             return
-        if self._context.nodes > 1 and (splits is not None or collective not in self._algorithms):
-            compositions.run(self, called or collective, source, target, op, root, splits, stream, timeout)
+        if collective == "reduce" and self._context.nodes > 1:
+            compositions.reduce(self, source, target, op, root, stream, timeout)
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)
@@ -224,7 +222,7 @@ class Calls(Membership):
                     raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rail)
+                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rails)
         return plan
 
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:

@@ -13,7 +13,7 @@ from torch.autograd import profiler
 
 from tdccl import environment, transport
 from tdccl.calls import AGAIN, Calls, overlap, shown
-from tdccl.decisions import layout
+from tdccl.decisions import layout, rails
 from tdccl.errors import ArgumentError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
@@ -426,6 +426,10 @@ class Communicator(Calls):
     def has_message_from(self, source: int) -> bool:
         """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
         self.check()
+        if self._rails is not None:
+            lane = self._pairs_start + source * rails.lane_bytes(self._context.pair_slot)
+            words = self._lanes.local[lane : lane + rails.LANE_WORD_BYTES.value].view(torch.int64)
+            return rails.has_come(words.tolist())
         start = layout.heap_bytes(team_of(self._context, "")._replace(channels=0))
         words = self._heap.local[start : start + 32 * layout.MAX_RANKS.value].view(torch.int64)
         _, received, arrived, _ = words.view(4, -1)[:, source].tolist()
@@ -665,9 +669,11 @@ class Communicator(Calls):
         with self._on_device():
             self._control.leave()
         self._end_watch()
+        if self._heartbeat is not None:
+            self._heartbeat.end()
         if bootstrap is not None:
             bootstrap.close()
-        self._bootstrap = self._arenas = self._loans = None  # a store may end with its last user
+        self._bootstrap = self._arenas = self._loans = self._store = None  # a store may end with its last user
 
     def __enter__(self) -> "Communicator":
         return self

@@ -181,11 +181,11 @@ def across(backend: str, arch: str, warp: str) -> None:
     """Every kernel across nodes, linked to NVSHMEM's bitcode; with TDCCL_LONG=1 for more and larger nodes, too."""
     shapes = [(2, 2), (4, 3)] if LONG else [(2, 2)]
     target = GPUTarget(backend, int(arch), int(warp))
-    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size == 2)]
+    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size * nodes, size == 2)]
     for size, nodes, collective, algorithm, call in jobs:
         context = context_for(size, scratch=64 << 20, nodes=nodes)
         geometry = algorithm.geometry(call, context)
-        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context))
+        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context, algorithm.pairs))
         compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
         facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
         facts |= {"multimem": None, "state": "nvshmemi_device_state_d" in compiled.asm["ptx"]}
@@ -193,13 +193,15 @@ def across(backend: str, arch: str, warp: str) -> None:
         print(told(facts, compiled), flush=True)
 
 
-def _jobs_across(all_kinds: bool):
+def _jobs_across(ranks: int, all_kinds: bool):
     for collective, algorithms in ACROSS_NODES.items():
         for algorithm in algorithms:
             calls = [
                 call for call in calls_of(collective, algorithm) if call.op is None or call.dtype in ("bf16", "fp16")
             ]
             calls = [call for call in calls if algorithm.packets is None or call.op != "avg"]
+            if algorithm.splits == "only":
+                calls = [call._replace(splits=((call.count,) * ranks,) * 2) for call in calls]
             yield from ((collective, algorithm, call) for call in (calls if all_kinds else calls[:1]))
 
 

@@ -62,6 +62,7 @@ class LowLatency(Experts):
         max_blocks: int | None = None,
     ):
         """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`."""
+        comm.check_one_node("LowLatency")
         blocks = _BLOCKS if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         self._places, self._columns = power_of_two(top_k), max(4, power_of_two(self.local_experts))

@@ -32,6 +32,7 @@ class Workspace:
     def __init__(
         self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, copied: bool
     ):
+        comm.check_one_node("communication fused with computation")
         self.half, self.most, self.copied = elements, most, copied
         self.buffer = comm.empty(elements if copied else 2 * elements + unit, dtype)
         self.signals = comm.empty((comm.size, most), torch.int64)

@@ -71,8 +71,11 @@ def _shaped(algorithm: Algorithm, context: Context, rows: list[Row]) -> Context:
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rail: Rail | None = None):
-        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
+    def __init__(
+        self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rails: dict[bool, Rail] | None = None
+    ):
+        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it. rails: across
+        nodes, by whether every rank is a node to it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
         symmetric = choice.algorithm.symmetric
@@ -82,7 +85,9 @@ class Plan:
         kernel = choice.algorithm.kernel
         places = [everywhere.index(segments[name]) for name in symmetric]
         signature = _signature(choice.algorithm, call, places)
-        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, signature, rail)
+        arguments = Arguments(
+            kernel, choice.geometry, symmetric, call.op, signature, rails and rails[choice.algorithm.pairs]
+        )
         self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def at(self, send: int, recv: int) -> tuple[int, int]:
