@@ -180,7 +180,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         "all_gather",
         "all_gather_gemm",
         a_shard,
-        lambda: _beside(comm.device, push, multiply) if pushers else multiply(),
+        lambda: beside(comm.device, push, multiply) if pushers else multiply(),
     )
 
 
@@ -198,9 +198,9 @@ def _piece() -> int:
 _sides: dict[torch.device, "torch.cuda.Stream"] = {}
 
 
-def _beside(device: torch.device, push, multiply) -> None:
+def beside(device: torch.device, push, multiply) -> None:
     """Runs `push` on a stream of its own, as soon as the current one has come here, and `multiply` on the current one,
-    which then waits for both."""
+    which then waits for both; in emulation one after the other."""
     if device.type != "cuda":
         push()
         multiply()

@@ -1,0 +1,305 @@
+"""The experts' products fused with what brings them back: the weighted sum over a token's experts, and reduce-scatter
+or combine.
+
+Two launches: a persistent product takes the tiles of the routing backwards, so that the rows of the farthest ranks'
+tokens are complete first, columns after columns; beside it blocks add up the rows of each token and store the sum into
+a slot on its rank. On its own tokens each of them then adds what the same block of all peers has stored, in rank order.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl import environment
+from tdccl.language import overlap
+from tdccl.overlap.all_gather_gemm import beside
+from tdccl.overlap.gemm import blocks_of, dense, left, product
+from tdccl.overlap.grouped import (
+    by_descriptors,
+    check_grouped,
+    dense_stack,
+    have_experts_on,
+    shape_of_tiles,
+    stack,
+    store_rows,
+    tile_at,
+)
+from tdccl.overlap.routing import Routing, Sizes
+from tdccl.overlap.workspace import check_out, communicator_of, name_of, padded, workspace
+
+# Blocks that add up and send: what they read is what the product writes.
+REDUCERS = 32
+REDUCE_WARPS = 16
+# Tokens, and columns, of which a reducer adds up the rows together.
+REDUCE_TOKENS, REDUCE_COLUMNS = (16, 32) if environment.emulated() else (16, 256)
+# Columns after which reducers are told, in tiles: few, so that they read what is still in the L2 cache.
+_ACROSS = 2 if environment.emulated() else 4
+_UNIT = 16  # rows are padded to so many elements, so that all their accesses are 16 bytes wide
+
+
+def reference(routing: Routing, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What `grouped_gemm_reduce_scatter` computes, one after the other; waits on the host."""
+    sizes = routing.sizes
+    offsets = routing.offsets.tolist()
+    source = routing.source[: offsets[-1]]
+    rows = torch.cat([h[begin:end] @ b[e] for e, (begin, end) in enumerate(itertools.pairwise(offsets))])
+    weights = 1.0 if routing.weights is None else routing.weights.view(-1, 1)[source]
+    total = h.new_zeros(routing.comm.size * sizes.most, b.shape[2], dtype=torch.float32)
+    total.index_add_(0, source // sizes.top_k, rows * weights)
+    return routing.comm.reduce_scatter(total.to(h.dtype))[: sizes.tokens]
+
+
+@triton.jit
+def multiply_backwards(
+    team, epochs, tables, signals, h, b, step, partial, N, width, K, b_row, b_column, most_signals, words,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    ACROSS: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """partial [rows, width] = rows of h [rows, K] times their experts' matrices: farthest tokens first, own ones last,
+    and of each distance ACROSS tiles of columns after the other. These are the segments, of which reducers are told.
+
+    b: the experts' matrices, `step` rows each (see `Stack`). Each block adds 1 to each segment's word when it has done
+    its part, and to the others up to `words`, so that all count the calls; WORDS: a power of two, no less.
+
+    Waits:    for nobody.
+    Ordering: stores, block barrier, release on the segment's word.
+    Reuse:    `partial` belongs to the call.
+    """
+    epoch = overlap.begin(epochs)
+    tiles_across = (N + COLUMNS - 1) // COLUMNS
+    chunks = (tiles_across + ACROSS - 1) // ACROSS
+    tiles = tl.load(tables.stages + team.size)
+    done = shmem.symm_at(signals, team.rank, tl.int64, 8) + team.rank * most_signals
+    told = 0
+    for position in range(tl.program_id(0), tiles * tiles_across, tl.num_programs(0)):
+        # All tiles of a distance lie together, and as far from the end of the list as from the beginning of this order.
+        distance = tl.load(tables.tiles + (tiles - 1 - position // tiles_across) * 4 + 3)
+        first, last = tl.load(tables.stages + distance), tl.load(tables.stages + distance + 1)
+        within = position - (tiles - last) * tiles_across
+        chunk = within // ((last - first) * ACROSS)
+        within -= chunk * (last - first) * ACROSS
+        across_here = tl.minimum(tiles_across - chunk * ACROSS, ACROSS)
+        expert, row, height, _ = tile_at(tables, first + within // across_here)
+        column = (chunk * ACROSS + within % across_here) * COLUMNS
+        segment = (team.size - 1 - distance) * chunks + chunk
+        _tell(done, told, segment, WORDS)
+        told = segment
+        total = product(
+            h, row, height, b, column, N, K, b_row, b_column,
+            ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED, expert * step,
+        )  # fmt: skip
+        store_rows(partial, row, height, column, N, width, total, DTYPE)
+    _tell(done, told, words, WORDS)
+    overlap.end(epochs, epoch)
+
+
+@triton.jit
+def _tell(done, first, last, WORDS: tl.constexpr):
+    """Adds 1 to words first .. last - 1. Ordering: block barrier, then release."""
+    if last > first:
+        shmem.fence()
+        word = tl.arange(0, WORDS)
+        one = tl.full([WORDS], 1, tl.int64)
+        tl.atomic_add(done + word, one, mask=(word >= first) & (word < last), sem="release", scope="gpu")
+
+
+@triton.jit
+def reduce_rows(
+    team, epochs, tables, signals, partial, weights, slots, odd, y, tokens, most, N, width, most_signals, multipliers,
+    DTYPE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr, SHARDED: tl.constexpr,
+    WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, N] = the sum over ranks, in rank order, of the weighted sums of their rows in `partial`.
+
+    Block b takes token tiles b, b + B, .. of every rank. slots: Symmetric, [size sources, most, width], in odd epochs
+    from element `odd` on. CHUNK: columns of a segment of `multiply_backwards`, of which `multipliers` blocks run.
+
+    Waits:    for the product, launched earlier, once a segment; block b for block b of every peer, once a segment of
+              own tokens.
+    Ordering: acquire at sys scope, block barrier, loads; stores, block barrier, release at sys scope.
+    Reuse:    parities alternate. A rank starts a call when its last one has heard from all peers, who spoke in it only
+              after they had ended the last but one, which read this parity.
+    """
+    epoch = overlap.begin(epochs)
+    start = (epoch % 2) * odd
+    own_signals = shmem.symm_at(signals, team.rank, tl.int64, 8)
+    chunks = (N + CHUNK - 1) // CHUNK
+    tiles = (most + TOKENS - 1) // TOKENS
+    for back in range(team.size):
+        owner = (team.rank + team.size - 1 - back) % team.size
+        slot = shmem.symm_at(slots, owner, DTYPE) + (start + _slot(team.rank, most, width))
+        for chunk in range(chunks):
+            segment = own_signals + team.rank * most_signals + back * chunks + chunk
+            complete = shmem.signal_wait(team, segment, epoch * multipliers, team.rank) - epoch * multipliers >= 0
+            word = tl.program_id(0) * chunks + chunk
+            end = tl.minimum((chunk + 1) * CHUNK, width)
+            for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+                for column in range(chunk * CHUNK, end, COLUMNS):
+                    _add_entries(
+                        tables, partial, weights, slot, owner * most, tile * TOKENS, column, most, width,
+                        DTYPE, TOP_K, WEIGHTED, TOKENS, COLUMNS,
+                    )  # fmt: skip
+            if owner == team.rank:
+                _wait_peers(team, own_signals + word, most_signals, epoch)
+                for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+                    for column in range(chunk * CHUNK, end, COLUMNS):
+                        _add_ranks(
+                            team, tables, slots, start, y, tile * TOKENS, column, tokens, most, N, width,
+                            DTYPE, TOP_K, PLACES, LOCAL, SHARDED, TOKENS, COLUMNS,
+                        )  # fmt: skip
+            else:
+                shmem.fence()
+                target = shmem.symm_at(signals, owner, tl.int64, 8) + team.rank * most_signals + word
+                shmem.signal_op(target, tl.where(complete, epoch, epoch - 1))  # peers take nothing half done
+    overlap.end(epochs, epoch)
+
+
+@triton.jit
+def _slot(source, rows, width):
+    """Index (int64) of the first element of a source's slots."""
+    return (tl.zeros([], tl.int64) + source) * rows * width
+
+
+@triton.jit
+def _wait_peers(team, word, most_signals, epoch):
+    """Waits until every peer has set its word, which is so many words after that of the rank before it.
+
+    Ordering: acquire at sys scope, then a block barrier."""
+    ranks = tl.arange(0, shmem.MAX_RANKS)
+    targets = tl.full([shmem.MAX_RANKS], 0, tl.int64) + epoch
+    wanted = (ranks < team.size) & (ranks != team.rank)
+    shmem.wait_counters(team, word + ranks * most_signals, targets, wanted, shmem.USER, epoch)
+
+
+@triton.jit
+def _add_entries(
+    tables, partial, weights, slot, first, token, column, most, width,
+    DTYPE: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of the rows of tokens first + token .. into their slots, in top-k order, in fp32; those without
+    any are left out. Ordering: plain accesses; wait before."""
+    i, j = token + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+    entry = (first + i) * TOP_K
+    values, factors = (), ()
+    comes = tl.zeros([TOKENS], tl.int1)
+    for place in tl.static_range(TOP_K):  # all loads are under way before the first sum
+        row = tl.load(tables.position + entry + place, mask=i < most, other=-1)
+        here = row >= 0
+        comes = comes | here
+        at = partial + row.to(tl.int64)[:, None] * width + j[None, :]
+        values = values + (tl.load(at, mask=here[:, None] & (j < width)[None, :], other=0),)
+        if WEIGHTED:
+            factors = factors + (tl.load(weights + entry + place, mask=here, other=0.0),)
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for place in tl.static_range(TOP_K):
+        if WEIGHTED:
+            total += values[place].to(tl.float32) * factors[place][:, None]
+        else:
+            total += values[place].to(tl.float32)
+    at = slot + i.to(tl.int64)[:, None] * width + j[None, :]
+    tl.store(at, total.to(DTYPE), mask=comes[:, None] & (j < width)[None, :])
+
+
+@triton.jit
+def _add_ranks(
+    team, tables, slots, start, y, token, column, tokens, most, N, width,
+    DTYPE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr, SHARDED: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds all ranks' sums for these own tokens in rank order, in fp32, into y. Ordering: plain loads; wait before."""
+    i, j = token + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+    base = shmem.symm_at(slots, team.rank, DTYPE) + start
+    values = ()
+    for source in tl.static_range(team.size):
+        came = have_experts_on(team, tables, i, tokens, most, source, TOP_K, PLACES, LOCAL, SHARDED)
+        at = base + _slot(source, most, width) + i.to(tl.int64)[:, None] * width + j[None, :]
+        values = values + (tl.load(at, mask=came[:, None] & (j < width)[None, :], other=0),)
+    at = y + i.to(tl.int64)[:, None] * N + j[None, :]
+    tl.store(at, shmem.fold(values, "sum", DTYPE), mask=(i < tokens)[:, None] & (j < N)[None, :])
+
+
+def grouped_gemm_reduce_scatter(
+    h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """This rank's tokens: the sums over ranks and over a token's experts of its rows times the experts' matrices, each
+    times its weight; communication hidden behind the product; on the current stream.
+
+    h: [routing.rows, K] bfloat16 or float16, rows by expert as `all_gather_grouped_gemm` returns them. b: [experts
+    here, K, N] of that dtype, either of the last two dimensions contiguous (others are copied). routing: of `route`,
+    K this rank's part; or of `route_experts` (grouped GEMM + combine). Its weights multiply the rows. out: [tokens,
+    N], contiguous; None makes a new one, with a gradient, of the weights, too. A row is rounded to the dtype; a token's
+    rows are added in fp32 in top-k order, and rounded; then the ranks' in fp32, in rank order: the same bits in every
+    run. The first call of a larger size allocates symmetric memory, twice the tokens of all ranks x N, and is
+    collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of the communicator raises.
+    """
+    if out is None:
+        return torch.ops.tdccl.grouped_gemm_reduce_scatter(
+            h, b, routing.memory, routing.weights, name_of(routing.comm), list(routing.sizes)
+        )
+    check_grouped("grouped_gemm_reduce_scatter", h, routing.rows, b, routing)
+    check_out("grouped_gemm_reduce_scatter", out, (routing.sizes.tokens, b.shape[2]), h)
+    _compute(h, b, routing, out)
+    return out
+
+
+def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tensor) -> None:
+    depth, columns = b.shape[1:]
+    if routing.rows == 0 or columns == 0:
+        return
+    if depth == 0:
+        out.zero_()
+        return
+    comm, sizes = routing.comm, routing.sizes
+    h, b = dense(h), dense_stack(b)
+    descriptors = by_descriptors(b)
+    shape = shape_of_tiles(routing.height, columns, descriptors)
+    width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
+    blocks, reducers = blocks_of(comm.device), 1 if environment.emulated() else REDUCERS
+    multipliers = blocks - reducers
+    signals = max(reducers, comm.size) * -(-columns // chunk)
+    space = workspace(
+        comm, "grouped_gemm_reduce_scatter", comm.size * sizes.most * width, _UNIT, h.dtype, signals, blocks
+    )
+    words = space.most // max(reducers, comm.size) * comm.size
+    of_b = stack(b, shape, descriptors)
+    partial = h.new_empty(routing.rows, width)
+    dtype = tl.bfloat16 if h.dtype is torch.bfloat16 else tl.float16
+
+    def multiply():
+        multiply_backwards[(multipliers,)](
+            comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, left(h, shape, descriptors),
+            of_b.right.operand, of_b.step, partial, columns, width, depth, *of_b.right.strides, space.most, words,
+            DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
+            ACROSS=_ACROSS, DESCRIPTORS=descriptors, TRANSPOSED=of_b.right.transposed,
+            WORDS=triton.next_power_of_2(words), num_warps=shape.warps,
+        )  # fmt: skip
+
+    def reduce():
+        reduce_rows[(reducers,)](
+            comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, partial, routing.weights,
+            space.on_all_ranks, space.odd(_UNIT), out, sizes.tokens, sizes.most, columns, width, space.most,
+            multipliers, DTYPE=dtype, **routing.constants(), SHARDED=bool(sizes.sharded),
+            WEIGHTED=routing.weights is not None, TOKENS=REDUCE_TOKENS, COLUMNS=REDUCE_COLUMNS, CHUNK=chunk,
+            num_warps=REDUCE_WARPS,
+        )  # fmt: skip
+
+    comm.start_fused("reduce_scatter", "grouped_gemm_reduce_scatter", h, lambda: beside(comm.device, multiply, reduce))
+
+
+@torch.library.custom_op("tdccl::grouped_gemm_reduce_scatter", mutates_args=())
+def _operator(
+    h: torch.Tensor, b: torch.Tensor, memory: torch.Tensor, weights: torch.Tensor | None, comm: str, sizes: list[int]
+) -> torch.Tensor:
+    routing = Routing(communicator_of(comm), Sizes(*sizes), memory, weights)
+    check_grouped("grouped_gemm_reduce_scatter", h, routing.rows, b, routing)
+    out = h.new_empty(routing.sizes.tokens, b.shape[2])
+    _compute(h, b, routing, out)
+    return out
+
+
+@_operator.register_fake
+def _fake(h, b, memory, weights, comm, sizes):
+    return h.new_empty(Sizes(*sizes).tokens, b.shape[2])
