@@ -9,8 +9,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdccl import environment
 
-ONLY = tl.constexpr(0)  # a default of a device function must be constexpr
-
 
 class Shape(NamedTuple):
     """Rows and columns of a tile of the result, the depth of a step, steps in flight, warps of a block, and how many
@@ -101,7 +99,7 @@ def grouped(position, tiles_down, tiles_across, GROUP: tl.constexpr):
 def product(
     a, row, height, b, column, N, K, b_row, b_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr, first=ONLY,
+    TRANSPOSED: tl.constexpr, first=0,
 ):  # fmt: skip
     """fp32 [ROWS, COLUMNS]: rows `row` .. of a [.., K] times columns `column` .. of b [K, N].
 
