@@ -191,6 +191,43 @@ def test_bits_are_the_same_in_every_run(ranks):
     ranks.run(check_bits, pool.LARGEST_WORLD)
 
 
+def check_gradients(comm, sharded):
+    """Against the same in one process, in fp32."""
+    tokens = [0, 11, 7][: comm.size] if sharded else None
+    problem = problem_of(comm, 4, "some none", (11, 2, 24, 40), sharded, tokens)
+    problem = problem._replace(x=[x / 5 for x in problem.x], down=[down / 8 for down in problem.down])
+    mine = [
+        given[comm.rank].clone().requires_grad_() for given in (problem.x, problem.up, problem.down, problem.weights)
+    ]
+    x, up, down, weights = mine
+    routing = routing_of(comm, problem._replace(weights=[weights] * comm.size))
+    y = grouped_gemm_reduce_scatter(all_gather_grouped_gemm(x, up, routing), down, routing)
+    (y * (torch.arange(y.numel(), device=comm.device).view_as(y) % 3 - 1)).float().sum().backward()
+
+    wholes = [
+        [one.detach().float().requires_grad_() for one in given]
+        for given in (problem.x, problem.up, problem.down, problem.weights)
+    ]
+    total = 0
+    for peer in range(comm.size):
+        for expert, rows in enumerate(problem.rows_of(peer)):
+            for source, token, place in rows:
+                row = wholes[0][source][token] @ wholes[1][peer][expert] @ wholes[2][peer][expert]
+                factor = (torch.arange(len(row), device=comm.device) + token * len(row)) % 3 - 1
+                total = total + (row * factor).sum() * wholes[3][source][token, place]
+    total.backward()
+    for found, whole in zip(mine, wholes):
+        wanted = whole[comm.rank].grad
+        wanted = torch.zeros_like(whole[comm.rank]) if wanted is None else wanted
+        scale = float(wanted.norm()) / max(1, wanted.numel()) ** 0.5 or 1.0
+        torch.testing.assert_close(found.grad.float() / scale, wanted / scale, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["parts of experts", "whole experts"])
+def test_gradients(ranks, world, sharded):
+    ranks.run(check_gradients, world, sharded=sharded)
+
+
 def check_refused(comm):
     idx = torch.zeros(4, 2, dtype=torch.int64, device=comm.device)
     x, b = torch.ones(4, 8, device=comm.device).bfloat16(), torch.ones(3, 8, 4, device=comm.device).bfloat16()

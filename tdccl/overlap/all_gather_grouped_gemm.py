@@ -29,7 +29,8 @@ from tdccl.overlap.grouped import (
     store_rows,
     tile_at,
 )
-from tdccl.overlap.routing import Routing, Sizes
+from tdccl.overlap.grouped_gradient import grouped_gradient
+from tdccl.overlap.routing import Routing, Sizes, padded_tokens
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
 
 # Blocks that push: they fill the link, and the product takes longer than they do.
@@ -42,10 +43,8 @@ PUSH_TOKENS, PUSH_COLUMNS = (8, 64) if environment.emulated() else (16, 2048)
 def reference(routing: Routing, x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """What `all_gather_grouped_gemm` computes, one after the other, for the rows that there are; waits on the host."""
     sizes = routing.sizes
-    padded = x.new_zeros(sizes.most, x.shape[1])
-    padded[: len(x)] = x
     offsets = routing.offsets.tolist()
-    rows = routing.comm.all_gather(padded)[routing.source[: offsets[-1]] // sizes.top_k]
+    rows = routing.comm.all_gather(padded_tokens(x, sizes.most))[routing.source[: offsets[-1]] // sizes.top_k]
     return torch.cat([rows[begin:end] @ b[e] for e, (begin, end) in enumerate(itertools.pairwise(offsets))])
 
 
@@ -223,3 +222,25 @@ def _operator(x: torch.Tensor, b: torch.Tensor, memory: torch.Tensor, comm: str,
 @_operator.register_fake
 def _fake(x, b, memory, comm, sizes):
     return x.new_empty(Routing(communicator_of(comm), Sizes(*sizes), memory, None).rows, b.shape[2])
+
+
+def _keep(ctx, inputs, output):
+    x, b, memory, ctx.comm, ctx.sizes = inputs
+    ctx.save_for_backward(x, b, memory)
+
+
+def _gradients(ctx, gradient):
+    """Of the tokens: the rows' gradients times the transposed b, reduced and scattered. Of b: all tokens, gathered
+    again, times the rows' gradients."""
+    x, b, memory = ctx.saved_tensors
+    of_x = of_b = None
+    if ctx.needs_input_grad[0]:
+        of_x = torch.ops.tdccl.grouped_gemm_reduce_scatter(
+            gradient, b.transpose(1, 2), memory, None, ctx.comm, ctx.sizes
+        )
+    if ctx.needs_input_grad[1]:
+        of_b = grouped_gradient(x, gradient, memory, ctx.comm, ctx.sizes, True)
+    return of_x, of_b, None, None, None
+
+
+_operator.register_autograd(_gradients, setup_context=_keep)

@@ -27,6 +27,7 @@ from tdccl.overlap.grouped import (
     store_rows,
     tile_at,
 )
+from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, padded, workspace
 
@@ -303,3 +304,38 @@ def _operator(
 @_operator.register_fake
 def _fake(h, b, memory, weights, comm, sizes):
     return h.new_empty(Sizes(*sizes).tokens, b.shape[2])
+
+
+def _keep(ctx, inputs, output):
+    h, b, memory, weights, ctx.comm, ctx.sizes = inputs
+    ctx.save_for_backward(h, b, memory, weights)
+
+
+def _gradients(ctx, gradient):
+    """Of the rows: all ranks' gradients times the transposed b, gathered on the way, times the weights; without them
+    the rows' products with h are what the weights get. Of b: the weighted rows times the gathered gradients."""
+    h, b, memory, weights = ctx.saved_tensors
+    position = Routing(communicator_of(ctx.comm), Sizes(*ctx.sizes), memory, None).tables.position
+    of_h = of_b = of_weights = None
+    factors = _weights_of_rows(position, weights)
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        rows = torch.ops.tdccl.all_gather_grouped_gemm(gradient, b.transpose(1, 2), memory, ctx.comm, ctx.sizes)
+        of_h = torch.where(factors.isnan(), 0, rows * factors).to(h.dtype)
+    if ctx.needs_input_grad[3]:
+        found = (rows.float() * h.float()).sum(1)
+        of_weights = torch.where(position >= 0, found[position.clamp(min=0)], 0.0)
+    if ctx.needs_input_grad[1]:
+        of_b = grouped_gradient(gradient, (h * factors).to(h.dtype), memory, ctx.comm, ctx.sizes, False)
+    return of_h, of_b, None, of_weights, None, None
+
+
+def _weights_of_rows(position: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """float32 [rows, 1]: the weight of each row, NaN past the last."""
+    rows = position.numel()
+    weights = torch.ones_like(position, dtype=torch.float32) if weights is None else weights
+    factors = weights.new_full((rows + 1,), torch.nan)  # the last for the entries that have no row here
+    factors[torch.where(position < 0, rows, position).flatten().long()] = weights.flatten()
+    return factors[:rows, None]
+
+
+_operator.register_autograd(_gradients, setup_context=_keep)

@@ -285,19 +285,18 @@ def _operator(
     if routing.rows == 0:
         routing.memory.zero_()
         return routing.memory, weights
-    communicator.all_gather(_padded(topk_idx, given.most, -1), routing.tables.idx)
+    communicator.all_gather(padded_tokens(topk_idx.int(), given.most, -1), routing.tables.idx)
     if topk_weights is not None:
-        communicator.all_gather(_padded(topk_weights, given.most, 0), weights)
+        communicator.all_gather(padded_tokens(topk_weights, given.most), weights)
     _sort(routing)
     return routing.memory, weights
 
 
-def _padded(tensor: torch.Tensor, most: int, value: int) -> torch.Tensor:
-    """[most, ..] of 4-byte elements, contiguous, `value` where there is no token."""
-    dtype = torch.float32 if tensor.is_floating_point() else torch.int32
+def padded_tokens(tensor: torch.Tensor, most: int, value: int = 0) -> torch.Tensor:
+    """[most, ..], contiguous, `value` where there is no token."""
     if len(tensor) == most:
-        return tensor.to(dtype).contiguous()
-    padded = tensor.new_full((most, *tensor.shape[1:]), value, dtype=dtype)
+        return tensor.contiguous()
+    padded = tensor.new_full((most, *tensor.shape[1:]), value)
     padded[: len(tensor)] = tensor
     return padded
 
@@ -332,8 +331,18 @@ def _gradients(ctx, _, of_weights):
     """Of a rank's own weights: what all ranks found for them, added up."""
     if not ctx.weighted:
         return None, None, None, None
-    own = communicator_of(ctx.comm).reduce_scatter(of_weights.contiguous())
-    return None, own[: ctx.tokens], None, None
+    return None, torch.ops.tdccl.own_weights(of_weights, ctx.comm, ctx.tokens), None, None
 
 
 _operator.register_autograd(_gradients, setup_context=_keep)
+
+
+@torch.library.custom_op("tdccl::own_weights", mutates_args=())
+def _own_weights(everyone: torch.Tensor, comm: str, tokens: int) -> torch.Tensor:
+    """The sum over ranks of what each has for this rank's weights: [tokens, top_k]."""
+    return communicator_of(comm).reduce_scatter(everyone.contiguous())[:tokens].clone()
+
+
+@_own_weights.register_fake
+def _(everyone, comm, tokens):
+    return everyone.new_empty(tokens, everyone.shape[1])
