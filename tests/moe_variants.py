@@ -17,12 +17,13 @@ from tdccl.overlap.grouped_gemm_reduce_scatter import (
     multiply_backwards,
     reduce_rows,
 )
+from tdccl.overlap.grouped_gradient import _ROWS, _TILE, multiply_rows
 from tdccl.overlap.routing import Tables, count_entries, place_entries
 
 INTEGERS = ("tokens", "most", "word_row", "step", "pushers", "most_signals", "words", "multipliers", "shard")
 TYPES = {
-    "tables": Tables(*["*i32"] * 6), "counts": "*i32", "x": "*bf16", "partial": "*bf16", "weights": "*fp32",
-    "y": "*bf16", **dict.fromkeys(INTEGERS, "i32"),
+    "tables": Tables(*["*i32"] * 6), "counts": "*i32", "weights": "*fp32", **dict.fromkeys(INTEGERS, "i32"),
+    **dict.fromkeys(("x", "partial", "y", "left", "right", "out"), "*bf16"),
 }  # fmt: skip
 EVERYTHING = {"odd", "N", "width", "K", "b_row", "step", "most"}
 
@@ -47,6 +48,8 @@ def main() -> None:
     tell("push_tokens", compiled(push_tokens, constants, EVERYTHING, PUSH_WARPS, 0, gathered))
     constants |= {"WEIGHTED": True, "TOKENS": REDUCE_TOKENS, "COLUMNS": REDUCE_COLUMNS, "CHUNK": 1024}
     tell("reduce_rows", compiled(reduce_rows, constants, EVERYTHING, REDUCE_WARPS, 0, TYPES))
+    constants = {"DTYPE": tl.bfloat16, "TOP_K": 8, "LEFT_BY_TOKEN": True, "ROWS": _ROWS, "TILE": _TILE}
+    tell("multiply_rows", compiled(multiply_rows, constants, EVERYTHING, 8, 0, TYPES))
     for height, columns, descriptors, transposed in [
         (128, 1024, True, False), (64, 1024, True, True), (128, 1024, False, False),
     ]:  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 import tdccl
 from tdccl import environment
 from tdccl.ep import ExpertParallel
-from tdccl.overlap import all_gather_grouped_gemm, grouped_gemm_reduce_scatter, route, route_experts
+from tdccl.overlap import MoE, all_gather_grouped_gemm, grouped_gemm_reduce_scatter, route, route_experts
 
 WORLDS = (2, 3)
 
@@ -228,6 +228,33 @@ def test_gradients(ranks, world, sharded):
     ranks.run(check_gradients, world, sharded=sharded)
 
 
+def check_module(comm, sharded):
+    """A layer learns, compiled or not, and refuses what cannot be shared out."""
+    idx = torch.randint(0, 2 * comm.size, (9, 2), generator=torch.Generator().manual_seed(comm.rank)).to(comm.device)
+    over = ExpertParallel(comm, 9, 32, 2 * comm.size, 2) if sharded else comm
+    layer = MoE(over, 32, 16 * comm.size, 2 * comm.size)
+    x = torch.randn(9, 32, device=comm.device, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(9, 2, device=comm.device, requires_grad=True)
+    eager = layer(x, idx, weights)
+    eager.float().square().sum().backward()
+    eagerly = [tensor.grad.clone() for tensor in (x, weights, layer.up, layer.down)]
+    for tensor in (x, weights, layer.up, layer.down):
+        tensor.grad = None
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, idx, weights)
+    compiled.float().square().sum().backward()
+    assert torch.equal(compiled, eager)
+    for tensor, wanted in zip((x, weights, layer.up, layer.down), eagerly):
+        assert wanted.abs().sum() > 0
+        torch.testing.assert_close(tensor.grad, wanted, atol=1e-3, rtol=2e-2)
+    with pytest.raises(tdccl.ArgumentError, match="expected a multiple" if not sharded else "is for"):
+        MoE(over, 32, 16 * comm.size + 1, 2 * comm.size + sharded)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["parts of experts", "whole experts"])
+def test_layers_learn(ranks, sharded):
+    ranks.run(check_module, min(2, pool.LARGEST_WORLD), sharded=sharded)
+
+
 def check_refused(comm):
     idx = torch.zeros(4, 2, dtype=torch.int64, device=comm.device)
     x, b = torch.ones(4, 8, device=comm.device).bfloat16(), torch.ones(3, 8, 4, device=comm.device).bfloat16()
@@ -320,7 +347,8 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel["name"] for kernel in kernels} == {
-        "count_entries", "place_entries", "push_tokens", "reduce_rows", "multiply_arriving", "multiply_backwards"
+        "count_entries", "place_entries", "push_tokens", "reduce_rows", "multiply_arriving", "multiply_backwards",
+        "multiply_rows",
     }  # fmt: skip
     for kernel in kernels:
         assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
