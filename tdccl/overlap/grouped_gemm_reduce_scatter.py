@@ -138,19 +138,17 @@ def reduce_rows(
             word = tl.program_id(0) * chunks + chunk
             end = tl.minimum((chunk + 1) * CHUNK, width)
             for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-                for column in range(chunk * CHUNK, end, COLUMNS):
-                    _add_entries(
-                        tables, partial, weights, slot, owner * most, tile * TOKENS, column, most, width,
-                        DTYPE, TOP_K, WEIGHTED, TOKENS, COLUMNS,
-                    )  # fmt: skip
+                _add_entries(
+                    tables, partial, weights, slot, owner * most, tile * TOKENS, chunk * CHUNK, end, most, width,
+                    DTYPE, TOP_K, WEIGHTED, TOKENS, COLUMNS,
+                )  # fmt: skip
             if owner == team.rank:
                 _wait_peers(team, own_signals + word, most_signals, epoch)
                 for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-                    for column in range(chunk * CHUNK, end, COLUMNS):
-                        _add_ranks(
-                            team, tables, slots, start, y, tile * TOKENS, column, tokens, most, N, width,
-                            DTYPE, TOP_K, PLACES, LOCAL, SHARDED, TOKENS, COLUMNS,
-                        )  # fmt: skip
+                    _add_ranks(
+                        team, tables, slots, start, y, tile * TOKENS, chunk * CHUNK, end, tokens, most, N, width,
+                        DTYPE, TOP_K, PLACES, LOCAL, SHARDED, TOKENS, COLUMNS,
+                    )  # fmt: skip
             else:
                 shmem.fence()
                 target = shmem.symm_at(signals, owner, tl.int64, 8) + team.rank * most_signals + word
@@ -177,49 +175,59 @@ def _wait_peers(team, word, most_signals, epoch):
 
 @triton.jit
 def _add_entries(
-    tables, partial, weights, slot, first, token, column, most, width,
+    tables, partial, weights, slot, first, token, column, end, most, width,
     DTYPE: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sum of the rows of tokens first + token .. into their slots, in top-k order, in fp32; those without
-    any are left out. Ordering: plain accesses; wait before."""
-    i, j = token + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+    """The weighted sums of the rows of tokens first + token .., columns column .. end, into their slots, in fp32, in
+    top-k order. Tokens without rows are left out. Ordering: plain accesses; wait before."""
+    i = token + tl.arange(0, TOKENS)
     entry = (first + i) * TOP_K
-    values, factors = (), ()
+    rows, factors = (), ()
     comes = tl.zeros([TOKENS], tl.int1)
-    for place in tl.static_range(TOP_K):  # all loads are under way before the first sum
-        row = tl.load(tables.position + entry + place, mask=i < most, other=-1)
-        here = row >= 0
-        comes = comes | here
-        at = partial + row.to(tl.int64)[:, None] * width + j[None, :]
-        values = values + (tl.load(at, mask=here[:, None] & (j < width)[None, :], other=0),)
-        if WEIGHTED:
-            factors = factors + (tl.load(weights + entry + place, mask=here, other=0.0),)
-    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for place in tl.static_range(TOP_K):
+        row = tl.load(tables.position + entry + place, mask=i < most, other=-1)
+        comes = comes | (row >= 0)
+        rows = rows + (row.to(tl.int64),)
         if WEIGHTED:
-            total += values[place].to(tl.float32) * factors[place][:, None]
-        else:
-            total += values[place].to(tl.float32)
-    at = slot + i.to(tl.int64)[:, None] * width + j[None, :]
-    tl.store(at, total.to(DTYPE), mask=comes[:, None] & (j < width)[None, :])
+            factors = factors + (tl.load(weights + entry + place, mask=row >= 0, other=0.0),)
+    for start in range(column, end, COLUMNS):
+        j = start + tl.arange(0, COLUMNS)
+        values = ()
+        for place in tl.static_range(TOP_K):  # all loads are under way before the first sum
+            mask = (rows[place] >= 0)[:, None] & (j < width)[None, :]
+            values = values + (tl.load(partial + rows[place][:, None] * width + j[None, :], mask=mask, other=0),)
+        total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for place in tl.static_range(TOP_K):
+            if WEIGHTED:
+                total += values[place].to(tl.float32) * factors[place][:, None]
+            else:
+                total += values[place].to(tl.float32)
+        at = slot + i.to(tl.int64)[:, None] * width + j[None, :]
+        tl.store(at, total.to(DTYPE), mask=comes[:, None] & (j < width)[None, :])
 
 
 @triton.jit
 def _add_ranks(
-    team, tables, slots, start, y, token, column, tokens, most, N, width,
+    team, tables, slots, start, y, token, column, end, tokens, most, N, width,
     DTYPE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr, SHARDED: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds all ranks' sums for these own tokens in rank order, in fp32, into y. Ordering: plain loads; wait before."""
-    i, j = token + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+    """Adds all ranks' sums for these own tokens, columns column .. end, in rank order, in fp32, into y.
+
+    Ordering: plain loads; wait before."""
+    i = token + tl.arange(0, TOKENS)
     base = shmem.symm_at(slots, team.rank, DTYPE) + start
-    values = ()
+    came = ()
     for source in tl.static_range(team.size):
-        came = have_experts_on(team, tables, i, tokens, most, source, TOP_K, PLACES, LOCAL, SHARDED)
-        at = base + _slot(source, most, width) + i.to(tl.int64)[:, None] * width + j[None, :]
-        values = values + (tl.load(at, mask=came[:, None] & (j < width)[None, :], other=0),)
-    at = y + i.to(tl.int64)[:, None] * N + j[None, :]
-    tl.store(at, shmem.fold(values, "sum", DTYPE), mask=(i < tokens)[:, None] & (j < N)[None, :])
+        came = came + (have_experts_on(team, tables, i, tokens, most, source, TOP_K, PLACES, LOCAL, SHARDED),)
+    for first in range(column, end, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        values = ()
+        for source in tl.static_range(team.size):
+            at = base + _slot(source, most, width) + i.to(tl.int64)[:, None] * width + j[None, :]
+            values = values + (tl.load(at, mask=came[source][:, None] & (j < width)[None, :], other=0),)
+        at = y + i.to(tl.int64)[:, None] * N + j[None, :]
+        tl.store(at, shmem.fold(values, "sum", DTYPE), mask=(i < tokens)[:, None] & (j < N)[None, :])
 
 
 def grouped_gemm_reduce_scatter(
