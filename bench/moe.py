@@ -119,16 +119,33 @@ class Layer:
         what = "grouped GEMM + combine" if self.sharded else "grouped GEMM + reduce_scatter"
         bench._measure(what, name, ways, out, reference)
 
-    def time(self, call: Callable) -> float:
-        return slowest(self.bench.clock, self.bench.bootstrap, call, lambda: None, self.bench.options.effort)
+    def routed(self, name: str) -> None:
+        """What comes before both: the choices and weights of all ranks, sorted by expert."""
+        bench = self.bench
+        everyone = self.idx.new_empty(self.tokens * self.comm.size, self.shape.top_k)
+        weights = self.weights.new_empty(everyone.shape)
+        experts = torch.arange(self.shape.experts + 1, device=everyone.device)
+
+        def sort():
+            _all_gather(everyone, self.idx)
+            _all_gather(weights, self.weights)
+            torch.searchsorted(torch.sort(everyone.flatten(), stable=True).values, experts)
+
+        times = {"both, torch": self._time(sort), "both, tdccl": self._time(self.route)}
+        what = f"routing, {'whole experts' if self.sharded else 'parts of experts'}"
+        speedup = round(times["both, torch"] / times["both, tdccl"], 3)
+        row = {"operator": what, "mlp": name, "tokens": bench.options.tokens, "times_us": times, "speedup": speedup}
+        bench._add(row)
+
+    def _time(self, call: Callable) -> float:
+        time = slowest(self.bench.clock, self.bench.bootstrap, call, lambda: None, self.bench.options.effort)
+        return float(f"{time:.5g}")
 
 
 def measure(bench, name: str) -> None:
-    """Times and checks both products of a layer, and its routing, both ways; collective."""
+    """Times and checks the routing and both products of a layer, in both ways; collective."""
     for sharded in (False, True):
         layer = Layer(bench, SHAPES[name], sharded)
+        layer.routed(name)
         layer.first(name)
         layer.second(name)
-        time = {"both, tdccl": float(f"{layer.time(layer.route):.5g}")}
-        what = f"routing of {'whole experts' if sharded else 'parts of experts'}"
-        bench._add({"operator": what, "mlp": name, "tokens": bench.options.tokens, "times_us": time})
