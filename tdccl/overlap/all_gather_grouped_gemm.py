@@ -103,6 +103,17 @@ def _either(first, one, other, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _rows_at(tables, position, positions, tiles_across, ROWS: tl.constexpr, TOP_K: tl.constexpr):
+    """Expert, first row, rows, distance and tokens [ROWS] of the tile at a position. Ordering: plain loads.
+
+    Looked up a tile ahead, so that the product before hides it.
+    """
+    expert, row, height, distance = tile_at(tables, position // tiles_across, position < positions)
+    i = tl.arange(0, ROWS)
+    return expert, row, height, distance, tl.load(tables.source + row + i, mask=i < height, other=0) // TOP_K
+
+
+@triton.jit
 def multiply_arriving(
     team, epochs, tables, signals, x, gathered, odd, b, step, c, pushers, most, word_row, N, K, b_row, b_column,
     DTYPE: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -123,12 +134,13 @@ def multiply_arriving(
     heard = 0
     landed = gathered + (epoch % 2) * odd
     i = tl.arange(0, ROWS)
+    following = _rows_at(tables, tl.program_id(0), positions, tiles_across, ROWS, TOP_K)
     for position in range(tl.program_id(0), positions, tl.num_programs(0)):
-        expert, row, height, distance = tile_at(tables, position // tiles_across)
+        expert, row, height, distance, token = following
+        following = _rows_at(tables, position + tl.num_programs(0), positions, tiles_across, ROWS, TOP_K)
         _wait_for_distances(team, signals, word_row, heard + 1, distance, target)
         heard = tl.maximum(heard, distance)
         live = i < height
-        token = tl.load(tables.source + row + i, mask=live, other=0) // TOP_K
         own = x + (token - team.rank * most).to(tl.int64) * K
         rows = _either(token // most == team.rank, own, landed + token.to(tl.int64) * K, DTYPE, DESCRIPTORS)
         column = position % tiles_across * COLUMNS

@@ -70,10 +70,11 @@ def stack(b: torch.Tensor, shape: Shape, descriptors: bool) -> Stack:
 
 
 @triton.jit
-def tile_at(tables, number):
-    """Expert, first row, rows and distance of a tile. Ordering: plain loads."""
+def tile_at(tables, number, there):
+    """Expert, first row, rows and distance of a tile; 0 if not `there`. Ordering: plain loads."""
     tile = tables.tiles + number * 4
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    expert, row = tl.load(tile, mask=there, other=0), tl.load(tile + 1, mask=there, other=0)
+    return expert, row, tl.load(tile + 2, mask=there, other=0), tl.load(tile + 3, mask=there, other=0)
 
 
 @triton.jit

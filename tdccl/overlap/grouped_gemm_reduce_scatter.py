@@ -54,6 +54,27 @@ def reference(routing: Routing, h: torch.Tensor, b: torch.Tensor) -> torch.Tenso
 
 
 @triton.jit
+def _tile_backwards(team, tables, position, tiles, tiles_across, COLUMNS: tl.constexpr, ACROSS: tl.constexpr):
+    """Expert, first row, rows, first column and segment of the tile at a position. Ordering: plain loads.
+
+    All tiles of a distance lie together, and as far from the end of the list as from the beginning of this order.
+    Looked up a tile ahead, so that the product before hides it.
+    """
+    there = position < tiles * tiles_across
+    distance = tl.load(tables.tiles + (tiles - 1 - position // tiles_across) * 4 + 3, mask=there, other=0)
+    first, last = tl.load(tables.stages + distance), tl.load(tables.stages + distance + 1)
+    within = position - (tiles - last) * tiles_across
+    of_chunk = tl.maximum(last - first, 1) * ACROSS
+    chunk = within // of_chunk
+    across_here = tl.minimum(tiles_across - chunk * ACROSS, ACROSS)
+    number = first + within % of_chunk // across_here
+    column = (chunk * ACROSS + within % of_chunk % across_here) * COLUMNS
+    expert, row, height, _ = tile_at(tables, number, there)
+    chunks = (tiles_across + ACROSS - 1) // ACROSS
+    return expert, row, height, column, (team.size - 1 - distance) * chunks + chunk
+
+
+@triton.jit
 def multiply_backwards(
     team, epochs, tables, signals, h, b, step, partial, N, width, K, b_row, b_column, most_signals, words,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -71,21 +92,15 @@ def multiply_backwards(
     """
     epoch = overlap.begin(epochs)
     tiles_across = (N + COLUMNS - 1) // COLUMNS
-    chunks = (tiles_across + ACROSS - 1) // ACROSS
     tiles = tl.load(tables.stages + team.size)
     done = shmem.symm_at(signals, team.rank, tl.int64, 8) + team.rank * most_signals
     told = 0
+    following = _tile_backwards(team, tables, tl.program_id(0), tiles, tiles_across, COLUMNS, ACROSS)
     for position in range(tl.program_id(0), tiles * tiles_across, tl.num_programs(0)):
-        # All tiles of a distance lie together, and as far from the end of the list as from the beginning of this order.
-        distance = tl.load(tables.tiles + (tiles - 1 - position // tiles_across) * 4 + 3)
-        first, last = tl.load(tables.stages + distance), tl.load(tables.stages + distance + 1)
-        within = position - (tiles - last) * tiles_across
-        chunk = within // ((last - first) * ACROSS)
-        within -= chunk * (last - first) * ACROSS
-        across_here = tl.minimum(tiles_across - chunk * ACROSS, ACROSS)
-        expert, row, height, _ = tile_at(tables, first + within // across_here)
-        column = (chunk * ACROSS + within % across_here) * COLUMNS
-        segment = (team.size - 1 - distance) * chunks + chunk
+        expert, row, height, column, segment = following
+        following = _tile_backwards(
+            team, tables, position + tl.num_programs(0), tiles, tiles_across, COLUMNS, ACROSS
+        )  # fmt: skip
         _tell(done, told, segment, WORDS)
         told = segment
         total = product(
