@@ -47,6 +47,7 @@ class Layer:
         weights, idx = scores.topk(shape.top_k, dim=1)
         self.idx, self.weights = (each.chunk(size)[comm.rank].contiguous() for each in (idx, weights))
         self.ep = ExpertParallel(comm, self.tokens, shape.hidden, shape.experts, shape.top_k) if sharded else None
+        self.plan = self.ep.plan(self.idx) if sharded else None
         self.routing = self.route()
         self.alone = self._alone(idx, weights)
         self.rows = int(self.routing.offsets[-1])
@@ -93,6 +94,14 @@ class Layer:
             "both, torch": lambda: (_all_gather(gathered, x), multiply()),
             "both, tdccl": lambda: all_gather_grouped_gemm(x, self.up, self.routing, out),
         }
+        if self.sharded:
+            arrived = x.new_empty(self.ep.most_expert_rows(), self.shape.hidden)
+
+            def dispatch():
+                self.ep.dispatch(x, self.plan, None, "expert", out=arrived)
+                torch._grouped_mm(arrived[: self.rows], self.up, offs=self.plan.offsets[1:])
+
+            ways["dispatch of tdccl.ep, then torch's product"] = dispatch
         what = "dispatch + grouped GEMM" if self.sharded else "all_gather + grouped GEMM"
         bench._measure(what, name, ways, out[: self.rows], lambda: found[0])
 
@@ -116,6 +125,14 @@ class Layer:
             "both, torch": lambda: (multiply(), _reduce_scatter(reference, total)),
             "both, tdccl": lambda: grouped_gemm_reduce_scatter(h, self.down, self.routing, out),
         }
+        if self.sharded:
+            factors = torch.ones(self.rows, device=h.device)
+
+            def combine():
+                rows = torch._grouped_mm(h[: self.rows], self.down, offs=self.plan.offsets[1:])
+                self.ep.combine(rows, self.plan, factors, "expert")
+
+            ways["torch's product, then combine of tdccl.ep"] = combine
         what = "grouped GEMM + combine" if self.sharded else "grouped GEMM + reduce_scatter"
         bench._measure(what, name, ways, out, reference)
 

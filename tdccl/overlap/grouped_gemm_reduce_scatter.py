@@ -32,12 +32,12 @@ from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, padded, workspace
 
 # Blocks that add up and send: what they read is what the product writes.
-REDUCERS = 32
+REDUCERS = 48
 REDUCE_WARPS = 16
 # Tokens, and columns, of which a reducer adds up the rows together.
 REDUCE_TOKENS, REDUCE_COLUMNS = (16, 32) if environment.emulated() else (16, 256)
 # Columns after which reducers are told, in tiles: few, so that they read what is still in the L2 cache.
-_ACROSS = 2 if environment.emulated() else 4
+_ACROSS = 2
 _UNIT = 16  # rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
 
