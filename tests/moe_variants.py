@@ -18,7 +18,7 @@ from tdccl.overlap.grouped_gemm_reduce_scatter import (
     reduce_rows,
 )
 from tdccl.overlap.grouped_gradient import _ROWS, _TILE, multiply_rows
-from tdccl.overlap.routing import Tables, count_entries, place_entries
+from tdccl.overlap.routing import Tables, exchange_choices, place_entries
 
 INTEGERS = ("tokens", "most", "word_row", "step", "pushers", "most_signals", "words", "multipliers", "shard")
 TYPES = {
@@ -41,7 +41,9 @@ def operands_of(shape, descriptors: bool, transposed: bool) -> dict:
 def main() -> None:
     entries = {"TOP_K": 8, "PLACES": 8, "LOCAL": 128}
     sorting = {**entries, "COLUMNS": 128, "PARTS": 32, "TILE": 16}
-    tell("count_entries", compiled(count_entries, sorting, EVERYTHING, 8, 0, TYPES))
+    exchanging = {**TYPES, "inbox": SYMMETRIC_TYPES, "idx": "*i64", "factors": "*fp32"}
+    compiled_exchange = compiled(exchange_choices, sorting | {"WEIGHTED": True}, EVERYTHING, 8, 0, exchanging)
+    tell("exchange_choices", compiled_exchange)
     tell("place_entries", compiled(place_entries, sorting | {"ROWS": 128}, EVERYTHING, 8, 0, TYPES))
     constants = {"DTYPE": tl.bfloat16, **entries, "SHARDED": True, "TOKENS": PUSH_TOKENS, "COLUMNS": PUSH_COLUMNS}
     gathered = {**TYPES, "gathered": SYMMETRIC_TYPES}

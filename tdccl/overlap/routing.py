@@ -13,17 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
+import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.ep import ExpertParallel
 from tdccl.ep.experts import power_of_two
 from tdccl.ep.routing import local_experts
 from tdccl.errors import ArgumentError
-from tdccl.overlap.workspace import communicator_of, name_of
+from tdccl.language import overlap
+from tdccl.overlap.workspace import communicator_of, name_of, workspace
 
-# Blocks that sort the tokens of one rank, a power of two, and how many places they look at together.
+# Blocks that look at the tokens of one rank, a power of two, and at how many places together.
 _PARTS = 1 if environment.emulated() else 32
 _PLACES_AT_ONCE = 128
+_UNIT = 4  # 16 bytes of an inbox
 _WARPS = 4 if environment.emulated() else 8
 
 
@@ -140,33 +143,76 @@ def _range_of_part(block, most, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _load_entries(tables, source, first, last, most, shard, TOP_K: tl.constexpr, PLACES: tl.constexpr,
-                  LOCAL: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """Entries [TILE * PLACES], their mask, and their experts as numbered here, -1 for those elsewhere and none."""
+def _entries_of(first, last, TOP_K: tl.constexpr, PLACES: tl.constexpr, TILE: tl.constexpr):
+    """Entries [TILE, PLACES] of the tokens first .. of a rank, and the mask of those before `last`."""
     token, place = first + tl.arange(0, TILE), tl.arange(0, PLACES)
-    entry = (source * most + token)[:, None] * TOP_K + place[None, :]
-    mask = (token < last)[:, None] & (place < TOP_K)[None, :]
-    expert = local_experts(tl.load(tables.idx + entry, mask=mask, other=-1), shard, LOCAL)
-    flat: tl.constexpr = TILE * PLACES
-    return tl.reshape(entry, [flat]), tl.reshape(mask, [flat]), tl.reshape(expert, [flat])
+    return token[:, None] * TOP_K + place[None, :], (token < last)[:, None] & (place < TOP_K)[None, :]
 
 
 @triton.jit
-def count_entries(
-    team, tables, counts, most, shard, TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+def _words_of(source, entries):
+    """The first word (int64) of what a source has sent: its entries' experts, then their weights."""
+    return (tl.zeros([], tl.int64) + source) * entries * 2
+
+
+@triton.jit
+def exchange_choices(
+    team, epochs, signals, inbox, odd, idx, factors, tables, weights, counts, tokens, most, most_signals, shard,
+    TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """counts [blocks, COLUMNS]: entries of each expert here in the block's part of the tokens of one rank, PARTS blocks
-    a rank, own rank first. Ordering: plain accesses."""
+    """tables.idx and `weights` of all ranks from their idx and factors [tokens, TOP_K], and how many of which experts.
+
+    Block d * PARTS + p sends part p of this rank's tokens to the rank at distance -d, and takes that part of the rank
+    at distance d. counts [blocks, COLUMNS]: its entries of each expert here. inbox: Symmetric, int32 [size sources, 2,
+    most, TOP_K], in odd epochs from element `odd` on. signals: Symmetric, int64 [size sources, most_signals].
+
+    Waits:    block b for block b of one peer.
+    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Reuse:    parities alternate. A rank launches this after its last one, which has heard from all peers, who spoke in
+              it after they had ended the last but one, which read this parity.
+    """
+    epoch = overlap.begin(epochs)
     block = tl.program_id(0)
-    source = (team.rank + block // PARTS) % team.size
+    distance = block // PARTS
+    source, pe = (team.rank + distance) % team.size, (team.rank + team.size - distance) % team.size
     first, last = _range_of_part(block, most, PARTS)
+    entries = most * TOP_K
+    start = (epoch % 2) * odd
+    out = shmem.symm_at(inbox, pe, tl.int32) + start + _words_of(team.rank, entries)
+    for token in range(first, last, TILE):
+        entry, mask = _entries_of(token, last, TOP_K, PLACES, TILE)
+        here = mask & (entry < tokens * TOP_K)
+        tl.store(out + entry, tl.load(idx + entry, mask=here, other=-1).to(tl.int32), mask=mask)
+        if WEIGHTED:
+            factor = tl.load(factors + entry, mask=here, other=0.0)
+            tl.store(out + entries + entry, factor.to(tl.int32, bitcast=True), mask=mask)
+    if distance > 0:
+        shmem.fence()
+        shmem.signal_op(shmem.symm_at(signals, pe, tl.int64, 8) + team.rank * most_signals + block, epoch)
+        word = shmem.symm_at(signals, team.rank, tl.int64, 8) + source * most_signals + block
+        shmem.signal_wait(team, word, epoch, source)
+    else:
+        tl.debug_barrier()
     column = tl.arange(0, COLUMNS)
     found = tl.zeros([COLUMNS], tl.int32)
-    for start in range(first, last, TILE):
-        _, _, expert = _load_entries(tables, source, start, last, most, shard, TOP_K, PLACES, LOCAL, TILE)
+    came = shmem.symm_at(inbox, team.rank, tl.int32) + start + _words_of(source, entries)
+    for token in range(first, last, TILE):
+        entry, mask = _entries_of(token, last, TOP_K, PLACES, TILE)
+        chosen = tl.load(came + entry, mask=mask, other=-1)
+        tl.store(tables.idx + source * entries + entry, chosen, mask=mask)
+        if WEIGHTED:
+            factor = tl.load(came + entries + entry, mask=mask, other=0).to(tl.float32, bitcast=True)
+            tl.store(weights + source * entries + entry, factor, mask=mask)
+        expert = tl.reshape(local_experts(chosen, shard, LOCAL), [TILE * PLACES])
         found += tl.sum((expert[:, None] == column[None, :]).to(tl.int32), axis=0)
     tl.store(counts + block * COLUMNS + column, found)
+    overlap.end(epochs, epoch)
+
+
+@triton.jit
+def _flat(tile):
+    return tl.reshape(tile, [tile.shape[0] * tile.shape[1]])
 
 
 @triton.jit
@@ -182,7 +228,7 @@ def place_entries(
     team, tables, counts, most, shard, TOP_K: tl.constexpr, PLACES: tl.constexpr, LOCAL: tl.constexpr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Fills the tables behind idx, after `count_entries` on the same grid; ROWS: of a tile. Ordering: as there."""
+    """Fills the tables behind idx, after `exchange_choices` on its grid; ROWS: of a tile. Ordering: as there."""
     block = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     before, total = tl.zeros([COLUMNS], tl.int32), tl.zeros([COLUMNS], tl.int32)
@@ -222,7 +268,9 @@ def place_entries(
     number = tl.arange(0, TILE * PLACES)
     next_row = begins + before
     for start in range(first, last, TILE):
-        entry, mask, expert = _load_entries(tables, source, start, last, most, shard, TOP_K, PLACES, LOCAL, TILE)
+        entry, mask = _entries_of(source * most + start, source * most + last, TOP_K, PLACES, TILE)
+        expert = local_experts(tl.load(tables.idx + entry, mask=mask, other=-1), shard, LOCAL)
+        entry, mask, expert = _flat(entry), _flat(mask), _flat(expert)
         here = expert >= 0
         chosen = expert[:, None] == column[None, :]
         earlier = (expert[:, None] == expert[None, :]) & (number[None, :] < number[:, None])
@@ -285,10 +333,7 @@ def _operator(
     if routing.rows == 0:
         routing.memory.zero_()
         return routing.memory, weights
-    communicator.all_gather(padded_tokens(topk_idx.int(), given.most, -1), routing.tables.idx)
-    if topk_weights is not None:
-        communicator.all_gather(padded_tokens(topk_weights, given.most), weights)
-    _sort(routing)
+    _find(routing, topk_idx.contiguous(), None if topk_weights is None else topk_weights.contiguous(), weights)
     return routing.memory, weights
 
 
@@ -301,17 +346,27 @@ def padded_tokens(tensor: torch.Tensor, most: int, value: int = 0) -> torch.Tens
     return padded
 
 
-def _sort(routing: Routing) -> None:
+def _find(routing: Routing, idx: torch.Tensor, factors: torch.Tensor | None, weights: torch.Tensor) -> None:
+    """Fills the tables, and the weights of all ranks if this one gives its own."""
     comm, sizes, constants = routing.comm, routing.sizes, routing.constants()
     columns = power_of_two(constants["LOCAL"])
     blocks = comm.size * _PARTS
     counts = routing.memory.new_empty(blocks, columns)
     tables, shard = routing.tables, comm.rank if sizes.sharded else 0
     constants |= {"COLUMNS": columns, "PARTS": _PARTS, "TILE": max(1, _PLACES_AT_ONCE // constants["PLACES"])}
-    count_entries[(blocks,)](comm.team, tables, counts, sizes.most, shard, **constants, num_warps=_WARPS)
-    place_entries[(blocks,)](
-        comm.team, tables, counts, sizes.most, shard, **constants, ROWS=routing.height, num_warps=_WARPS
-    )
+    space = workspace(comm, "route", 2 * routing.rows, _UNIT, torch.int32, blocks, blocks)
+
+    def exchange_and_place():
+        exchange_choices[(blocks,)](
+            comm.team, space.epochs[0], space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT), idx, factors,
+            tables, weights, counts, sizes.tokens, sizes.most, space.most, shard, **constants,
+            WEIGHTED=factors is not None, num_warps=_WARPS,
+        )  # fmt: skip
+        place_entries[(blocks,)](
+            comm.team, tables, counts, sizes.most, shard, **constants, ROWS=routing.height, num_warps=_WARPS
+        )
+
+    comm.start_fused("all_gather", "route", idx, exchange_and_place)
 
 
 @_operator.register_fake
