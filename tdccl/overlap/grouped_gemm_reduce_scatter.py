@@ -31,8 +31,6 @@ from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, padded, workspace
 
-# Blocks that add up and send: what they read is what the product writes.
-REDUCERS = 48
 REDUCE_WARPS = 16
 # Tokens, and columns, of which a reducer adds up the rows together.
 REDUCE_TOKENS, REDUCE_COLUMNS = (16, 32) if environment.emulated() else (16, 256)
@@ -256,8 +254,8 @@ def grouped_gemm_reduce_scatter(
     K this rank's part; or of `route_experts` (grouped GEMM + combine). Its weights multiply the rows. out: [tokens,
     N], contiguous; None makes a new one, with a gradient, of the weights, too. A row is rounded to the dtype; a token's
     rows are added in fp32 in top-k order, and rounded; then the ranks' in fp32, in rank order: the same bits in every
-    run. The first call of a larger size allocates symmetric memory, twice the tokens of all ranks x N, and is
-    collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of the communicator raises.
+    run. The first call of a larger size, or of a K that wants other shares of the device, allocates symmetric memory,
+    twice the tokens of all ranks x N, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of the communicator raises.
     """
     if out is None:
         return torch.ops.tdccl.grouped_gemm_reduce_scatter(
@@ -281,12 +279,13 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     descriptors = by_descriptors(b)
     shape = shape_of_tiles(routing.height, columns, descriptors)
     width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
-    blocks, reducers = blocks_of(comm.device), 1 if environment.emulated() else REDUCERS
+    blocks = blocks_of(comm.device)
+    reducers = _reducers(blocks, depth)
     multipliers = blocks - reducers
     signals = max(reducers, comm.size) * -(-columns // chunk)
-    space = workspace(
-        comm, "grouped_gemm_reduce_scatter", comm.size * sizes.most * width, _UNIT, h.dtype, signals, blocks
-    )
+    # Counters and epochs are of one grid: another has its own.
+    name = f"grouped_gemm_reduce_scatter with {reducers} reducers"
+    space = workspace(comm, name, comm.size * sizes.most * width, _UNIT, h.dtype, signals, blocks)
     words = space.most // max(reducers, comm.size) * comm.size
     of_b = stack(b, shape, descriptors)
     partial = h.new_empty(routing.rows, width)
@@ -311,6 +310,14 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         )  # fmt: skip
 
     comm.start_fused("reduce_scatter", "grouped_gemm_reduce_scatter", h, lambda: beside(comm.device, multiply, reduce))
+
+
+def _reducers(blocks: int, depth: int) -> int:
+    """How many of the blocks add up and send, so that both kernels take equally long: an element of a product costs, in
+    units of a step of its depth, about 500 and its depth, and 350 to be added up (measured on H200)."""
+    if environment.emulated():
+        return 1
+    return max(4, round(blocks * 350 / (850 + depth) / 4) * 4)
 
 
 @torch.library.custom_op("tdccl::grouped_gemm_reduce_scatter", mutates_args=())
