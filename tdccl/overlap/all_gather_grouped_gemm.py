@@ -16,7 +16,7 @@ import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
-from tdccl.overlap.all_gather_gemm import beside
+from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import blocks_of, dense
 from tdccl.overlap.grouped import (
     by_descriptors,
@@ -212,7 +212,7 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         "all_gather",
         "all_gather_grouped_gemm",
         x,
-        lambda: beside(comm.device, push, multiply) if pushers else multiply(),
+        lambda: beside(comm.device, push, multiply, moving_first=True) if pushers else multiply(),
     )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl import environment
 from tdccl.language import overlap
-from tdccl.overlap.all_gather_gemm import beside
+from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import blocks_of, dense, left, product
 from tdccl.overlap.grouped import (
     by_descriptors,
@@ -251,11 +251,13 @@ def grouped_gemm_reduce_scatter(
 
     h: [routing.rows, K] bfloat16 or float16, rows by expert as `all_gather_grouped_gemm` returns them. b: [experts
     here, K, N] of that dtype, either of the last two dimensions contiguous (others are copied). routing: of `route`,
-    K this rank's part; or of `route_experts` (grouped GEMM + combine). Its weights multiply the rows. out: [tokens,
-    N], contiguous; None makes a new one, with a gradient, of the weights, too. A row is rounded to the dtype; a token's
-    rows are added in fp32 in top-k order, and rounded; then the ranks' in fp32, in rank order: the same bits in every
-    run. The first call of a larger size, or of a K that wants other shares of the device, allocates symmetric memory,
-    twice the tokens of all ranks x N, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of the communicator raises.
+    K this rank's part; or of `route_experts` (grouped GEMM + combine). Its weights multiply the rows. out: [tokens, N],
+    contiguous; None makes a new one, with a gradient, of the weights, too.
+
+    A row is rounded to the dtype; a token's rows are added in fp32 in top-k order, and rounded; then the ranks' in
+    fp32, in rank order: the same bits in every run. The first call of a larger size, or of a K that shares out the
+    device otherwise, allocates symmetric memory, twice the tokens of all ranks x N, and is collective: it must not be
+    in a graph's capture. Raises ArgumentError, and what any call of the communicator raises.
     """
     if out is None:
         return torch.ops.tdccl.grouped_gemm_reduce_scatter(
@@ -309,7 +311,12 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
             num_warps=REDUCE_WARPS,
         )  # fmt: skip
 
-    comm.start_fused("reduce_scatter", "grouped_gemm_reduce_scatter", h, lambda: beside(comm.device, multiply, reduce))
+    comm.start_fused(
+        "reduce_scatter",
+        "grouped_gemm_reduce_scatter",
+        h,
+        lambda: beside(comm.device, multiply, reduce, moving_first=True),
+    )
 
 
 def _reducers(blocks: int, depth: int) -> int:
