@@ -22,7 +22,7 @@ from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
     dense_stack,
-    gathered_product,
+    grouped_product,
     have_experts_on,
     shape_of_tiles,
     stack,
@@ -144,9 +144,9 @@ def multiply_arriving(
         own = x + (token - team.rank * most).to(tl.int64) * K
         rows = _either(token // most == team.rank, own, landed + token.to(tl.int64) * K, DTYPE, DESCRIPTORS)
         column = position % tiles_across * COLUMNS
-        total = gathered_product(
-            rows, live, b, expert * step, column, N, K, b_row, b_column,
-            COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
+        total = grouped_product(
+            rows, 0, live, b, expert * step, column, N, K, b_row, b_column,
+            COLUMNS, DEPTH, STAGES, False, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         store_rows(c, row, height, column, N, N, total, DTYPE)
     _wait_for_distances(team, signals, word_row, heard + 1, team.size - 1, target)

@@ -99,11 +99,9 @@ def grouped(position, tiles_down, tiles_across, GROUP: tl.constexpr):
 def product(
     a, row, height, b, column, N, K, b_row, b_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr, first=0,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """fp32 [ROWS, COLUMNS]: rows `row` .. of a [.., K] times columns `column` .. of b [K, N].
-
-    first: where b begins in a stack of such matrices: at this row of it, or of what it is the transpose of.
 
     DESCRIPTORS: a and b are tensor descriptors, else pointers, of which `height` rows and N columns are read. Rows and
     columns beyond have any values. Ordering: plain loads.
@@ -112,13 +110,12 @@ def product(
     if DESCRIPTORS:
         for k in tl.range(0, K, DEPTH, num_stages=STAGES):
             of_a = a.load([row, k])
-            of_b = b.load([first + column, k]).T if TRANSPOSED else b.load([first + k, column])
+            of_b = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
             total = tl.dot(of_a, of_b, total)
     else:
         i, j, inner = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
         rows = a + (row + i).to(tl.int64)[:, None] * K
-        columns = b + (tl.zeros([], tl.int64) + first) * (b_column if TRANSPOSED else b_row)
-        columns += j.to(tl.int64)[None, :] * b_column
+        columns = b + j.to(tl.int64)[None, :] * b_column
         for k in tl.range(0, K, DEPTH, num_stages=STAGES):
             depth = k + inner
             of_a = tl.load(rows + depth[None, :], mask=(i < height)[:, None] & (depth < K)[None, :], other=0)

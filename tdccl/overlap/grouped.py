@@ -78,21 +78,27 @@ def tile_at(tables, number, there):
 
 
 @triton.jit
-def gathered_product(
-    rows, live, b, first, column, N, K, b_row, b_column,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+def grouped_product(
+    a, row, live, b, first, column, N, K, b_row, b_column,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [ROWS, COLUMNS]: as `product`, of rows that lie anywhere: pointers [ROWS] to their first elements.
+    """fp32 [ROWS, COLUMNS]: rows of a [.., K] times columns `column` .. of one expert's b [K, N].
 
-    live: mask of the rows that there are. DESCRIPTORS: b is one. Ordering: plain loads.
+    a: LEFT: a tensor descriptor, of which rows `row` .. are taken; else pointers [ROWS] to the first elements of rows
+    that may lie anywhere. live [ROWS]: which rows there are; others have any values, as have columns beyond N. b: the
+    experts' matrices (see `Stack`), RIGHT: a tensor descriptor, else a pointer; `first`: where the expert's begins.
+    Ordering: plain loads.
     """
-    total = tl.zeros([rows.shape[0], COLUMNS], tl.float32)
+    total = tl.zeros([live.shape[0], COLUMNS], tl.float32)
     j, inner = column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     for k in tl.range(0, K, DEPTH, num_stages=STAGES):
         depth = k + inner
-        of_a = tl.load(rows[:, None] + depth[None, :], mask=live[:, None] & (depth < K)[None, :], other=0)
-        if DESCRIPTORS:
+        if LEFT:
+            of_a = a.load([row, k])
+        else:
+            of_a = tl.load(a[:, None] + depth[None, :], mask=live[:, None] & (depth < K)[None, :], other=0)
+        if RIGHT:
             of_b = b.load([first + column, k]).T if TRANSPOSED else b.load([first + k, column])
         else:
             stacked = b + (tl.zeros([], tl.int64) + first) * (b_column if TRANSPOSED else b_row)

@@ -16,11 +16,12 @@ import tdccl.language as shmem
 from tdccl import environment
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import blocks_of, dense, left, product
+from tdccl.overlap.gemm import blocks_of, dense, left
 from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
     dense_stack,
+    grouped_product,
     have_experts_on,
     shape_of_tiles,
     stack,
@@ -101,9 +102,11 @@ def multiply_backwards(
         )  # fmt: skip
         _tell(done, told, segment, WORDS)
         told = segment
-        total = product(
-            h, row, height, b, column, N, K, b_row, b_column,
-            ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED, expert * step,
+        i = tl.arange(0, ROWS)
+        rows = h if DESCRIPTORS else h + (row + i).to(tl.int64) * K
+        total = grouped_product(
+            rows, row, i < height, b, expert * step, column, N, K, b_row, b_column,
+            COLUMNS, DEPTH, STAGES, DESCRIPTORS, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         store_rows(partial, row, height, column, N, width, total, DTYPE)
     _tell(done, told, words, WORDS)
