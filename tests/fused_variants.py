@@ -17,9 +17,10 @@ from variants import context_of, sass_facts
 
 from tdccl.language.overlap import Shards
 from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES
-from tdccl.overlap.all_gather_gemm import PIECE, PUSH_WARPS, multiply_gathered, push_shard
+from tdccl.overlap.all_gather_gemm import multiply_gathered, push_shard
 from tdccl.overlap.gemm import Shape, shape_for
 from tdccl.overlap.gemm_reduce_scatter import multiply_scattered
+from tdccl.overlap.pushers import PIECE, PUSH_WARPS
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.launch import _leaves
 

@@ -126,7 +126,7 @@ def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.const
     """
     source = tl.multiple_of(shard + offset_of(shards, tile % tiles_of(shards)), 16)
     target = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
-    _copy(source, target, elements_of(shards, tile), PIECE)
+    copy(source, target, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
@@ -136,12 +136,13 @@ def pull(shards, gathered, target, tile, pe, DTYPE: tl.constexpr, PIECE: tl.cons
     """
     source = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
     own = tl.multiple_of(target + offset_of(shards, tile), 16)
-    _copy(source, own, elements_of(shards, tile), PIECE)
+    copy(source, own, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
-def _copy(source, target, count, PIECE: tl.constexpr):
-    """Whole pieces 16 bytes wide, then the rest in smaller ones, for it takes a register an element."""
+def copy(source, target, count, PIECE: tl.constexpr):
+    """Copies `count` elements between 16-byte aligned places: whole pieces 16 bytes wide, then the rest in smaller ones,
+    for it takes a register an element. Ordering: none."""
     place = tl.arange(0, PIECE)
     whole = count // PIECE * PIECE
     for start in range(0, whole, PIECE):

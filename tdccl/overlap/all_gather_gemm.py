@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
 from tdccl.overlap.gemm import (
@@ -26,13 +25,8 @@ from tdccl.overlap.gemm import (
     rows_or_columns,
     shape_for,
 )
+from tdccl.overlap.pushers import PUSH_WARPS, beside, piece, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
-
-# Blocks that push: few, for the product takes longer than they do. It leaves them their multiprocessors, so
-# that they run whichever of the two comes first.
-PUSHERS = 8
-PUSH_WARPS = 8
-PIECE = PUSH_WARPS * 32 * 16 * 8
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -153,7 +147,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
-    blocks, pushers = blocks_of(comm.device), _pushers(comm)
+    blocks, pushing = blocks_of(comm.device), pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks)
@@ -163,13 +157,13 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
 
     def push():
-        push_shard[(pushers,)](
+        push_shard[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=_piece(), num_warps=PUSH_WARPS,
+            DTYPE=dtype, PIECE=piece(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(blocks - pushers,)](
+        multiply_gathered[(blocks - pushing,)](
             comm.team, space.epochs[1], shards, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
             left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
             DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
@@ -180,39 +174,8 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         "all_gather",
         "all_gather_gemm",
         a_shard,
-        lambda: _beside(comm.device, push, multiply) if pushers else multiply(),
+        lambda: beside(comm.device, push, multiply) if pushing else multiply(),
     )
-
-
-def _pushers(comm: Communicator) -> int:
-    if comm.size == 1:
-        return 0
-    return 1 if environment.emulated() else PUSHERS
-
-
-def _piece() -> int:
-    """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
-    return 1024 if environment.emulated() else PIECE
-
-
-_sides: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def _beside(device: torch.device, push, multiply) -> None:
-    """Runs `push` on a stream of its own, as soon as the current one has come here, and `multiply` on the current one,
-    which then waits for both."""
-    if device.type != "cuda":
-        push()
-        multiply()
-        return
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device, priority=-1)
-    side, current = _sides[device], torch.cuda.current_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        push()
-    multiply()
-    current.wait_stream(side)
 
 
 @torch.library.custom_op("tdccl::all_gather_gemm", mutates_args=())

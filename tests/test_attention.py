@@ -1,0 +1,72 @@
+"""Attention over what the ranks have of keys and values, against plain fp32 attention over all of it."""
+
+import os
+import random
+import time
+
+import pool
+import pytest
+import torch
+
+import tdccl
+from tdccl import environment
+from tdccl.overlap import flash_decode
+from tdccl.overlap.attention import attend
+
+WORLDS = (2, 3)
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def close(result: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert result.shape == wanted.shape and result.dtype == wanted.dtype
+    tolerance = TOLERANCE[result.dtype]
+    torch.testing.assert_close(result.float(), wanted.float(), atol=tolerance, rtol=tolerance)
+
+
+# Heads, KV heads, dim, and each rank's lengths of each sequence, by the place of the rank.
+DECODES = [
+    (4, 2, 64, [[70, 1], [5, 0], [33, 64], [0, 8]]),
+    (3, 3, 128, [[0], [130], [17], [2]]),
+    (16, 1, 64, [[3, 0, 9], [0, 0, 40], [65, 0, 1], [1, 0, 1]]),
+]
+
+
+def decode_problem(comm, case, dtype, seed):
+    """(q, [(k, v, lengths) of each rank]); what is past the lengths is NaN, for nobody may look at it."""
+    heads, kv_heads, dim, lengths = case
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(len(lengths[0]), heads, dim, generator=generator).to(comm.device, dtype)
+    shards = []
+    for mine in lengths[: comm.size]:
+        room = max(mine) + 3 * (mine[0] % 2)
+        pair = torch.randn(2, len(mine), room, kv_heads, dim, generator=generator).to(comm.device, dtype)
+        for sequence, length in enumerate(mine):
+            pair[:, sequence, length:] = float("nan")
+        shards.append((*pair, torch.tensor(mine, dtype=torch.int32, device=comm.device)))
+    return q, shards
+
+
+def decode_expected(q, shards):
+    """All ranks' keys one after another, in one attention."""
+    rows = []
+    for sequence in range(q.shape[0]):
+        k, v = (torch.cat([shard[part][sequence, : shard[2][sequence]] for shard in shards])[None] for part in range(2))
+        seen = torch.ones(1, dtype=torch.bool, device=q.device)
+        rows.append(attend(q[sequence][None, None], k, v, seen, q.shape[-1] ** -0.5)[0, 0])
+    return torch.stack(rows)
+
+
+def check_decode(comm):
+    delay = random.Random(comm.rank)
+    for seed, case in enumerate(DECODES):
+        time.sleep(delay.choice([0, 0, 0.02]))
+        q, shards = decode_problem(comm, case, (torch.bfloat16, torch.float16)[seed % 2], seed)
+        result = flash_decode(comm, q, *shards[comm.rank])
+        close(result, decode_expected(q, shards))
+        same = comm.all_gather(result)
+        assert all(torch.equal(other, result) for other in same.chunk(comm.size))
+        assert torch.equal(flash_decode(comm, q, *shards[comm.rank], torch.empty_like(q)), result)
+
+
+def test_decode_over_ragged_lengths_gives_all_ranks_the_same_bits(ranks, world):
+    ranks.run(check_decode, world)
