@@ -2,4 +2,5 @@
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
 from tdccl.overlap.flash_decode import flash_decode
+from tdccl.overlap.gather_kv_attention import gather_kv_attention
 from tdccl.overlap.gemm_reduce_scatter import gemm_reduce_scatter
