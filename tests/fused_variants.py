@@ -30,7 +30,7 @@ INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_col
 
 
 def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
-    """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16."""
+    """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16: "columns" are those of shards."""
     types = {
         "team": TEAM_TYPES, "epochs": "*i64", "shards": Shards("i32", "i32", "i32", "constexpr"),
         "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "shard": "*bf16", "c": "*bf16",
@@ -39,12 +39,13 @@ def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, 
     types = {name: types[name] for name in kernel.arg_names}
     values = {"team": TEAM, "shards": Shards(0, 0, 0, tile)}
     fixed, divisible = {}, {}
+    columns = ("shards", 1) if "columns" in aligned else None
     for position, (name, kinds) in enumerate(types.items()):
         value = values.get(name) or (constants.get(name) if kinds == "constexpr" else None)
         for path, kind, leaf in _leaves(kinds, value, (position,)):
             if kind == "constexpr":
                 fixed[path] = leaf
-            elif kind.startswith("*") or name in aligned or ((name, path[-1]) == ("shards", 1) and "K" in aligned):
+            elif kind.startswith("*") or name in aligned or (name, path[-1]) == columns:
                 divisible[path] = [["tt.divisibility", 16]]
     return compile(ASTSource(kernel, types, fixed, divisible), target=TARGET, options={"num_warps": warps})
 
@@ -65,10 +66,10 @@ def tell(name: str, kernel) -> None:
 
 
 def main() -> None:
-    for aligned in ({"K"}, set()):
+    for aligned in ({"columns"}, set()):
         constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
         tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
-    everything = {"odd", "odd_row", "N", "width", "K", "b_row"}
+    everything = {"odd", "odd_row", "N", "width", "K", "b_row", "columns"}
     for rows, columns, descriptors, transposed in [
         (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
         (2048, 7168, False, False), (64, 7168, False, False),

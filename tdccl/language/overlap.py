@@ -141,8 +141,8 @@ def pull(shards, gathered, target, tile, pe, DTYPE: tl.constexpr, PIECE: tl.cons
 
 @triton.jit
 def copy(source, target, count, PIECE: tl.constexpr):
-    """Copies `count` elements between places aligned to 16 bytes: whole pieces 16 bytes wide, then the rest in smaller
-    ones, for it takes a register an element. Ordering: none."""
+    """Copies `count` elements from one 16-byte aligned place to another: whole pieces 16 bytes wide, then the rest in
+    smaller ones, for it takes a register an element. Ordering: none."""
     place = tl.arange(0, PIECE)
     whole = count // PIECE * PIECE
     for start in range(0, whole, PIECE):
