@@ -9,20 +9,17 @@ from tdccl.overlap.gather_kv_attention import attend_gathered, push_pairs, shape
 
 
 def main() -> None:
-    dim, kv_heads, group, splits = 128, 8, 4, 33
+    dim = 128
     strides = [f"{name}_{stride}" for name in "kv" for stride in ("batch", "row", "head")]
     operands = {
         **dict.fromkeys("qkv", "*bf16"), "lengths": "*i32", "partial": "*fp32", "logs": "*fp32", "out": "*bf16",
-        "scale": "fp32", **dict.fromkeys([*strides, "room", "heads"], "i32"),
+        "scale": "fp32", **dict.fromkeys([*strides, "room", "heads", "kv_heads", "group", "splits"], "i32"),
     }  # fmt: skip
-    constants = {
-        "HEADS": kv_heads, "GROUP": group, "ROWS": _GROUP, "DIM": dim, "KEYS": _KEYS, "SPLITS": splits,
-        "STAGES": _STAGES,
-    }  # fmt: skip
+    constants = {"ROWS": _GROUP, "DIM": dim, "KEYS": _KEYS, "STAGES": _STAGES}
     kernel = fused.compiled(attend_splits, constants, {*strides}, _WARPS, 0, operands)
     fused.tell("attend_splits", kernel)
     constants = {
-        "DTYPE": tl.bfloat16, "DIM": dim, "WIDTH": _WIDTH, "SPLITS": splits, "ROWS": 1, "PARTS": 64
+        "DTYPE": tl.bfloat16, "DIM": dim, "WIDTH": _WIDTH, "ROWS": 1, "PARTS": 64
     }  # fmt: skip
     fused.tell("merge_ranks", fused.compiled(merge_ranks, constants, set(), 4, 0, operands))
 
@@ -37,7 +34,7 @@ def main() -> None:
         shape = shape_for(dim)
         operands |= dict.fromkeys(["k", "v", "gathered"], f"tensordesc<bf16[{shape.keys}, {dim}]>")
         constants = {
-            **cut, "HEADS": kv_heads, "GROUP": group, "DIM": dim, "ROWS": shape.rows, "KEYS": shape.keys,
+            **cut, "DIM": dim, "ROWS": shape.rows, "KEYS": shape.keys,
             "STAGES": shape.stages,
         }  # fmt: skip
         kernel = fused.compiled(attend_gathered, constants, set(), shape.warps, shape.told, operands)

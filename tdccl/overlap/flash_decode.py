@@ -50,22 +50,21 @@ def reference(
 
 @triton.jit
 def attend_splits(
-    q, k, v, lengths, partial, logs, room, k_batch, k_row, k_head, v_batch, v_row, v_head, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    q, k, v, lengths, partial, logs, room, kv_heads, group, splits, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    scale, ROWS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Block (sequence, KV head, split) attends with that head's GROUP queries to its split of the keys.
+    """Block (sequence, KV head, split) attends with that head's `group` queries to its split of the keys.
 
-    partial: fp32 [B, heads, SPLITS, DIM]. logs: fp32 [B, heads, SPLITS]. HEADS: of keys. ROWS: GROUP and padding.
+    partial: fp32 [B, heads, splits, DIM]. logs: fp32 [B, heads, splits]. ROWS: `group` and padding.
     Ordering: plain accesses; it communicates with nobody.
     """
-    split, head = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % HEADS
-    sequence = tl.program_id(0) // SPLITS // HEADS
+    split, head = tl.program_id(0) % splits, tl.program_id(0) // splits % kv_heads
+    sequence = tl.program_id(0) // splits // kv_heads
     row, column, key = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, KEYS)
-    first_head = (sequence * HEADS + head) * GROUP
-    queries = tl.load(q + (first_head + row)[:, None] * DIM + column[None, :], mask=(row < GROUP)[:, None], other=0)
+    first_head = (sequence * kv_heads + head) * group
+    queries = tl.load(q + (first_head + row)[:, None] * DIM + column[None, :], mask=(row < group)[:, None], other=0)
     length = tl.minimum(tl.maximum(tl.load(lengths + sequence), 0), room)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
+    share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
     first, last = split * share, tl.minimum(split * share + share, length)
     k += sequence.to(tl.int64) * k_batch + head * k_head
     v += sequence.to(tl.int64) * v_batch + head * v_head
@@ -75,16 +74,15 @@ def attend_splits(
         keys = tl.load(k + place * k_row + column[None, :], mask=there, other=0)
         values = tl.load(v + place * v_row + column[None, :], mask=there, other=0)
         top, total, out = see(queries, keys, values, (start + key < last)[None, :], scale, top, total, out, MASKED=True)
-    part = (first_head + row) * SPLITS + split
-    tl.store(partial + part[:, None] * DIM + column[None, :], mean(total, out), mask=(row < GROUP)[:, None])
-    tl.store(logs + part, log_sum(top, total), mask=row < GROUP)
+    part = (first_head + row) * splits + split
+    tl.store(partial + part[:, None] * DIM + column[None, :], mean(total, out), mask=(row < group)[:, None])
+    tl.store(logs + part, log_sum(top, total), mask=row < group)
 
 
 @triton.jit
 def merge_ranks(
-    team, partial, logs, out, heads,
-    DTYPE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    team, partial, logs, out, heads, splits,
+    DTYPE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out [heads, DIM] = all ranks' parts, in rank order; each block takes units of ROWS heads and WIDTH columns.
 
@@ -97,7 +95,7 @@ def merge_ranks(
         epoch = shmem.begin(team)
         row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         head, at = unit // ACROSS * ROWS + row, unit % ACROSS * WIDTH + column
-        mean_here, log_here = _merge_splits(partial, logs, head, heads, at, DIM, WIDTH, SPLITS, ROWS, PARTS)
+        mean_here, log_here = _merge_splits(partial, logs, head, heads, splits, at, DIM, WIDTH, ROWS, PARTS)
         words, log_words = mean_here.to(tl.int32, bitcast=True), log_here.to(tl.int32, bitcast=True)
         place, log_place = row[:, None] * WIDTH + column[None, :], ROWS * WIDTH + row
         everywhere, always = (place >= 0) & (head < heads)[:, None], head < heads
@@ -121,15 +119,15 @@ def merge_ranks(
 
 @triton.jit
 def _merge_splits(
-    partial, logs, head, heads, column,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    partial, logs, head, heads, splits, column,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """(mean [ROWS, WIDTH], log_sum [ROWS]) of this rank's splits, PARTS of them at once. Ordering: plain loads."""
     top, total, out = no_keys(ROWS, WIDTH)
-    for first in range(0, SPLITS, PARTS):
+    for first in range(0, splits, PARTS):
         split = first + tl.arange(0, PARTS)
-        part = head[:, None] * SPLITS + split[None, :]
-        there = (head < heads)[:, None] & (split < SPLITS)[None, :]
+        part = head[:, None] * splits + split[None, :]
+        there = (head < heads)[:, None] & (split < splits)[None, :]
         found = tl.load(logs + part, mask=there, other=-float("inf"))
         values = tl.load(partial + part[:, :, None] * DIM + column[None, None, :], mask=there[:, :, None], other=0)
         higher = tl.maximum(top, tl.max(found, axis=1))
@@ -202,13 +200,12 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
 
     def decode():
         attend_splits[(batch * kv_heads * splits,)](
-            q, k, v, lengths, partial, logs, k.shape[1], *k.stride()[:3], *v.stride()[:3], scale * LOG2_E,
-            HEADS=kv_heads, GROUP=heads // kv_heads, ROWS=_GROUP, DIM=dim, KEYS=_KEYS, SPLITS=splits, STAGES=_STAGES,
-            num_warps=_WARPS,
+            q, k, v, lengths, partial, logs, k.shape[1], kv_heads, heads // kv_heads, splits, *k.stride()[:3],
+            *v.stride()[:3], scale * LOG2_E, ROWS=_GROUP, DIM=dim, KEYS=_KEYS, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
         merge_ranks[(blocks,)](
-            comm.team, partial, logs, out, batch * heads,
-            DTYPE=dtype, DIM=dim, WIDTH=_WIDTH, SPLITS=splits, ROWS=rows, PARTS=_parts(splits, rows),
+            comm.team, partial, logs, out, batch * heads, splits,
+            DTYPE=dtype, DIM=dim, WIDTH=_WIDTH, ROWS=rows, PARTS=_parts(splits, rows),
         )  # fmt: skip
 
     comm.start_fused("all_gather", "flash_decode", q, decode, scratch=True)

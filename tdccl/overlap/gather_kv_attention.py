@@ -146,13 +146,13 @@ def _reach(mine, theirs, down, rows, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def attend_gathered(
-    team, epochs, shards, signals, q, k, v, gathered, odd_row, apart_row, out, rows, batch, scale,
-    DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    team, epochs, shards, signals, q, k, v, gathered, odd_row, apart_row, out, rows, batch, heads, group, scale,
+    DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = attention of q to all ranks' keys; own ones from k and v, others from `gathered` when they come.
 
-    q, out: [batch, PIECES, rows, HEADS * GROUP, DIM]. k, v, gathered: tensor descriptors of rows of HEADS * DIM
+    q, out: [batch, PIECES, rows, heads, DIM]. k, v, gathered: tensor descriptors of rows of heads / group * DIM
     elements; `gathered` has tiles as `shards` numbers them, values `apart_row` rows behind keys. The tiles of queries
     that see most come first, and every second round goes through the blocks backwards.
 
@@ -164,7 +164,6 @@ def attend_gathered(
     block, blocks = tl.program_id(0), tl.num_programs(0)
     tiles, in_piece = overlap.tiles_of(shards), (rows + shards.TILE - 1) // shards.TILE
     down_piece = (rows + ROWS - 1) // ROWS
-    heads: tl.constexpr = HEADS * GROUP
     of_sequence = PIECES * down_piece * heads
     start_row = (epoch % 2).to(tl.int32) * odd_row
     i, d = tl.arange(0, ROWS), tl.arange(0, DIM)
@@ -181,7 +180,7 @@ def attend_gathered(
             place = place[:, None] * DIM + d[None, :]
             queries = tl.load(q + place, mask=there, other=0)
             top, total, values = no_keys(ROWS, DIM)
-            column = head // GROUP * DIM
+            column = head // group * DIM
             for part in range(PIECES):
                 theirs = _number(team.rank, part, team.size, PIECES)
                 count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
@@ -280,8 +279,8 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
         attend_gathered[(blocks - pushing,)](
             comm.team, space.epochs[1], shards, space.signals_on_all_ranks, q,
             *(TensorDescriptor.from_tensor(each.view(-1, width), [shape.keys, dim]) for each in (k, v, gathered)),
-            odd // width, apart // width, out, rows, batch, scale * LOG2_E,
-            HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages,
+            odd // width, apart // width, out, rows, batch, heads, heads // kv_heads, scale * LOG2_E,
+            DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages,
             num_warps=shape.warps, **cut,
         )  # fmt: skip
 
