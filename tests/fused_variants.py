@@ -18,7 +18,9 @@ from variants import context_of, sass_facts
 from tdccl.language.overlap import Shards
 from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES
 from tdccl.overlap.all_gather_gemm import multiply_gathered, push_shard
+from tdccl.overlap.all_to_all_gemm import multiply_collected, push_rows
 from tdccl.overlap.gemm import Shape, shape_for
+from tdccl.overlap.gemm_all_to_all import multiply_exchanged
 from tdccl.overlap.gemm_reduce_scatter import multiply_scattered
 from tdccl.overlap.pushers import PIECE, PUSH_WARPS
 from tdccl.runtime.algorithm import team_of
@@ -26,7 +28,7 @@ from tdccl.runtime.launch import _leaves
 
 TARGET = GPUTarget("cuda", 90, 32)
 TEAM = team_of(context_of(4), "cuda")
-INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_column")
+INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_column", "columns", "stride")
 
 
 def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
@@ -69,6 +71,8 @@ def main() -> None:
     for aligned in ({"columns"}, set()):
         constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
         tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
+    operands = {"gathered": SYMMETRIC_TYPES, "a": "*bf16"}
+    tell("push_rows", compiled(push_rows, constants, {"columns"}, PUSH_WARPS, 128, operands))
     everything = {"odd", "odd_row", "N", "width", "K", "b_row", "columns"}
     for rows, columns, descriptors, transposed in [
         (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
@@ -85,6 +89,13 @@ def main() -> None:
         tell("multiply_gathered", compiled(multiply_gathered, constants, **vars(fixed), operands=operands))
         constants |= {"ROWS": shape.rows, "FOLDED": 16}
         tell("multiply_scattered", compiled(multiply_scattered, constants, **vars(fixed), operands=operands))
+        if (rows, columns, descriptors, transposed) == (2048, 7168, True, False):
+            del constants["FOLDED"]
+            kernel = compiled(multiply_exchanged, {**constants, "COPIED": 16}, **vars(fixed), operands=operands)
+            tell("multiply_exchanged", kernel)
+            del constants["ROWS"]
+            kernel = compiled(multiply_collected, constants, **vars(fixed), operands=operands)
+            tell("multiply_collected", kernel)
 
 
 if __name__ == "__main__":
