@@ -1,14 +1,15 @@
-"""Attention over all ranks' keys beside what it is made of: `bench.overlap` runs these operators, too."""
+"""Attention over all ranks' keys, and the products around it, beside what they are made of: `bench.overlap` runs these
+operators, too."""
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
 from tdccl import environment
-from tdccl.overlap import flash_decode, gather_kv_attention
+from tdccl.overlap import all_to_all_gemm, flash_decode, gather_kv_attention, gemm_all_to_all
 from tdccl.timing import slowest
 
-# (tokens of all ranks, heads, KV heads, dim); in emulation a toy.
+# (tokens of all ranks, heads, KV heads, dim); without tokens those that `--tokens` says. In emulation toys.
 _GPU = {
     "gather_kv_attention": {
         "4K": (4096, 8, 8, 128),
@@ -21,19 +22,27 @@ _GPU = {
         "256K": (1 << 18, 32, 8, 128),
         "1M": (1 << 20, 32, 8, 128),
     },
+    "gemm_all_to_all": {"32 heads": (32, 8, 128), "64 heads": (64, 8, 128)},
+    "all_to_all_gemm": {"32 heads": (32, 8, 128), "64 heads": (64, 8, 128)},
 }
-_TOY = {"toy": (192, 2, 1, 64)}
+_TOYS = {"gather_kv_attention": (96, 2, 1, 64), "flash_decode": (192, 2, 1, 64)}
+_TOYS |= dict.fromkeys(["gemm_all_to_all", "all_to_all_gemm"], (6, 3, 16))
 OPERATORS = [*_GPU]
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def _all_to_all(recv: torch.Tensor, send: torch.Tensor) -> None:
+    """By NCCL; recv in any shape."""
+    dist.all_to_all_single(recv.view(-1), send.view(-1))
+
+
 def cases(operator: str) -> dict[str, tuple[int, ...]]:
     """The cases of an operator by name; of others there are none here."""
     if operator not in OPERATORS:
         return {}
-    return _TOY if environment.emulated() else _GPU[operator]
+    return {"toy": _TOYS[operator]} if environment.emulated() else _GPU[operator]
 
 
 def _flash(q, k, v, causal: bool = False):
@@ -215,3 +224,52 @@ class Attention:
         check()  # of what the last replay left
         self.wrong += wrong
         return times, wrong
+
+    def gemm_all_to_all(self, name: str, heads: int, kv_heads: int, dim: int) -> None:
+        """Ulysses' projection to queries, keys and values; the hidden size is that of all heads."""
+        size, tokens = self.comm.size, self.options.tokens
+        rows = tokens // size
+        a, b = self._random(rows, heads * dim), self._random(heads * dim, (heads + 2 * kv_heads) * dim)
+        pieces = b.unflatten(1, (size, -1)).transpose(0, 1)
+        product = a.new_empty(size, rows, pieces.shape[2])
+        out, reference = (a.new_empty(tokens, pieces.shape[2]) for _ in range(2))
+        whole = a.new_empty(rows, b.shape[1])
+
+        def one_after_the_other():
+            torch.matmul(a, pieces, out=product)
+            _all_to_all(reference, product)
+
+        ways = {
+            "communication, torch": lambda: _all_to_all(reference, product),
+            "communication, tdccl": lambda: self.comm.all_to_all(product, reference),
+            "product, torch": lambda: torch.matmul(a, pieces, out=product),
+            "product, tdccl": lambda: gemm_all_to_all(self.alone, a, b, whole),
+            "both, torch": one_after_the_other,
+            "both, tdccl": lambda: gemm_all_to_all(self.comm, a, b, out),
+        }
+        self._measure("gemm_all_to_all", name, ways, out, reference)
+
+    def all_to_all_gemm(self, name: str, heads: int, kv_heads: int, dim: int) -> None:
+        """Ulysses' projection of the heads' results; the hidden size is that of all heads."""
+        size, tokens, hidden = self.comm.size, self.options.tokens, heads * dim
+        a, b = self._random(tokens, hidden // size), self._random(hidden, hidden)
+        received = a.new_empty(size, tokens // size, hidden // size)
+        whole, out, reference = (a.new_empty(tokens // size, hidden) for _ in range(3))
+
+        def multiply():
+            torch.mm(whole, b, out=reference)
+
+        def one_after_the_other():
+            _all_to_all(received, a)
+            whole.unflatten(1, (size, -1)).copy_(received.transpose(0, 1))
+            multiply()
+
+        ways = {
+            "communication, torch": lambda: _all_to_all(received, a),
+            "communication, tdccl": lambda: self.comm.all_to_all(a, received),
+            "product, torch": multiply,
+            "product, tdccl": lambda: all_to_all_gemm(self.alone, whole, b, out),
+            "both, torch": one_after_the_other,
+            "both, tdccl": lambda: all_to_all_gemm(self.comm, a, b, out),
+        }
+        self._measure("all_to_all_gemm", name, ways, out, reference)
