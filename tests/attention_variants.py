@@ -25,7 +25,7 @@ def main() -> None:
 
     cut = {"DTYPE": tl.bfloat16, "PIECES": 2, "CAUSAL": True}
     integers = dict.fromkeys(["odd", "apart", "rows", "batch", "odd_row", "apart_row"], "i32")
-    operands = {**operands, **integers, "gathered": SYMMETRIC_TYPES}
+    operands = {**operands, **integers, "gathered": SYMMETRIC_TYPES, "tickets": "*i64"}
     pushed = fused.compiled(
         push_pairs, {**cut, "PIECE": fused.PIECE}, {"odd", "apart", "columns"}, fused.PUSH_WARPS, 512, operands
     )

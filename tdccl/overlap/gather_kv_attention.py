@@ -1,8 +1,9 @@
 """Attention of a sequence that is sharded over the ranks: every rank has a shard of queries, keys and values.
 
-Two launches: a few blocks push the keys and values tile by tile into all peers' memory, and tell of each; beside them,
-on the caller's stream, a persistent kernel attends with its queries to its own keys first, then to those of the next
-rank, whose owner sent them here first, and waits for each tile of keys when it comes to it.
+A few blocks push the keys and values tile by tile into all peers' memory, and tell of each; beside them, on the
+caller's stream, a persistent kernel attends with its queries to its own keys first, then to those of the next rank,
+whose owner sent them here first, and waits for each tile of keys when it comes to it. Where the few have pushed, more
+blocks of that kernel help afterwards; all take tiles of queries by tickets.
 """
 
 from typing import NamedTuple
@@ -24,20 +25,22 @@ from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspa
 
 
 class Shape(NamedTuple):
-    """Queries of a tile, keys of a step, steps in flight, warps of a block, and keys of a tile that is told of."""
+    """Queries of a tile, keys of a step, steps in flight, warps of a block, blocks on a multiprocessor together, and
+    keys of a tile that is told of."""
 
     rows: int
     keys: int
     stages: int
     warps: int
+    resident: int
     told: int
 
 
 def shape_for(dim: int) -> Shape:
     """The shape for heads of that size. All ranks must cut alike, so it depends on nothing else."""
     if environment.emulated():
-        return Shape(16, 16, 1, 4, 32)
-    return Shape(128, 64 if dim > 64 else 128, 3, 8, 512)
+        return Shape(16, 16, 1, 4, 1, 32)
+    return Shape(128, 128, 3, 8, 1, 512)
 
 
 def reference(
@@ -145,67 +148,74 @@ def _reach(mine, theirs, down, rows, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _ticket(counter):
+    """The next number that no block has. Ordering: none."""
+    return tl.atomic_add(counter, 1, sem="relaxed", scope="gpu").to(tl.int32)
+
+
+@triton.jit
 def attend_gathered(
-    team, epochs, shards, signals, q, k, v, gathered, odd_row, apart_row, out, rows, batch, heads, group, scale,
-    DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    team, epochs, tickets, shards, signals, q, k, v, gathered, odd_row, apart_row, out, rows, batch, heads, group,
+    scale, DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = attention of q to all ranks' keys; own ones from k and v, others from `gathered` when they come.
 
     q, out: [batch, PIECES, rows, heads, DIM]. k, v, gathered: tensor descriptors of rows of heads / group * DIM
-    elements; `gathered` has tiles as `shards` numbers them, values `apart_row` rows behind keys. The tiles of queries
-    that see most come first, and every second round goes through the blocks backwards.
+    elements; `gathered` has tiles as `shards` numbers them, values `apart_row` rows behind keys. tickets: *i64, zeroed
+    once: how many tiles of queries were taken in a call of even and of odd epoch. Those that see most come first.
 
     Waits:    for the tile of keys, pushed by a kernel that every rank launches earlier.
     Ordering: acquire at sys scope, block barrier, loads.
-    Reuse:    see `push_pairs`.
+    Reuse:    see `push_pairs`. A call zeroes the tickets of the next, which nobody takes before it has ended.
     """
     epoch = overlap.begin(epochs)
-    block, blocks = tl.program_id(0), tl.num_programs(0)
     tiles, in_piece = overlap.tiles_of(shards), (rows + shards.TILE - 1) // shards.TILE
     down_piece = (rows + ROWS - 1) // ROWS
     of_sequence = PIECES * down_piece * heads
     start_row = (epoch % 2).to(tl.int32) * odd_row
     i, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     waited = -1  # the sequence of whose keys this block has waited for all that it needs
-    for round in range(0, (batch * of_sequence + blocks - 1) // blocks):
-        position = round * blocks + tl.where(round % 2 == 0, block, blocks - 1 - block)
-        if position < batch * of_sequence:
-            sequence, head = position // of_sequence, position % heads
-            down = PIECES * down_piece - 1 - position % of_sequence // heads
-            piece, down = down // down_piece, down % down_piece * ROWS
-            mine = _number(team.rank, piece, team.size, PIECES)
-            there = (down + i < rows)[:, None]
-            place = ((sequence * PIECES + piece) * rows + down + i).to(tl.int64) * heads + head
-            place = place[:, None] * DIM + d[None, :]
-            queries = tl.load(q + place, mask=there, other=0)
-            top, total, values = no_keys(ROWS, DIM)
-            column = head // group * DIM
-            for part in range(PIECES):
-                theirs = _number(team.rank, part, team.size, PIECES)
-                count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
-                row = (sequence * PIECES + part) * rows
+    position = _ticket(tickets + epoch % 2)
+    while position < batch * of_sequence:
+        sequence, head = position // of_sequence, position % heads
+        down = PIECES * down_piece - 1 - position % of_sequence // heads
+        piece, down = down // down_piece, down % down_piece * ROWS
+        mine = _number(team.rank, piece, team.size, PIECES)
+        there = (down + i < rows)[:, None]
+        place = ((sequence * PIECES + piece) * rows + down + i).to(tl.int64) * heads + head
+        place = place[:, None] * DIM + d[None, :]
+        queries = tl.load(q + place, mask=there, other=0)
+        top, total, values = no_keys(ROWS, DIM)
+        column = head // group * DIM
+        for part in range(PIECES):
+            theirs = _number(team.rank, part, team.size, PIECES)
+            count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
+            row = (sequence * PIECES + part) * rows
+            top, total, values = _see_rows(
+                queries, k, v, row, row, column, count, behind, scale, top, total, values, ROWS, KEYS, STAGES,
+            )  # fmt: skip
+        stride = tl.where(sequence == waited, in_piece, 1) * shards.TILE
+        for part in range(PIECES, PIECES * team.size):
+            owner = (team.rank + part // PIECES) % team.size
+            theirs = _number(owner, part % PIECES, team.size, PIECES)
+            count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
+            first_tile = owner * tiles + (sequence * PIECES + part % PIECES) * in_piece
+            for first in range(0, count, stride):
+                tile = first_tile + first // shards.TILE
+                if sequence != waited:
+                    overlap.wait(team, shards, signals, tile, epoch)
+                row = start_row + tile * shards.TILE
                 top, total, values = _see_rows(
-                    queries, k, v, row, row, column, count, behind, scale, top, total, values, ROWS, KEYS, STAGES,
+                    queries, gathered, gathered, row, row + apart_row, column, tl.minimum(count - first, stride),
+                    rows, scale, top, total, values, ROWS, KEYS, STAGES,
                 )  # fmt: skip
-            stride = tl.where(sequence == waited, in_piece, 1) * shards.TILE
-            for part in range(PIECES, PIECES * team.size):
-                owner = (team.rank + part // PIECES) % team.size
-                theirs = _number(owner, part % PIECES, team.size, PIECES)
-                count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
-                first_tile = owner * tiles + (sequence * PIECES + part % PIECES) * in_piece
-                for first in range(0, count, stride):
-                    tile = first_tile + first // shards.TILE
-                    if sequence != waited:
-                        overlap.wait(team, shards, signals, tile, epoch)
-                    row = start_row + tile * shards.TILE
-                    top, total, values = _see_rows(
-                        queries, gathered, gathered, row, row + apart_row, column, tl.minimum(count - first, stride),
-                        rows, scale, top, total, values, ROWS, KEYS, STAGES,
-                    )  # fmt: skip
-            tl.store(out + place, mean(total, values).to(DTYPE), mask=there)
-            waited = sequence
-    if block == 0:  # who sees nothing of a peer still has to hear from it before the next call
+        tl.store(out + place, mean(total, values).to(DTYPE), mask=there)
+        waited = sequence
+        position = _ticket(tickets + epoch % 2)
+    if tl.program_id(0) == 0:
+        tl.store(tickets + (epoch + 1) % 2, tl.full([], 0, tl.int64))
+        # Who sees nothing of a peer still has to hear from it before the next call.
         for distance in range(1, team.size):
             overlap.wait(team, shards, signals, (team.rank + distance) % team.size * tiles, epoch)
     overlap.end(epochs, epoch)
@@ -262,8 +272,9 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     rows, width = length // pieces, kv_heads * dim
     of_rank = batch * pieces * -(-rows // shape.told)  # tiles
     apart = comm.size * of_rank * shape.told * width
-    blocks, pushing = blocks_of(comm.device), pushers(comm)
-    space = workspace(comm, "gather_kv_attention", 2 * apart, width, k.dtype, of_rank, blocks)
+    blocks, pushing = blocks_of(comm.device) * shape.resident, pushers(comm)
+    helping = pushing * shape.resident
+    space = workspace(comm, f"gather_kv_attention of {dim}", 2 * apart, width, k.dtype, of_rank, blocks + 2)
     odd, shards = space.odd(width), overlap.shards_of(of_rank * shape.told, width, shape.told, space.most)
     gathered = space.buffer[: odd + 2 * apart].view(-1, width)
     dtype = tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16
@@ -275,21 +286,28 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
             PIECE=piece(), num_warps=PUSH_WARPS, **cut,
         )  # fmt: skip
 
-    def compute():
-        attend_gathered[(blocks - pushing,)](
-            comm.team, space.epochs[1], shards, space.signals_on_all_ranks, q,
-            *(TensorDescriptor.from_tensor(each.view(-1, width), [shape.keys, dim]) for each in (k, v, gathered)),
+    keys, values, others = (
+        TensorDescriptor.from_tensor(each.view(-1, width), [shape.keys, dim]) for each in (k, v, gathered)
+    )
+
+    def compute(grid: int, epochs: torch.Tensor):
+        attend_gathered[(grid,)](
+            comm.team, epochs, space.epochs[0, -2:], shards, space.signals_on_all_ranks, q, keys, values, others,
             odd // width, apart // width, out, rows, batch, heads, heads // kv_heads, scale * LOG2_E,
-            DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages,
-            num_warps=shape.warps, **cut,
+            DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages, num_warps=shape.warps, **cut,
         )  # fmt: skip
 
-    comm.start_fused(
-        "all_gather",
-        "gather_kv_attention",
-        k,
-        lambda: beside(comm.device, push, compute) if pushing else compute(),
-    )
+    def push_and_help():
+        push()
+        compute(helping, space.epochs[1, blocks - helping :])
+
+    def attend_beside():
+        if pushing:
+            beside(comm.device, push_and_help, lambda: compute(blocks - helping, space.epochs[1]))
+        else:
+            compute(blocks, space.epochs[1])
+
+    comm.start_fused("all_gather", "gather_kv_attention", k, attend_beside)
 
 
 @torch.library.custom_op("tdccl::gather_kv_attention", mutates_args=())
