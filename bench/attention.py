@@ -1,6 +1,8 @@
 """Attention over all ranks' keys, and the products around it, beside what they are made of: `bench.overlap` runs these
 operators, too."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,6 +59,16 @@ def _flash(q, k, v, causal: bool = False):
     return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
 
 
+def _cudnn(q, k, v, causal: bool = False):
+    """The same by cuDNN, whose causal mask wants as many keys as queries."""
+    before = k.shape[2] - q.shape[2]
+    if causal and before:
+        earlier = _cudnn(q, k[:, :, :before], v[:, :, :before])
+        return _merge((earlier, _cudnn(q, k[:, :, before:], v[:, :, before:], True)))
+    out, log = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
+    return out, log.view(out.shape[:3])
+
+
 def _merge(parts):
     """One (out, log-sum-exp) of two."""
     (left, left_log), (right, right_log) = parts
@@ -73,28 +85,30 @@ class _Prefill:
         self.q = random(self.rows, heads * dim).view(1, self.rows, heads, dim) * 20
         pair = random(2 * self.rows, kv_heads * dim).view(2, 1, self.rows, kv_heads, dim) * 20
         self.pair, self.gathered = pair, pair.new_empty(size, *pair.shape)
+        self.ordered = pair.new_empty(2, 1, 2 * size, self.half, kv_heads, dim)
         self.received = pair.new_empty(2, *pair.shape)
         self.out, self.expected = torch.empty_like(self.q), torch.empty_like(self.q)
 
     def gather(self) -> None:
         _all_gather(self.gathered.flatten(0, 1), self.pair)
 
-    def attend_gathered(self) -> None:
+    def attend_gathered(self, attend=_flash) -> None:
         """The keys in the order of the sequence; then each of both pieces with what it sees, as much on every rank."""
-        pieces = self.gathered.unflatten(3, (2, self.half))  # [size, 2, 1, 2, half, heads, dim]
-        order = torch.cat([pieces[:, :, :, 0], pieces[:, :, :, 1].flip(0)]).permute(1, 2, 4, 0, 3, 5)
-        k, v = order.flatten(3, 4)
+        pieces = self.gathered.unflatten(3, (2, self.half)).permute(3, 1, 2, 0, 4, 5, 6)
+        self.ordered[:, :, : self.comm.size] = pieces[0]
+        self.ordered[:, :, self.comm.size :] = pieces[1].flip(2)
+        k, v = self.ordered.flatten(2, 3).transpose(2, 3)
         size, rank = self.comm.size, self.comm.rank
         for place, number in enumerate((rank, 2 * size - 1 - rank)):
             mine, seen = slice(place * self.half, (place + 1) * self.half), slice((number + 1) * self.half)
             q = self.q[:, mine].transpose(1, 2)
-            self.expected[:, mine] = _flash(q, k[:, :, seen], v[:, :, seen], causal=True)[0].transpose(1, 2)
+            self.expected[:, mine] = attend(q, k[:, :, seen], v[:, :, seen], causal=True)[0].transpose(1, 2)
 
-    def gather_then_attend(self) -> None:
+    def gather_then_attend(self, attend=_flash) -> None:
         self.gather()
-        self.attend_gathered()
+        self.attend_gathered(attend)
 
-    def ring(self) -> None:
+    def ring(self, attend=_flash) -> None:
         """Keys go around from rank to rank, while each attends to those that it has."""
         comm, here = self.comm, self.pair
         merged, tail = None, None
@@ -111,12 +125,12 @@ class _Prefill:
             owner = (comm.rank - step) % comm.size
             k, v = here.transpose(2, 3)
             if step == 0:
-                merged = _flash(q, k, v, causal=True)
+                merged = attend(q, k, v, causal=True)
             elif owner < comm.rank:  # all see its first piece, none its second
-                merged = _merge((merged, _flash(q, k[:, :, : self.half], v[:, :, : self.half])))
+                merged = _merge((merged, attend(q, k[:, :, : self.half], v[:, :, : self.half])))
             else:  # the second piece sees both of its
                 out, log = merged
-                tail = _merge(((out[:, :, self.half :], log[:, :, self.half :]), _flash(q[:, :, self.half :], k, v)))
+                tail = _merge(((out[:, :, self.half :], log[:, :, self.half :]), attend(q[:, :, self.half :], k, v)))
                 merged = tuple(torch.cat([whole[:, :, : self.half], part], 2) for whole, part in zip(merged, tail))
             if step + 1 < comm.size:
                 for work in works:
@@ -179,10 +193,17 @@ class Attention:
             ),
             "the shard alone, tdccl": lambda: gather_kv_attention(self.alone, q, k, v, zigzag=False, out=alone),
         }
-        times, wrong = self._timed(ways, ("all_gather then attention, torch", "ring attention, torch"), problem)
+        references = ["all_gather then attention, torch", "ring attention, torch"]
+        if not environment.emulated():
+            by_cudnn = {
+                "all_gather then attention, cuDNN": functools.partial(problem.gather_then_attend, _cudnn),
+                "ring attention, cuDNN": functools.partial(problem.ring, _cudnn),
+            }
+            ways |= by_cudnn
+            references += by_cudnn
+        times, wrong = self._timed(ways, references, problem)
         row = _row("gather_kv_attention", name, case, times, wrong)
-        row["speedup"] = round(times["all_gather then attention, torch"] / times["tdccl"], 3)
-        row["speedup_over_ring"] = round(times["ring attention, torch"] / times["tdccl"], 3)
+        row["speedup_over"] = {way: round(times[way] / times["tdccl"], 3) for way in references}
         row["attention_ratio"] = round(times["the shard alone, torch"] / times["the shard alone, tdccl"], 3)
         self._add(row)
 
@@ -196,13 +217,13 @@ class Attention:
             "both, torch": problem.both,
             "both, tdccl": lambda: flash_decode(self.comm, *inputs, problem.out),
         }
-        times, wrong = self._timed(ways, ("both, torch",), problem)
+        times, wrong = self._timed(ways, ["both, torch"], problem)
         row = _row("flash_decode", name, case, times, wrong)
         row["speedup"] = round(times["both, torch"] / times["both, tdccl"], 3)
         row["read_gb_s"] = float(f"{problem.nbytes / times['both, tdccl'] / 1e3:.4g}")
         self._add(row)
 
-    def _timed(self, ways, references: tuple[str, ...], problem) -> tuple[dict[str, float], int]:
+    def _timed(self, ways, references: list[str], problem) -> tuple[dict[str, float], int]:
         """Microseconds of each way, and how many elements of `out` differ from what each reference makes, before
         all is timed and after it."""
         ours = next(reversed([way for way in ways if way in ("tdccl", "both, tdccl")]))
