@@ -552,17 +552,26 @@ class Communicator(Calls):
 
     def symmetric(self, tensor: torch.Tensor):
         """The kernel argument through which a kernel reaches all ranks' copies of a tensor in symmetric memory."""
+        segment = self._segment_with(tensor, "symmetric")
+        from tdccl.language import Symmetric
+
+        return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+
+    def addresses_of(self, tensor: torch.Tensor) -> list[int]:
+        """Where every rank's copy of a tensor in symmetric memory lies for this process: for copy engines."""
+        segment = self._segment_with(tensor, "addresses_of")
+        return [address + tensor.data_ptr() - segment.address for address in segment.addresses]
+
+    def _segment_with(self, tensor: torch.Tensor, method: str) -> transport.SymmetricMemory:
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
             raise ArgumentError(
-                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
+                f"{method}: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
                 "tdccl.symmetric(), or in a pool given to its register()"
             )
-        from tdccl.language import Symmetric
-
-        return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+        return segment
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""

@@ -34,12 +34,13 @@ INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_col
 def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
     """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16: "columns" are those of shards."""
     types = {
-        "team": TEAM_TYPES, "epochs": "*i64", "shards": Shards("i32", "i32", "i32", "constexpr"),
-        "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "shard": "*bf16", "c": "*bf16",
+        "team": TEAM_TYPES, "epochs": "*i64", "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "told": "*i64",
+        **dict.fromkeys(("shards", "pieces"), Shards("i32", "i32", "i32", "constexpr")),
+        **dict.fromkeys(("shard", "staged", "c"), "*bf16"),
         **dict.fromkeys(INTEGERS, "i32"), **operands, **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     types = {name: types[name] for name in kernel.arg_names}
-    values = {"team": TEAM, "shards": Shards(0, 0, 0, tile)}
+    values = {"team": TEAM, "shards": Shards(0, 0, 0, tile), "pieces": Shards(0, 0, 0, 8 * tile)}
     fixed, divisible = {}, {}
     columns = ("shards", 1) if "columns" in aligned else None
     for position, (name, kinds) in enumerate(types.items()):
@@ -87,16 +88,15 @@ def main() -> None:
         aligned = everything if descriptors else {"odd", "width"}
         fixed = SimpleNamespace(aligned=aligned, warps=shape.warps, tile=shape.rows)
         operands = operands_of(shape, descriptors, transposed)
-        tell("multiply_gathered", compiled(multiply_gathered, constants, **vars(fixed), operands=operands))
-        constants |= {"ROWS": shape.rows, "FOLDED": 16}
-        tell("multiply_scattered", compiled(multiply_scattered, constants, **vars(fixed), operands=operands))
+        for copied in (False, True):
+            gathering = constants | {"COPIED": copied}
+            tell("multiply_gathered", compiled(multiply_gathered, gathering, **vars(fixed), operands=operands))
+            scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
+            tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
         if (rows, columns, descriptors, transposed) == (2048, 7168, True, False):
-            del constants["FOLDED"]
-            kernel = compiled(multiply_exchanged, {**constants, "COPIED": 16}, **vars(fixed), operands=operands)
-            tell("multiply_exchanged", kernel)
-            del constants["ROWS"]
-            kernel = compiled(multiply_collected, constants, **vars(fixed), operands=operands)
-            tell("multiply_collected", kernel)
+            exchanging = constants | {"ROWS": shape.rows, "COPIED": 16}
+            tell("multiply_exchanged", compiled(multiply_exchanged, exchanging, **vars(fixed), operands=operands))
+            tell("multiply_collected", compiled(multiply_collected, constants, **vars(fixed), operands=operands))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from tdccl.runtime.algorithm import context_of as context_within
 from tdccl.runtime.launch import Arguments, Symmetric, Team, compile_kernel
 from tdccl.transport import Multicast
 
+# Reductions that differ in width of elements and in arithmetic; with TDCCL_LONG=1 more of them.
+LONG = os.environ.get("TDCCL_LONG", "0") != "0"
+REDUCED = [("bf16", "sum"), ("fp64", "prod"), ("i8", "min")]
+REDUCED += [("fp16", "avg"), ("fp32", "max"), ("i64", "xor")] if LONG else []
 # What the switch reduces by: one instruction for 16 bytes where the type has vectors, else one a word.
 WIDE_FORMS = [("bf16", "sum"), ("fp16", "sum"), ("fp32", "avg")]
 NARROW_FORMS = [("fp64", "sum"), ("i64", "min"), ("i32", "max"), ("u8", "xor")]
@@ -54,8 +58,7 @@ def calls_of(collective: str, algorithm):
     nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
     if "reduce" in collective:
-        kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
-        kinds = kinds if algorithm.multimem is None else WIDE_FORMS
+        kinds = REDUCED if algorithm.multimem is None else WIDE_FORMS
     for dtype, op in kinds:
         itemsize = ITEMSIZE[dtype]
         on_device = (1 << 20, 1 << 21, 64, 6400, 6400) if collective == "all_to_all_vdev" else None
@@ -127,7 +130,7 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
 
 def main(backend: str, arch: str, warp: str) -> None:
     """Every kernel, on all cores; with TDCCL_LONG=1 for more numbers of ranks."""
-    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if os.environ.get("TDCCL_LONG", "0") != "0" else (4, 3)
+    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if LONG else (4, 3)
     names = [(collective, place) for collective, listed in ALGORITHMS.items() for place in range(len(listed))]
     jobs = [(backend, arch, warp, size, *name) for size, name in itertools.product(sizes, names)]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -176,7 +179,7 @@ def forms(backend: str, arch: str, warp: str) -> None:
 
 def across(backend: str, arch: str, warp: str) -> None:
     """Every kernel across nodes, linked to NVSHMEM's bitcode; with TDCCL_LONG=1 for more and larger nodes, too."""
-    shapes = [(2, 2)] if os.environ.get("TDCCL_LONG", "0") == "0" else [(2, 2), (4, 3)]
+    shapes = [(2, 2), (4, 3)] if LONG else [(2, 2)]
     target = GPUTarget(backend, int(arch), int(warp))
     jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size == 2)]
     for size, nodes, collective, algorithm, call in jobs:

@@ -1,8 +1,8 @@
 """All-gather fused with a product: every rank has a shard of rows of A and its own B, and gets all A times its B.
 
-Two launches: a few blocks push the shard tile by tile into all peers' memory, and tell of each tile; beside them, on
-the caller's stream, a persistent product takes the own rows first, then those of the next rank, whose owner sent them
-here first, and waits for each tile of rows when it comes to it.
+The shard goes into all peers' memory piece by piece, each followed by a signal: by copy engines where it is large, else
+by a few blocks. Beside them, on the caller's stream, a persistent product takes the own rows first, then those of the
+next rank, whose owner sent them here first, and waits for each tile of rows when it comes to it.
 """
 
 import math
@@ -14,6 +14,7 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
+from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import (
     blocks_of,
     by_descriptors,
@@ -25,7 +26,7 @@ from tdccl.overlap.gemm import (
     rows_or_columns,
     shape_for,
 )
-from tdccl.overlap.pushers import PUSH_WARPS, beside, piece, pushers
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
 
 
@@ -59,19 +60,22 @@ def push_shard(
 
 @triton.jit
 def multiply_gathered(
-    team, epochs, shards, signals, a, gathered, odd_row, b, c, N, K, b_row, b_column,
+    team, epochs, shards, pieces, signals, a, gathered, odd_row, b, c, N, K, b_row, b_column,
     DTYPE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """c [size * shards.rows, N] = all ranks' rows times b; own rows from `a`, others from `gathered` when they come.
 
-    Waits:    for the tile's rows, pushed by a kernel that every rank launches earlier.
+    pieces: the shards again, in tiles of as many rows as one signal tells of.
+
+    Waits:    for the tile's piece, which its owner pushes or copies beside its own product.
     Ordering: acquire at sys scope, block barrier, loads.
-    Reuse:    see `push_shard`.
+    Reuse:    see `push_shard`; copies wait until all ranks' last products are over.
     """
     epoch = overlap.begin(epochs)
     ROWS: tl.constexpr = shards.TILE
     rows = shards.rows
+    whole = team.rank  # the last rank of which all is known to be here
     tiles_down, tiles_across = overlap.tiles_of(shards), (N + COLUMNS - 1) // COLUMNS
     of_rank = tiles_down * tiles_across
     # Two loops have what is in flight in the same shared memory; branches of one loop would take twice as much.
@@ -85,7 +89,12 @@ def multiply_gathered(
         owner = (team.rank + position // of_rank) % team.size
         down, across = grouped(position % of_rank, tiles_down, tiles_across, GROUP)
         tile = owner * tiles_down + down
-        overlap.wait(team, shards, signals, tile, epoch)
+        if owner != whole:
+            first = owner * overlap.tiles_of(pieces)
+            overlap.wait(team, pieces, signals, first + down * ROWS // pieces.TILE, epoch)
+            if COPIED:  # one piece after the other
+                last = first + overlap.tiles_of(pieces) - 1
+                whole = tl.where(overlap.is_there(team, pieces, signals, last, epoch), owner, whole)
         row = (epoch % 2).to(tl.int32) * odd_row + tile * ROWS
         _multiply_tile(
             gathered, row, owner, down, across, b, c, rows, N, K, b_row, b_column,
@@ -147,35 +156,46 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
-    blocks, pushing = blocks_of(comm.device), pushers(comm)
+    copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
+    blocks, others = blocks_of(comm.device), COPIERS if copied else pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
-    space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks)
+    space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)
+    height = shape.rows * (shape.group if copied else 1)
+    pieces = overlap.shards_of(rows, depth, height, space.most)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
     gathered = space.buffer[: odd + elements].view(-1, depth)
+    first = comm.rank * -(-rows // shape.rows) * shape.rows  # row of the own shard in all peers' memory
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
 
+    copies = Copies(comm, space) if copied else None
+
+    def copy():
+        copies.meet()
+        for pe in (*range(comm.rank - 1, -1, -1), *range(comm.size - 1, comm.rank, -1)):
+            for piece, part in enumerate(a_shard.split(height)):
+                copies.send(pe, part, (first + piece * height) * depth, piece)
+
     def push():
-        push_shard[(pushing,)](
+        push_shard[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=piece(), num_warps=PUSH_WARPS,
+            DTYPE=dtype, PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(blocks - pushing,)](
-            comm.team, space.epochs[1], shards, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
+        multiply_gathered[(blocks - others,)](
+            comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
             left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
             DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
+            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, COPIED=copied,
+            num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused(
-        "all_gather",
-        "all_gather_gemm",
-        a_shard,
-        lambda: beside(comm.device, push, multiply) if pushing else multiply(),
-    )
+    def together():
+        beside(comm.device, copy if copied else push, multiply, moving_first=not copied)
+
+    comm.start_fused("all_gather", "all_gather_gemm", a_shard, together if others else multiply)
 
 
 @torch.library.custom_op("tdccl::all_gather_gemm", mutates_args=())

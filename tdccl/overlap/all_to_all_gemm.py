@@ -15,6 +15,7 @@ import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
+from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import (
     blocks_of,
     by_descriptors,
@@ -26,7 +27,7 @@ from tdccl.overlap.gemm import (
     rows_or_columns,
     shape_for,
 )
-from tdccl.overlap.pushers import PUSH_WARPS, beside, piece, pushers
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_operands, check_out, communicator_of, name_of, padded, workspace
 
 
@@ -153,7 +154,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     def push():
         push_rows[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a, stride, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=piece(), num_warps=PUSH_WARPS,
+            DTYPE=dtype, PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
@@ -164,12 +165,10 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
             DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused(
-        "all_to_all",
-        "all_to_all_gemm",
-        a,
-        lambda: beside(comm.device, push, multiply) if pushing else multiply(),
-    )
+    def together():
+        beside(comm.device, push, multiply, moving_first=True)
+
+    comm.start_fused("all_to_all", "all_to_all_gemm", a, together if pushing else multiply)
 
 
 def _aligned_shards(a: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:

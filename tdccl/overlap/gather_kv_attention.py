@@ -19,8 +19,9 @@ from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.attention import LOG2_E, attend, check_heads, mean, no_keys, scale_of, see
+from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import blocks_of, dense
-from tdccl.overlap.pushers import PUSH_WARPS, beside, piece, pushers
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
 
 
@@ -40,7 +41,7 @@ def shape_for(dim: int) -> Shape:
     """The shape for heads of that size. All ranks must cut alike, so it depends on nothing else."""
     if environment.emulated():
         return Shape(16, 16, 1, 4, 1, 32)
-    return Shape(128, 128, 3, 8, 1, 512)
+    return Shape(128, 64 if dim > 64 else 128, 3, 8, 1, 512)
 
 
 def reference(
@@ -283,7 +284,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     def push():
         push_pairs[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, k, v, space.on_all_ranks, odd, apart, rows,
-            PIECE=piece(), num_warps=PUSH_WARPS, **cut,
+            PIECE=in_flight(), num_warps=PUSH_WARPS, **cut,
         )  # fmt: skip
 
     keys, values, others = (
@@ -303,7 +304,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
 
     def attend_beside():
         if pushing:
-            beside(comm.device, push_and_help, lambda: compute(blocks - helping, space.epochs[1]))
+            beside(comm.device, push_and_help, lambda: compute(blocks - helping, space.epochs[1]), moving_first=True)
         else:
             compute(blocks, space.epochs[1])
 

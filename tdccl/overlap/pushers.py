@@ -1,7 +1,5 @@
 """The few blocks that push a shard to the peers, beside the kernel that consumes what the peers push."""
 
-import torch
-
 from tdccl import environment
 from tdccl.communicator import Communicator
 
@@ -19,26 +17,6 @@ def pushers(comm: Communicator) -> int:
     return 1 if environment.emulated() else PUSHERS
 
 
-def piece() -> int:
+def in_flight() -> int:
     """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
     return 1024 if environment.emulated() else PIECE
-
-
-_sides: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def beside(device: torch.device, push, compute) -> None:
-    """Runs `push` on a stream of its own, as soon as the current one has come here, and `compute` on the current one,
-    which then waits for both."""
-    if device.type != "cuda":
-        push()
-        compute()
-        return
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device, priority=-1)
-    side, current = _sides[device], torch.cuda.current_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        push()
-    compute()
-    current.wait_stream(side)

@@ -21,19 +21,32 @@ class Workspace:
     buffer   flat: `half` elements for calls of even epochs, then as many and a unit more for those of odd ones
     signals  int64 [size, most]: every word is set by one rank alone
     epochs   int64 [2, blocks], this rank's own: a row a kernel, a word a block
+
+    If it is `copied` (by copy engines), `buffer` has the first half alone, and there are:
+
+    starts   int64 [size], symmetric: the last call that each rank has begun
+    epoch    int64 [1], this rank's own: its last call
+    told     int64 [size, most], this rank's own: how many tiles of each piece are done
     """
 
-    def __init__(self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int):
-        self.half, self.most = elements, most
-        self.buffer = comm.empty(2 * elements + unit, dtype)
+    def __init__(
+        self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, copied: bool
+    ):
+        self.half, self.most, self.copied = elements, most, copied
+        self.buffer = comm.empty(elements if copied else 2 * elements + unit, dtype)
         self.signals = comm.empty((comm.size, most), torch.int64)
         self.epochs = torch.zeros((2, blocks), dtype=torch.int64, device=comm.device)
         self.on_all_ranks = comm.symmetric(self.buffer)
         self.signals_on_all_ranks = comm.symmetric(self.signals)
+        if copied:
+            self.starts_on_all_ranks = comm.symmetric(comm.empty(comm.size, torch.int64))
+            self.loaded = False
+            self.epoch = torch.zeros(1, dtype=torch.int64, device=comm.device)
+            self.told = torch.zeros((comm.size, most), dtype=torch.int64, device=comm.device)
 
     def odd(self, unit: int) -> int:
         """The element with which odd epochs begin, a multiple of `unit`, past what even ones of any shape use."""
-        return padded(self.half, unit)
+        return 0 if self.copied else padded(self.half, unit)
 
     def holds(self, elements: int, unit: int, most: int) -> bool:
         """Whether a call with so many elements and signals a rank fits."""
@@ -42,7 +55,14 @@ class Workspace:
 
 
 def workspace(
-    comm: Communicator, operator: str, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int
+    comm: Communicator,
+    operator: str,
+    elements: int,
+    unit: int,
+    dtype: torch.dtype,
+    most: int,
+    blocks: int,
+    copied: bool = False,
 ) -> Workspace:
     """The operator's workspace, of at least that size; a new one where it has outgrown the last, which is collective.
 
@@ -50,14 +70,14 @@ def workspace(
     ArgumentError where it would have to grow while a graph is captured.
     """
     kept = _kept.setdefault(comm, {})
-    found = kept.get((operator, dtype))
+    found = kept.get((operator, dtype, copied))
     if found is not None and found.holds(elements, unit, most):
         return found
     if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ArgumentError(
             f"{operator}: its first call of this size allocates, which a graph cannot hold; call it once before capture"
         )
-    kept[operator, dtype] = made = Workspace(comm, elements, unit, dtype, most, blocks)
+    kept[operator, dtype, copied] = made = Workspace(comm, elements, unit, dtype, most, blocks, copied)
     return made
 
 
