@@ -70,10 +70,10 @@ def _cudnn(q, k, v, causal: bool = False):
 
 
 def _merge(parts):
-    """One (out, log-sum-exp) of two."""
+    """One (out, log-sum-exp) of two, in fp32, for large values may cancel."""
     (left, left_log), (right, right_log) = parts
     weight = torch.sigmoid(left_log - right_log)[..., None]
-    return right + weight * (left - right), torch.logaddexp(left_log, right_log)
+    return torch.lerp(right.float(), left.float(), weight), torch.logaddexp(left_log, right_log)
 
 
 class _Prefill:

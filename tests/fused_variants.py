@@ -61,9 +61,23 @@ def operands_of(shape: Shape, descriptors: bool, transposed: bool) -> dict:
     return {"a": left, "gathered": left, "b": f"tensordesc<bf16[{block[0]}, {block[1]}]>"}
 
 
+def spills_in_loops(sass: str) -> list[int]:
+    """How many accesses to spilled registers each innermost loop of wgmmas has, in ascending order."""
+    lines = sass.splitlines()
+    labels = {line.strip(" :"): at for at, line in enumerate(lines) if re.match(r"\s*LBB\w+:", line)}
+    jumps = (
+        (labels.get(found[1]), at) for at, line in enumerate(lines) if (found := re.search(r"BRA.*\b(LBB\w+)", line))
+    )
+    loops = [(first, last) for first, last in jumps if first is not None and first < last]
+    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return sorted(len(re.findall(r"\b(?:STL|LDL)\b", "\n".join(lines[slice(*loop)]))) for loop in inner)
+
+
 def tell(name: str, kernel) -> None:
     sass = kernel.asm["sass"]
     facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "shared": kernel.metadata.shared}
+    facts["spills_in_loops"] = spills_in_loops(sass)
     facts["mma"] = len(re.findall(r"\bHMMA", sass))
     facts["by_descriptors"] = len(re.findall("UTMALDG", sass))
     print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
@@ -94,7 +108,7 @@ def main() -> None:
             scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
             tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
         if (rows, columns, descriptors, transposed) == (2048, 7168, True, False):
-            exchanging = constants | {"ROWS": shape.rows, "COPIED": 16}
+            exchanging = constants | {"ROWS": shape.rows}
             tell("multiply_exchanged", compiled(multiply_exchanged, exchanging, **vars(fixed), operands=operands))
             tell("multiply_collected", compiled(multiply_collected, constants, **vars(fixed), operands=operands))
 

@@ -260,7 +260,7 @@ def test_graphs_replay(ranks, world):
     ranks.run(check_replay, world)
 
 
-def test_kernels_multiply_on_tensor_cores_without_spills():
+def test_kernels_multiply_on_tensor_cores():
     program = Path(__file__).with_name("attention_variants.py")
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -270,9 +270,13 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
         kernels.setdefault(kernel["name"], []).append(kernel)
     assert kernels.keys() == {"attend_splits", "merge_ranks", "push_pairs", "attend_gathered"}
     for kernel in itertools.chain(*kernels.values()):
-        assert kernel["spills"] <= 4 and kernel["shared"] <= 227 << 10, kernel
+        assert kernel["shared"] <= 227 << 10, kernel
+        assert not kernel["spills"] or kernel["name"] == "attend_gathered", kernel
     for kernel in kernels["attend_gathered"]:
         assert kernel["wgmma"] and kernel["by_descriptors"], kernel
+        assert kernel["spills_in_loops"][0] == 0, kernel  # masked loops may have some
+    small, _ = kernels["attend_gathered"]
+    assert 2 * (small["shared"] + 1024) <= 228 << 10  # two blocks of it are on a multiprocessor
     for kernel in kernels["attend_splits"] + kernels["push_pairs"]:
         assert "128" in kernel["loads"] and "128" in kernel["stores"] and not kernel["narrow"], kernel
     assert all(kernel["mma"] for kernel in kernels["attend_splits"])

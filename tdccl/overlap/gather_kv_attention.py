@@ -41,7 +41,7 @@ def shape_for(dim: int) -> Shape:
     """The shape for heads of that size. All ranks must cut alike, so it depends on nothing else."""
     if environment.emulated():
         return Shape(16, 16, 1, 4, 1, 32)
-    return Shape(128, 64 if dim > 64 else 128, 3, 8, 1, 512)
+    return Shape(64, 128, 3, 4, 2, 512) if dim <= 64 else Shape(128, 128, 3, 8, 1, 512)
 
 
 def reference(

@@ -27,7 +27,6 @@ from tdccl.overlap.gemm_reduce_scatter import slot_of, wait_peers
 from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, padded, workspace
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
-_COPIED = 16  # rows of a tile that are copied at once
 
 
 def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -40,7 +39,7 @@ def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 def multiply_exchanged(
     team, epochs, signals, a, b, slots, odd, c, rows, N, columns, width, K, most, b_row, b_column,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, COPIED: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """c [size * rows, columns] = all ranks' a [rows, K] times columns `rank * columns` .. of b [K, N].
 
@@ -73,11 +72,10 @@ def multiply_exchanged(
                 wait_peers(team, signals, position, most, epoch)
                 for step in range(1, team.size):
                     source = (team.rank + step) % team.size
-                    for first in range(0, height, COPIED):
-                        _copy_rows(
-                            team, slots, start, source, c, down * ROWS + first, across * COLUMNS, rows, columns, width,
-                            DTYPE, COPIED, COLUMNS,
-                        )  # fmt: skip
+                    _copy_tile(
+                        team, slots, start, source, c, down * ROWS, across * COLUMNS, rows, columns, width,
+                        DTYPE, ROWS, COLUMNS,
+                    )  # fmt: skip
             else:
                 place = slot + i.to(tl.int64)[:, None] * width + j[None, :]
                 tl.store(place, total, mask=(i < rows)[:, None] & (j < width)[None, :])
@@ -87,12 +85,12 @@ def multiply_exchanged(
 
 
 @triton.jit
-def _copy_rows(
+def _copy_tile(
     team, slots, start, source, c, row, column, rows, columns, width,
-    DTYPE: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copies HEIGHT rows of a source's slot to their place in c. Ordering: plain accesses; wait before."""
-    i, j = (row + tl.arange(0, HEIGHT)).to(tl.int64), column + tl.arange(0, COLUMNS)
+    """Copies a tile of a source's slot to its place in c. Ordering: plain accesses; wait before."""
+    i, j = (row + tl.arange(0, ROWS)).to(tl.int64), column + tl.arange(0, COLUMNS)
     slot = shmem.symm_at(slots, team.rank, DTYPE) + (start + slot_of(source, rows, width))
     mask = (i < rows)[:, None]
     tile = tl.load(slot + i[:, None] * width + j[None, :], mask=mask & (j < width)[None, :])
@@ -141,8 +139,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
             comm.team, space.epochs[0], space.signals_on_all_ranks, left(a, shape, descriptors), of_b.operand,
             space.on_all_ranks, space.odd(_UNIT), out, rows, b.shape[1], columns, width, depth, space.most,
             *of_b.strides, DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, COPIED=min(_COPIED, shape.rows),
-            num_warps=shape.warps,
+            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
         )  # fmt: skip
 
     comm.start_fused("all_to_all", "gemm_all_to_all", a, multiply)
