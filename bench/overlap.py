@@ -172,7 +172,10 @@ def main() -> int:
             getattr(bench, operator)(name, *case)
     if options.json and rank == 0:
         report = describe(size, comm.device, options.command)
-        options.json.write_text(json.dumps({**report, "rows": [], "fused": bench.rows}, indent=1) + "\n")
+        attended = [row for row in bench.rows if row["operator"] in attention.OPERATORS]
+        kinds = {"fused": [row for row in bench.rows if row not in attended], "attention": attended}
+        kinds = {kind: rows for kind, rows in kinds.items() if rows}
+        options.json.write_text(json.dumps({**report, "rows": [], **kinds}, indent=1) + "\n")
     comm.barrier()
     dist.destroy_process_group()
     return 1 if bench.wrong else 0
