@@ -1,5 +1,5 @@
-"""Products fused with communication beside what they are made of: the product alone, communication alone, one after the
-other. By torch and NCCL, and by tdccl.
+"""Products and attention fused with communication beside what they are made of: the computation alone, communication
+alone, one after the other. By torch and NCCL, and by tdccl.
 
 torchrun --nproc-per-node 4 -m bench.overlap -J FILE
 """
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
-from bench import moe
+from bench import attention, moe
 from bench.output import describe, given
 from tdccl import Communicator, environment
 from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
@@ -38,7 +38,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Bench:
+class Bench(attention.Attention):
     """Times and checks the operators; rank 0 prints, and keeps the rows."""
 
     def __init__(self, comm: Communicator, bootstrap: StoreBootstrap, options: argparse.Namespace):
@@ -166,12 +166,19 @@ def main() -> int:
     bench = Bench(comm, StoreBootstrap(dist.PrefixStore("bench", store), rank, size, comm.timeout), options)
     for name in options.mlp:
         for operator in options.operators:
-            getattr(bench, operator)(name, *options.shapes[name])
+            if operator not in attention.OPERATORS:
+                getattr(bench, operator)(name, *options.shapes[name])
+    for operator in options.operators:
+        for name, case in attention.cases(operator).items():
+            getattr(bench, operator)(name, *case)
     for name in options.moe:
         moe.measure(bench, name)
     if options.json and rank == 0:
         report = describe(size, comm.device, options.command)
-        options.json.write_text(json.dumps({**report, "rows": [], "fused": bench.rows}, indent=1) + "\n")
+        attended = [row for row in bench.rows if row["operator"] in attention.OPERATORS]
+        kinds = {"fused": [row for row in bench.rows if row not in attended], "attention": attended}
+        kinds = {kind: rows for kind, rows in kinds.items() if rows}
+        options.json.write_text(json.dumps({**report, "rows": [], **kinds}, indent=1) + "\n")
     comm.barrier()
     dist.destroy_process_group()
     return 1 if bench.wrong else 0
@@ -184,7 +191,7 @@ def _names(text: str) -> list[str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=__doc__)
     shapes = _EMULATION if environment.emulated() else _GPU
-    operators = ["all_gather_gemm", "gemm_reduce_scatter"]
+    operators = ["all_gather_gemm", "gemm_reduce_scatter", *attention.OPERATORS]
     parser.add_argument("--mlp", type=_names, default=list(shapes), help=f"of {','.join(shapes)}")
     parser.add_argument("--operators", type=lambda text: text.split(","), default=operators, help=",".join(operators))
     experts = ",".join(moe.SHAPES)

@@ -16,12 +16,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE` or bench.faults")
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {_marks('bench')} in this file, and "
-                        "likewise for faults, ep and fused, each if there are files for it")  # fmt: skip
+                        "likewise for faults, ep, fused and attention, each if there are files for it")  # fmt: skip
     options = parser.parse_args()
     reports = reading.read(options.files)
     beside = options.readme and options.readme.parent
     texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
-    texts |= {"ep": expert_parallel(reports), "fused": fused(reports)}
+    texts |= {"ep": expert_parallel(reports), "fused": fused(reports), "attention": attention(reports)}
     texts = {name: text for name, text in texts.items() if text}
     if options.readme is None:
         print("\n\n".join(texts.values()))
@@ -74,6 +74,11 @@ def fused(reports: Iterable[dict]) -> str:
     return "\n\n".join(map(_fused, _newest(reports, "fused")))
 
 
+def attention(reports: Iterable[dict]) -> str:
+    """Likewise, the times of attention over all ranks' keys, and of what does the same."""
+    return "\n\n".join(map(_attention, _newest(reports, "attention")))
+
+
 def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
     newest = {}
     for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
@@ -113,6 +118,18 @@ def _fused(report: dict) -> str:
         lines.append([f"{row['operator']}, {row['mlp']}", *times, *gains])
     head = [f"{report['fused'][0]['tokens']} tokens, us", *names, "speedup", "of at most"]
     return f"{_title(report)}\n\n" + _grid(head, lines)
+
+
+def _attention(report: dict) -> str:
+    parts = [_title(report)]
+    for operator in dict.fromkeys(row["operator"] for row in report["attention"]):
+        rows = [row for row in report["attention"] if row["operator"] == operator]
+        lines = [
+            [way, *(_figure(row["times_us"][way]) if way in row["times_us"] else "" for row in rows)]
+            for way in dict.fromkeys(way for row in rows for way in row["times_us"])
+        ]
+        parts.append(_grid([f"{operator}, us", *(row.get("name", row.get("mlp")) for row in rows)], lines))
+    return "\n\n".join(parts)
 
 
 def _faults(report: dict) -> str:

@@ -278,13 +278,14 @@ class Calls(Membership):
                 with self._on_device():
                     launch(send, recv, handle)
 
-    def start_fused(self, collective: str, kernel: str, tensor: torch.Tensor, launch) -> None:
+    def start_fused(self, collective: str, kernel: str, tensor: torch.Tensor, launch, scratch: bool = False) -> None:
         """Calls launch() as a call of this communicator, recorded as `collective` by `kernel`: on the current stream,
-        after the last one of that kernel, with which it shares memory; in emulation it raises what failed there."""
+        after the last one of that kernel, with which it shares memory, and with scratch=True after the last collective,
+        for its kernel takes the team's epochs; in emulation it raises what failed there."""
         self.check()
         nbytes = tensor.numel() * tensor.itemsize
         what = described(collective, kernel, tensor.dtype, None, None, PLAIN, PLAIN, False, tensor.numel(), nbytes)
-        self._start(what, lambda *_: launch(), 0, 0, None, lanes=(kernel,))
+        self._start(what, lambda *_: launch(), 0, 0, None, lanes=(kernel, "scratch") if scratch else (kernel,))
 
     def _interpret(self, launch, send: int, recv: int) -> None:
         """A launch in emulation, which is the call itself. A fault that no wait of it met is for the next call."""

@@ -17,19 +17,22 @@ from variants import context_of, sass_facts
 
 from tdccl.language.overlap import Shards
 from tdccl.language.team import SYMMETRIC_TYPES, TEAM_TYPES
-from tdccl.overlap.all_gather_gemm import PIECE, PUSH_WARPS, multiply_gathered, push_shard
+from tdccl.overlap.all_gather_gemm import multiply_gathered, push_shard
+from tdccl.overlap.all_to_all_gemm import multiply_collected, push_rows
 from tdccl.overlap.gemm import Shape, shape_for
+from tdccl.overlap.gemm_all_to_all import multiply_exchanged
 from tdccl.overlap.gemm_reduce_scatter import multiply_scattered
+from tdccl.overlap.pushers import PIECE, PUSH_WARPS
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.launch import _leaves
 
 TARGET = GPUTarget("cuda", 90, 32)
 TEAM = team_of(context_of(4), "cuda")
-INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_column")
+INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_column", "columns", "stride")
 
 
 def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
-    """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16."""
+    """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16: "columns" are those of shards."""
     types = {
         "team": TEAM_TYPES, "epochs": "*i64", "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "told": "*i64",
         **dict.fromkeys(("shards", "pieces"), Shards("i32", "i32", "i32", "constexpr")),
@@ -39,12 +42,13 @@ def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, 
     types = {name: types[name] for name in kernel.arg_names}
     values = {"team": TEAM, "shards": Shards(0, 0, 0, tile), "pieces": Shards(0, 0, 0, 8 * tile)}
     fixed, divisible = {}, {}
+    columns = ("shards", 1) if "columns" in aligned else None
     for position, (name, kinds) in enumerate(types.items()):
         value = values.get(name) or (constants.get(name) if kinds == "constexpr" else None)
         for path, kind, leaf in _leaves(kinds, value, (position,)):
             if kind == "constexpr":
                 fixed[path] = leaf
-            elif kind.startswith("*") or name in aligned or ((name, path[-1]) == ("shards", 1) and "K" in aligned):
+            elif kind.startswith("*") or name in aligned or (name, path[-1]) == columns:
                 divisible[path] = [["tt.divisibility", 16]]
     return compile(ASTSource(kernel, types, fixed, divisible), target=TARGET, options={"num_warps": warps})
 
@@ -57,18 +61,35 @@ def operands_of(shape: Shape, descriptors: bool, transposed: bool) -> dict:
     return {"a": left, "gathered": left, "b": f"tensordesc<bf16[{block[0]}, {block[1]}]>"}
 
 
+def spills_in_loops(sass: str) -> list[int]:
+    """How many accesses to spilled registers each innermost loop of wgmmas has, in ascending order."""
+    lines = sass.splitlines()
+    labels = {line.strip(" :"): at for at, line in enumerate(lines) if re.match(r"\s*LBB\w+:", line)}
+    jumps = (
+        (labels.get(found[1]), at) for at, line in enumerate(lines) if (found := re.search(r"BRA.*\b(LBB\w+)", line))
+    )
+    loops = [(first, last) for first, last in jumps if first is not None and first < last]
+    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return sorted(len(re.findall(r"\b(?:STL|LDL)\b", "\n".join(lines[slice(*loop)]))) for loop in inner)
+
+
 def tell(name: str, kernel) -> None:
     sass = kernel.asm["sass"]
     facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "shared": kernel.metadata.shared}
+    facts["spills_in_loops"] = spills_in_loops(sass)
+    facts["mma"] = len(re.findall(r"\bHMMA", sass))
     facts["by_descriptors"] = len(re.findall("UTMALDG", sass))
     print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
 
 
 def main() -> None:
-    for aligned in ({"K"}, set()):
+    for aligned in ({"columns"}, set()):
         constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
         tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
-    everything = {"odd", "odd_row", "N", "width", "K", "b_row"}
+    operands = {"gathered": SYMMETRIC_TYPES, "a": "*bf16"}
+    tell("push_rows", compiled(push_rows, constants, {"columns"}, PUSH_WARPS, 128, operands))
+    everything = {"odd", "odd_row", "N", "width", "K", "b_row", "columns"}
     for rows, columns, descriptors, transposed in [
         (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
         (2048, 7168, False, False), (64, 7168, False, False),
@@ -86,6 +107,10 @@ def main() -> None:
             tell("multiply_gathered", compiled(multiply_gathered, gathering, **vars(fixed), operands=operands))
             scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
             tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
+        if (rows, columns, descriptors, transposed) == (2048, 7168, True, False):
+            exchanging = constants | {"ROWS": shape.rows}
+            tell("multiply_exchanged", compiled(multiply_exchanged, exchanging, **vars(fixed), operands=operands))
+            tell("multiply_collected", compiled(multiply_collected, constants, **vars(fixed), operands=operands))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,19 @@ import triton.language as tl
 import tdccl
 from tdccl import environment
 from tdccl.language import overlap
-from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
+from tdccl.overlap import all_gather_gemm, all_to_all_gemm, gemm_all_to_all, gemm_reduce_scatter
 
 # Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
 SHAPES = [(32, 64, 64), (37, 40, 72), (17, 33, 35), (1, 8, 8), (50, 7, 130)]
 COPIED = (80, 16, 16) if environment.emulated() else (2100, 1096, 1096)  # so large that copy engines move it
 if not environment.emulated():
     SHAPES += [(2100, 1100, 1096), (1500, 2048, 2056)]
-OPERATORS = {"all_gather_gemm": all_gather_gemm, "gemm_reduce_scatter": gemm_reduce_scatter}
+OPERATORS = {
+    "all_gather_gemm": all_gather_gemm,
+    "gemm_reduce_scatter": gemm_reduce_scatter,
+    "gemm_all_to_all": gemm_all_to_all,
+    "all_to_all_gemm": all_to_all_gemm,
+}
 WORLDS = (2, 3)
 
 
@@ -34,26 +39,32 @@ def matrices(comm, operator: str, shape, dtype, transposed: bool, seed: int):
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for _rank in range(comm.size):
-        height = rows * (comm.size if operator == "gemm_reduce_scatter" else 1)
+        height = rows * (comm.size if operator in ("gemm_reduce_scatter", "all_to_all_gemm") else 1)
         a = torch.randn(height, depth, generator=generator)
-        b = torch.randn(*((columns, depth) if transposed else (depth, columns)), generator=generator)
+        inner = depth * (comm.size if operator == "all_to_all_gemm" else 1)
+        outer = columns * (comm.size if operator == "gemm_all_to_all" else 1)
+        b = torch.randn(*((outer, inner) if transposed else (inner, outer)), generator=generator)
         pairs.append(
             (a.to(comm.device, dtype), b.t().to(comm.device, dtype) if transposed else b.to(comm.device, dtype))
         )
     return pairs
 
 
-def expected(comm, operator: str, pairs) -> torch.Tensor:
-    """What this rank should get, computed in fp32."""
+def expected(comm, operator: str, pairs, rank: int) -> torch.Tensor:
+    """What a rank should get, computed in fp32."""
     if operator == "all_gather_gemm":
-        return torch.cat([a for a, _ in pairs]).float() @ pairs[comm.rank][1].float()
-    return sum(a.float() @ b.float() for a, b in pairs).chunk(comm.size)[comm.rank]
+        return torch.cat([a for a, _ in pairs]).float() @ pairs[rank][1].float()
+    if operator == "gemm_all_to_all":
+        return torch.cat([a.float() @ b.float().chunk(comm.size, 1)[rank] for a, b in pairs])
+    if operator == "all_to_all_gemm":
+        return torch.cat([a.chunk(comm.size)[rank] for a, _ in pairs], 1).float() @ pairs[rank][1].float()
+    return sum(a.float() @ b.float() for a, b in pairs).chunk(comm.size)[rank]
 
 
 def check(comm, operator: str, shape, dtype, transposed: bool, seed: int) -> torch.Tensor:
     pairs = matrices(comm, operator, shape, dtype, transposed, seed)
     result = OPERATORS[operator](comm, *pairs[comm.rank])
-    wanted = expected(comm, operator, pairs)
+    wanted = expected(comm, operator, pairs, comm.rank)
     tolerance = 4e-2 if dtype is torch.bfloat16 else 6e-3
     scale = shape[1] ** 0.5
     assert result.dtype is dtype and result.shape == wanted.shape
@@ -180,20 +191,14 @@ def test_tiles_are_pulled(ranks, world):
 
 def check_gradients(comm):
     """Against the same in one process, in fp32."""
-    for operator, other in (("all_gather_gemm", 0), ("gemm_reduce_scatter", 1)):
-        pairs = matrices(comm, operator, (19, 24, 40), torch.bfloat16, other == 1, 3)
+    for operator in OPERATORS:
+        pairs = matrices(comm, operator, (19, 24, 40), torch.bfloat16, "reduce" in operator, 3)
         a, b = (tensor.clone().requires_grad_() for tensor in pairs[comm.rank])
         result = OPERATORS[operator](comm, a, b)
         weight = torch.arange(result.numel(), device=comm.device).view_as(result) % 3 - 1.0
         (result * weight).float().sum().backward()
-        # In fp32: all ranks' matrices and what each rank's result was multiplied by.
         wholes = [[tensor.float().requires_grad_() for tensor in pair] for pair in pairs]
-        if operator == "all_gather_gemm":
-            rows = torch.cat([left for left, _ in wholes])
-            total = sum(((rows @ right) * weight).sum() for _, right in wholes)
-        else:
-            total = (sum(left @ right for left, right in wholes) * weight.repeat(comm.size, 1)).sum()
-        total.backward()
+        sum((expected(comm, operator, wholes, rank) * weight).sum() for rank in range(comm.size)).backward()
         for mine, whole in zip((a, b), wholes[comm.rank]):
             torch.testing.assert_close(mine.grad.float(), whole.grad, atol=0.5, rtol=0.05)
 
@@ -210,6 +215,10 @@ def check_refused(comm):
         all_gather_gemm(comm, b, b)
     with pytest.raises(tdccl.ArgumentError, match="multiple of the 3 ranks"):
         gemm_reduce_scatter(comm, a, b)
+    with pytest.raises(tdccl.ArgumentError, match="b has 4 columns, expected a multiple of the 3 ranks"):
+        gemm_all_to_all(comm, a, b)
+    with pytest.raises(tdccl.ArgumentError, match="3 times as many rows of b"):
+        all_to_all_gemm(comm, a[:3], b)
     with pytest.raises(tdccl.ArgumentError, match="out is"):
         all_gather_gemm(comm, a, b, out=b)
 
@@ -225,10 +234,11 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {kernel["name"] for kernel in kernels} == {"push_shard", "multiply_gathered", "multiply_scattered"}
+    pushing, multiplying = {"push_shard", "push_rows"}, {"gathered", "scattered", "exchanged", "collected"}
+    assert {kernel["name"] for kernel in kernels} == pushing | {f"multiply_{name}" for name in multiplying}
     for kernel in kernels:
         assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
-        if kernel["name"] == "push_shard":
+        if kernel["name"] in pushing:
             assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
         else:
             assert kernel["wgmma"], kernel

@@ -136,7 +136,7 @@ def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.const
     """
     source = tl.multiple_of(shard + offset_of(shards, tile % tiles_of(shards)), 16)
     target = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
-    _copy(source, target, elements_of(shards, tile), PIECE)
+    copy(source, target, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
@@ -146,12 +146,13 @@ def pull(shards, gathered, target, tile, pe, DTYPE: tl.constexpr, PIECE: tl.cons
     """
     source = tl.multiple_of(symm_at(gathered, pe, DTYPE) + offset_of(shards, tile), 16)
     own = tl.multiple_of(target + offset_of(shards, tile), 16)
-    _copy(source, own, elements_of(shards, tile), PIECE)
+    copy(source, own, elements_of(shards, tile), PIECE)
 
 
 @triton.jit
-def _copy(source, target, count, PIECE: tl.constexpr):
-    """Whole pieces 16 bytes wide, then the rest in smaller ones, for it takes a register an element."""
+def copy(source, target, count, PIECE: tl.constexpr):
+    """Copies `count` elements from one 16-byte aligned place to another: whole pieces 16 bytes wide, then the rest in
+    smaller ones, for it takes a register an element. Ordering: none."""
     place = tl.arange(0, PIECE)
     whole = count // PIECE * PIECE
     for start in range(0, whole, PIECE):

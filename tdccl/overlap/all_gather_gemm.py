@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
@@ -27,13 +26,8 @@ from tdccl.overlap.gemm import (
     rows_or_columns,
     shape_for,
 )
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
-
-# Blocks that push: few, for the product takes longer than they do. It leaves them their multiprocessors, so
-# that they run whichever of the two comes first.
-PUSHERS = 8
-PUSH_WARPS = 8
-PIECE = PUSH_WARPS * 32 * 16 * 8
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -163,7 +157,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
     copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
-    blocks, others = blocks_of(comm.device), COPIERS if copied else _pushers(comm)
+    blocks, others = blocks_of(comm.device), COPIERS if copied else pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)
@@ -186,7 +180,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     def push():
         push_shard[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=_piece(), num_warps=PUSH_WARPS,
+            DTYPE=dtype, PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
@@ -202,17 +196,6 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         beside(comm.device, copy if copied else push, multiply, moving_first=not copied)
 
     comm.start_fused("all_gather", "all_gather_gemm", a_shard, together if others else multiply)
-
-
-def _pushers(comm: Communicator) -> int:
-    if comm.size == 1:
-        return 0
-    return 1 if environment.emulated() else PUSHERS
-
-
-def _piece() -> int:
-    """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
-    return 1024 if environment.emulated() else PIECE
 
 
 @torch.library.custom_op("tdccl::all_gather_gemm", mutates_args=())

@@ -59,9 +59,9 @@ def multiply_scattered(
     tiles = tiles_down * tiles_across
     for distance in range(1, team.size + 1):
         owner = (team.rank + distance) % team.size
-        slot = shmem.symm_at(slots, owner, DTYPE) + (start + _slot(team.rank, rows, width))
+        slot = shmem.symm_at(slots, owner, DTYPE) + (start + slot_of(team.rank, rows, width))
         if COPIED and distance < team.size:
-            slot = staged + _slot(owner, rows, width)
+            slot = staged + slot_of(owner, rows, width)
         for position in range(tl.program_id(0), tiles, tl.num_programs(0)):
             down, across = grouped(position, tiles_down, tiles_across, GROUP)
             word = down // GROUP if COPIED else position
@@ -74,7 +74,7 @@ def multiply_scattered(
             place = slot + i.to(tl.int64)[:, None] * width + j[None, :]
             tl.store(place, total.to(DTYPE), mask=(i < rows)[:, None] & (j < width)[None, :])
             if owner == team.rank:
-                _wait_peers(team, signals, word, most, epoch)
+                wait_peers(team, signals, word, most, epoch)
                 for first in range(0, height, FOLDED):
                     _fold_rows(
                         team, slots, start, c, down * ROWS + first, across * COLUMNS, rows, N, width,
@@ -90,13 +90,13 @@ def multiply_scattered(
 
 
 @triton.jit
-def _slot(source, rows, width):
+def slot_of(source, rows, width):
     """Index (int64) of the first element of a source's slots."""
     return (tl.zeros([], tl.int64) + source) * rows * width
 
 
 @triton.jit
-def _wait_peers(team, signals, word, most, epoch):
+def wait_peers(team, signals, word, most, epoch):
     """Waits for what all peers send of one tile or piece. Ordering: acquire at sys scope, then a block barrier."""
     ranks = tl.arange(0, shmem.MAX_RANKS)
     pointers = shmem.symm_at(signals, team.rank, tl.int64, 8) + (ranks * most + word)
@@ -115,7 +115,7 @@ def _fold_rows(
     base = shmem.symm_at(slots, team.rank, DTYPE) + start
     values = ()
     for source in tl.static_range(team.size):
-        place = base + _slot(source, rows, width) + i[:, None] * width + j[None, :]
+        place = base + slot_of(source, rows, width) + i[:, None] * width + j[None, :]
         values = values + (tl.load(place, mask=(i < rows)[:, None] & (j < width)[None, :], other=0),)
     tl.store(
         c + i[:, None] * N + j[None, :], shmem.fold(values, "sum", DTYPE), mask=(i < rows)[:, None] & (j < N)[None, :]

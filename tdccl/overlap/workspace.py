@@ -95,14 +95,21 @@ def communicator_of(name: str) -> Communicator:
     return _named[name]
 
 
-def check_matrices(operator: str, comm: Communicator, a: torch.Tensor, b: torch.Tensor, rows: int = 1) -> None:
-    """Raises ArgumentError unless a [M, K] and b [K, N] can be multiplied, and `rows` divides M."""
+def check_operands(operator: str, comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Raises ArgumentError unless a and b are matrices of a dtype that tensor cores multiply, on this rank's device."""
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dim() != 2 or tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.device != comm.device:
             raise ArgumentError(
                 f"{operator}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected a matrix of "
                 f"bfloat16 or float16 on {comm.device}"
             )
+
+
+def check_matrices(
+    operator: str, comm: Communicator, a: torch.Tensor, b: torch.Tensor, rows: int = 1, columns: int = 1
+) -> None:
+    """Raises ArgumentError unless a [M, K] and b [K, N] can be multiplied, `rows` divides M, and `columns` N."""
+    check_operands(operator, comm, a, b)
     if a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise ArgumentError(
             f"{operator}: a is {a.dtype} {tuple(a.shape)}, b is {b.dtype} {tuple(b.shape)}; expected equal dtypes, and "
@@ -110,6 +117,8 @@ def check_matrices(operator: str, comm: Communicator, a: torch.Tensor, b: torch.
         )
     if a.shape[0] % rows:
         raise ArgumentError(f"{operator}: a has {a.shape[0]} rows, expected a multiple of the {rows} ranks")
+    if b.shape[1] % columns:
+        raise ArgumentError(f"{operator}: b has {b.shape[1]} columns, expected a multiple of the {columns} ranks")
 
 
 def check_out(operator: str, out: torch.Tensor, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:

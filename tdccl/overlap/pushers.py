@@ -1,0 +1,22 @@
+"""The few blocks that push a shard to the peers, beside the kernel that consumes what the peers push."""
+
+from tdccl import environment
+from tdccl.communicator import Communicator
+
+# Few, for the computation takes longer than they do. It leaves them their multiprocessors, so that they run whichever
+# of the two comes first.
+PUSHERS = 8
+PUSH_WARPS = 8
+PIECE = PUSH_WARPS * 32 * 16 * 8
+
+
+def pushers(comm: Communicator) -> int:
+    """How many blocks push."""
+    if comm.size == 1:
+        return 0
+    return 1 if environment.emulated() else PUSHERS
+
+
+def in_flight() -> int:
+    """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
+    return 1024 if environment.emulated() else PIECE
