@@ -106,9 +106,25 @@ def product(
     DESCRIPTORS: a and b are tensor descriptors, else pointers, of which `height` rows and N columns are read. Rows and
     columns beyond have any values. Ordering: plain loads.
     """
+    return product_between(
+        a, row, height, b, column, N, K, b_row, b_column, 0, K,
+        ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_between(
+    a, row, height, b, column, N, K, b_row, b_column, first, last,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The part of `product` that columns `first` .. `last` of a make; `first` is a multiple of DEPTH, `last` too or K.
+
+    Ordering: plain loads.
+    """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if DESCRIPTORS:
-        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
             of_a = a.load([row, k])
             of_b = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
             total = tl.dot(of_a, of_b, total)
@@ -116,7 +132,7 @@ def product(
         i, j, inner = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
         rows = a + (row + i).to(tl.int64)[:, None] * K
         columns = b + j.to(tl.int64)[None, :] * b_column
-        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
             depth = k + inner
             of_a = tl.load(rows + depth[None, :], mask=(i < height)[:, None] & (depth < K)[None, :], other=0)
             at = columns + depth.to(tl.int64)[:, None] * b_row
