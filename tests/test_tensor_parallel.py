@@ -9,7 +9,9 @@ import torch
 
 import tdccl
 from tdccl import environment
-from tdccl.overlap import gemm_all_reduce
+from tdccl.overlap import all_reduce_rms_norm, gemm_all_reduce
+from tdccl.overlap.all_reduce_rms_norm import algorithm_for
+from tdccl.overlap.all_reduce_rms_norm import reference as all_reduce_rms_norm_reference
 
 WORLDS = (2, 3)
 # M, K, N: few rows in one shot, in two; more tiles than blocks; many rows; rows that no 16-byte access fits; one.
@@ -54,3 +56,37 @@ def check_products(comm):
 
 def test_products_of_ragged_shapes_with_ranks_that_come_late(ranks, world):
     ranks.run(check_products, world)
+
+
+def norm_inputs(comm, rows, width, dtype, seed):
+    """(x of every rank, residual, weight)."""
+    generator = torch.Generator().manual_seed(seed)
+    xs = torch.randn(comm.size, rows, width, generator=generator).to(comm.device, dtype)
+    residual, weight = torch.randn(rows, width, generator=generator), torch.rand(width, generator=generator)
+    return xs, residual.to(comm.device, dtype), weight.to(comm.device, dtype)
+
+
+# Rows, width: a row, few, more rows than blocks; so wide that no packets are used; no 16-byte access fits; one element.
+ROWS = [(1, 64), (5, 40), (9, 96), (7, 600), (3, 37), (13, 1), (2, 20000)]
+
+
+def check_norms(comm):
+    delay = random.Random(comm.rank)
+    taken = set()
+    for seed, (rows, width) in enumerate(ROWS + ROWS[:3]):
+        time.sleep(delay.choice([0, 0, 0.02]))
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
+        xs, residual, weight = norm_inputs(comm, rows, width, dtype, seed)
+        results = all_reduce_rms_norm(comm, xs[comm.rank], residual, weight, 1e-5)
+        wanted = all_reduce_rms_norm_reference(comm, xs[comm.rank], residual, weight, 1e-5)
+        assert torch.equal(results[1], wanted[1]), (rows, width)
+        close = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+        torch.testing.assert_close(results[0], wanted[0], atol=close, rtol=close)
+        assert all(same_on_all_ranks(comm, result) for result in results), (rows, width)
+        taken.add(algorithm_for(rows, width, dtype.itemsize, comm.size))
+    return taken
+
+
+def test_norms_of_ragged_shapes_with_ranks_that_come_late(ranks, world):
+    (taken, *_) = ranks.run(check_norms, world)
+    assert taken == {"one_shot", "all_reduce"} | ({"two_shot"} if world > 2 else set())

@@ -1,5 +1,6 @@
 """Communication fused with computation: products of matrices whose rows are sharded over the ranks."""
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
+from tdccl.overlap.all_reduce_rms_norm import all_reduce_rms_norm
 from tdccl.overlap.gemm_all_reduce import gemm_all_reduce
 from tdccl.overlap.gemm_reduce_scatter import gemm_reduce_scatter

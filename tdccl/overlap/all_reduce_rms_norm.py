@@ -1,0 +1,276 @@
+"""All-reduce fused with what decoders do next: add the residual, and normalise by the root of the mean square.
+
+one_shot     every rank sends its rows to all, as packets, and adds up all           small messages
+two_shot     every rank adds up the rows that are its, and sends the sums to all     middle sizes, more than two ranks
+all_reduce   that of the communicator, then a kernel for the rest                    large messages
+
+A block has a whole row, so it normalises what it has added up without a word to another block.
+"""
+
+import ctypes
+import weakref
+
+import torch
+import triton
+import triton.language as tl
+
+import tdccl.language as shmem
+from tdccl import environment
+from tdccl.communicator import Communicator
+from tdccl.decisions import layout
+from tdccl.errors import ArgumentError
+from tdccl.overlap.gemm import blocks_of
+from tdccl.overlap.workspace import communicator_of, name_of
+
+# Bytes of all rows up to which they go as packets, and what one shot may send more than two.
+PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
+ONE_SHOT_MORE = 1 << 9 if environment.emulated() else 9 << 15
+WORDS_UPTO = 8192  # of a row: a block holds those of all ranks in registers
+WARPS = 16
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def reference(
+    comm: Communicator, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `all_reduce_rms_norm` computes, one after the other."""
+    total = residual + comm.all_reduce(x)
+    return torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, eps), total
+
+
+@triton.jit
+def one_shot(
+    team, x, residual, weight, normed, total, rows, width, eps,
+    DTYPE: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block sends its rows of x to all, adds up what all sent, and does the rest.
+
+    Waits:    block b for block b of every peer, once a row.
+    Ordering: none needed, the flag travels in the word.
+    Reuse:    each row has an epoch of its own; packet slots alternate by its parity, and each rank hears from all in it.
+    """
+    epoch = shmem.resume(team)
+    place = tl.arange(0, WORDS)
+    mask = place < shmem.words_in(width, DTYPE, WIDE)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        epoch = shmem.following(epoch)
+        own = shmem.load_words(_row_of(x, row, width), place, width, DTYPE, WIDE)
+        for distance in tl.static_range(1, team.size):  # rank + 1 first: no two ranks on one target
+            shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
+        words = shmem.get_words(team, epoch, own, place, mask)
+        summed = shmem.fold_words(words, "sum", DTYPE)
+        _normalise_row(summed, residual, weight, normed, total, row, width, eps, DTYPE, WORDS, WIDE)
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def two_shot(
+    team, x, residual, weight, normed, total, rows, width, eps,
+    DTYPE: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block deals with as many rows as there are ranks: it sends each to its rank, adds up the own one, sends the sum
+    to all, and does the rest for all of them.
+
+    Waits:    block b for block b of every peer, twice for those rows: for their rows, for their sums.
+    Ordering: none needed, the flag travels in the word.
+    Reuse:    as `one_shot`; rows and sums have slots of their own, and go out in full where there are none, too.
+    """
+    epoch = shmem.resume(team)
+    place = tl.arange(0, WORDS)
+    mask = place < shmem.words_in(width, DTYPE, WIDE)
+    groups = (rows + team.size - 1) // team.size
+    for group in range(tl.program_id(0), groups, tl.num_programs(0)):
+        epoch = shmem.following(epoch)
+        first = group * team.size
+        for distance in tl.static_range(1, team.size):
+            pe = (team.rank + distance) % team.size
+            words = _load_row(x, first + pe, rows, place, width, DTYPE, WIDE)
+            shmem.put_words(team, epoch, words, place, mask, pe)
+        own = _load_row(x, first + team.rank, rows, place, width, DTYPE, WIDE)
+        summed = shmem.fold_words(shmem.get_words(team, epoch, own, place, mask), "sum", DTYPE)
+        for distance in tl.static_range(1, team.size):
+            shmem.put_words(team, epoch, summed, WORDS + place, mask, (team.rank + distance) % team.size)
+        sums = shmem.get_words(team, epoch, summed, WORDS + place, mask)
+        for source in tl.static_range(team.size):
+            if first + source < rows:
+                _normalise_row(
+                    sums[source], residual, weight, normed, total, first + source, width, eps, DTYPE, WORDS, WIDE
+                )
+    shmem.end(team, epoch)
+
+
+@triton.jit
+def _row_of(matrix, row, width):
+    """Pointer to the first element of a row. Ordering: none."""
+    return matrix + (tl.zeros([], tl.int64) + row) * width
+
+
+@triton.jit
+def _load_row(matrix, row, rows, place, width, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """The words of a row, zeros for one that does not exist. Ordering: plain loads."""
+    there = tl.where(row < rows, width, 0)
+    return shmem.load_words(_row_of(matrix, row, width), place, there, DTYPE, WIDE)
+
+
+@triton.jit
+def _normalise_row(
+    summed, residual, weight, normed, total, row, width, eps,
+    DTYPE: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """total = residual + summed (words), rounded; normed = total / the root of its mean square, times weight. In fp32.
+
+    Ordering: plain loads and stores.
+    """
+    LANES: tl.constexpr = 32 // DTYPE.primitive_bitwidth
+    place = tl.arange(0, WORDS)
+    before = shmem.load_words(_row_of(residual, row, width), place, width, DTYPE, WIDE)
+    factors = shmem.load_words(weight, place, width, DTYPE, WIDE)
+    words = tl.zeros([WORDS], tl.int32)
+    squares = tl.zeros([WORDS], tl.float32)
+    for lane in tl.static_range(LANES):
+        value = shmem.lane_of(before, lane, DTYPE).to(tl.float32) + shmem.lane_of(summed, lane, DTYPE).to(tl.float32)
+        value = value.to(DTYPE)
+        words |= shmem.lane_word(value, lane, DTYPE)
+        squares += value.to(tl.float32) * value.to(tl.float32)
+    shmem.store_words(_row_of(total, row, width), place, words, width, DTYPE, WIDE)
+    scale = tl.rsqrt(tl.sum(squares) / width + eps)
+    scaled = tl.zeros([WORDS], tl.int32)
+    for lane in tl.static_range(LANES):
+        value = shmem.lane_of(words, lane, DTYPE).to(tl.float32) * scale
+        value *= shmem.lane_of(factors, lane, DTYPE).to(tl.float32)
+        scaled |= shmem.lane_word(value.to(DTYPE), lane, DTYPE)
+    shmem.store_words(_row_of(normed, row, width), place, scaled, width, DTYPE, WIDE)
+
+
+@triton.jit
+def add_and_normalise(summed, residual, weight, normed, total, width, eps, DTYPE: tl.constexpr, TILE: tl.constexpr):
+    """The same for a row of any width, a block a row, of sums in memory. Ordering: plain loads and stores."""
+    row = tl.program_id(0)
+    squares = tl.zeros([TILE], tl.float32)
+    for start in range(0, width, TILE):
+        place = start + tl.arange(0, TILE)
+        mask = place < width
+        value = tl.load(_row_of(residual, row, width) + place, mask=mask, other=0).to(tl.float32)
+        value += tl.load(_row_of(summed, row, width) + place, mask=mask, other=0).to(tl.float32)
+        value = value.to(DTYPE)
+        tl.store(_row_of(total, row, width) + place, value, mask=mask)
+        squares += value.to(tl.float32) * value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares) / width + eps)
+    tl.debug_barrier()  # a thread may read what another has stored
+    for start in range(0, width, TILE):
+        place = start + tl.arange(0, TILE)
+        mask = place < width
+        value = tl.load(_row_of(total, row, width) + place, mask=mask, other=0).to(tl.float32) * scale
+        value *= tl.load(weight + place, mask=mask, other=0).to(tl.float32)
+        tl.store(_row_of(normed, row, width) + place, value.to(DTYPE), mask=mask)
+
+
+def all_reduce_rms_norm(
+    comm: Communicator, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, total): total = residual + the sum of all ranks' x, normed = RMSNorm of it; on the current stream.
+
+    x: [.., width] bfloat16, float16 or float32, contiguous. residual: as x, the same on all ranks. weight: [width], of
+    that dtype. Both results are new, as x, and the same bits on all ranks and in every run: the sum is that of
+    `all_reduce`; residual and sum are added in fp32 and rounded to the dtype; the norm of that is computed in fp32.
+    Without gradients. The first call of a larger width allocates symmetric memory, up to 24 MiB times the ranks, and is
+    collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
+    """
+    return torch.ops.tdccl.all_reduce_rms_norm(x, residual, weight, eps, name_of(comm))
+
+
+class _Packets:
+    """A team of its own, whose packet slots hold rows of so many words, twice, on as many blocks as have use for them."""
+
+    def __init__(self, comm: Communicator, words: int):
+        self.words, self.blocks = words, min(blocks_of(comm.device), -(-PACKETS_UPTO // (words * 2)))
+        constants = {"blocks": self.blocks, "packets": 2 * words}
+        constants |= dict.fromkeys(("rings", "ring_bytes", "channels", "slot_bytes"), 0)
+        memory = comm._allocate(layout.heap_bytes(comm._team._replace(**constants)))
+        comm._add(memory)
+        constants = {name: tl.constexpr(value) for name, value in constants.items()}
+        self.team = comm.team._replace(heap=memory.peers, local=memory.local.view(torch.int8), **constants)
+        self.stop_word = ctypes.c_int64.from_address(memory.address + layout.STOP_BYTE.value)
+
+
+_kept: weakref.WeakKeyDictionary[Communicator, list[_Packets]] = weakref.WeakKeyDictionary()
+
+
+def _packets(comm: Communicator, words: int) -> _Packets:
+    """The last one made, if it is large enough; those before it stay, for graphs that were captured with them."""
+    kept = _kept.setdefault(comm, [])
+    if not kept or kept[-1].words < words:
+        if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ArgumentError(
+                "all_reduce_rms_norm: its first call of this width allocates, which a graph cannot hold; call it once "
+                "before capture"
+            )
+        kept.append(_Packets(comm, words))
+    return kept[-1]
+
+
+def algorithm_for(rows: int, width: int, itemsize: int, size: int) -> str:
+    """Which of the module's algorithms rows of so many elements take."""
+    nbytes = rows * width * itemsize
+    if nbytes > PACKETS_UPTO or -(-width * itemsize // 4) > WORDS_UPTO:
+        return "all_reduce"
+    more = 2 * (size - 1) * (size - 2) // size
+    return "one_shot" if more * nbytes <= ONE_SHOT_MORE else "two_shot"
+
+
+def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total) -> None:
+    width = x.shape[-1]
+    rows = x.numel() // width
+    dtype, algorithm = _DTYPES[x.dtype], algorithm_for(rows, width, x.itemsize, comm.size)
+    if algorithm == "all_reduce":
+        summed = comm.all_reduce(x, torch.empty_like(x))
+        tile = min(triton.next_power_of_2(width), 4096)
+        add_and_normalise[(rows,)](summed, residual, weight, normed, total, width, eps, DTYPE=dtype, TILE=tile)
+        return
+    words = triton.next_power_of_2(-(-width * x.itemsize // 4))
+    packets = _packets(comm, words)
+    kernel, blocks = (one_shot, rows) if algorithm == "one_shot" else (two_shot, -(-rows // comm.size))
+    wide = width * x.itemsize % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, residual, weight))
+
+    def launch():
+        kernel[(min(blocks, packets.blocks),)](
+            packets.team, x, residual, weight, normed, total, rows, width, eps,
+            DTYPE=dtype, WORDS=words, WIDE=wide, num_warps=max(1, min(WARPS, words // 64)),
+        )  # fmt: skip
+
+    comm.start_fused("all_reduce", "all_reduce_rms_norm", x, launch)
+    if environment.emulated() and packets.stop_word.value:
+        comm.raise_fault()
+
+
+def _check(comm: Communicator, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ArgumentError unless the three go together."""
+    if x.dtype not in _DTYPES or x.device != comm.device or not x.is_contiguous() or x.dim() == 0:
+        raise ArgumentError(
+            f"all_reduce_rms_norm: x is {x.dtype} {tuple(x.shape)}, strides {x.stride()}, on {x.device}; expected "
+            f"bfloat16, float16 or float32 [.., width], contiguous, on {comm.device}"
+        )
+    for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[-1:])):
+        alike = tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device
+        if not alike or not tensor.is_contiguous():
+            raise ArgumentError(
+                f"all_reduce_rms_norm: {name} is {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on "
+                f"{tensor.device}; expected {x.dtype} {tuple(shape)}, contiguous, on {x.device}"
+            )
+
+
+@torch.library.custom_op("tdccl::all_reduce_rms_norm", mutates_args=())
+def _operator(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, comm: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    communicator = communicator_of(comm)
+    _check(communicator, x, residual, weight)
+    normed, total = torch.empty_like(x), torch.empty_like(x)
+    if x.numel():
+        _compute(communicator, x, residual, weight, eps, normed, total)
+    return normed, total
+
+
+@_operator.register_fake
+def _fake(x, residual, weight, eps, comm):
+    return torch.empty_like(x), torch.empty_like(x)
