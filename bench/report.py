@@ -110,8 +110,8 @@ def _fused(report: dict) -> str:
     for row in report["fused"]:
         times = (_figure(row["times_us"][name]) if name in row["times_us"] else "" for name in names)
         gains = (f"{row[name]:.2f}" if name in row else "" for name in ("speedup", "ideal"))  # not of torch's own
-        lines.append([f"{row['operator']}, {row['mlp']}", *times, *gains])
-    head = [f"{report['fused'][0]['tokens']} tokens, us", *names, "speedup", "of at most"]
+        lines.append([f"{row['operator']}, {row['mlp']}, {row['tokens']}", *times, *gains])
+    head = ["us, by model and tokens", *names, "speedup", "of at most"]
     return f"{_title(report)}\n\n" + _grid(head, lines)
 
 

@@ -16,6 +16,8 @@ from tdccl.overlap.all_reduce_rms_norm import reference as all_reduce_rms_norm_r
 WORLDS = (2, 3)
 # M, K, N: few rows in one shot, in two; more tiles than blocks; many rows; rows that no 16-byte access fits; one.
 SHAPES = [(16, 64, 64), (31, 200, 72), (5, 40, 300), (70, 40, 72), (33, 7, 35), (1, 8, 8)]
+if not environment.emulated():  # where a few is more, as are tiles and blocks
+    SHAPES += [(1, 7168, 8192), (100, 1000, 5128), (256, 512, 8192), (130, 77, 999), (1000, 264, 4104), (700, 33, 611)]
 
 
 def matrices(comm, shape, dtype, transposed: bool, seed: int):
@@ -90,3 +92,142 @@ def check_norms(comm):
 def test_norms_of_ragged_shapes_with_ranks_that_come_late(ranks, world):
     (taken, *_) = ranks.run(check_norms, world)
     assert taken == {"one_shot", "all_reduce"} | ({"two_shot"} if world > 2 else set())
+
+
+def check_bits(comm):
+    """Of a product, the bits of it and then all_reduce; of both, the same bits in every run."""
+    delay = random.Random(comm.rank)
+    for shape in ((16, 64, 64), (70, 40, 72)):
+        results = []
+        for _ in range(3):
+            time.sleep(delay.choice([0, 0, 0.02]))
+            results.append(check_product(comm, shape, torch.bfloat16, False, 7))
+        assert all(torch.equal(result, results[0]) for result in results)
+    if comm.device.type == "cpu":  # K of (16, 32, 40) is one step, which the interpreter multiplies in fp32
+        a, b = matrices(comm, (16, 32, 40), torch.bfloat16, False, 7)[comm.rank]
+        product = (a.float() @ b.float()).bfloat16()
+        assert torch.equal(gemm_all_reduce(comm, a, b), comm.all_reduce(product))
+    xs, residual, weight = norm_inputs(comm, 5, 40, torch.bfloat16, 3)
+    runs = [all_reduce_rms_norm(comm, xs[comm.rank], residual, weight) for _ in range(3)]
+    assert all(torch.equal(run[i], runs[0][i]) for run in runs for i in range(2))
+
+
+def test_bits_are_those_of_all_reduce_and_the_same_in_every_run(ranks):
+    ranks.run(check_bits, min(3, pool.LARGEST_WORLD))
+
+
+def check_gradients(comm):
+    """Against those of the summed product in one process, whose result's gradient is the same on all ranks."""
+    pairs = matrices(comm, (19, 24, 40), torch.bfloat16, True, 3)
+    a, b = (tensor.clone().requires_grad_() for tensor in pairs[comm.rank])
+    result = gemm_all_reduce(comm, a, b)
+    weight = torch.arange(result.numel(), device=comm.device).view_as(result) % 3 - 1.0
+    (result * weight).float().sum().backward()
+    wholes = [[tensor.float().requires_grad_() for tensor in pair] for pair in pairs]
+    (sum(left @ right for left, right in wholes) * weight).sum().backward()
+    for mine, whole in zip((a, b), wholes[comm.rank]):
+        torch.testing.assert_close(mine.grad.float(), whole.grad, atol=0.1, rtol=0.02)
+
+
+def test_gradients(ranks):
+    ranks.run(check_gradients, min(2, pool.LARGEST_WORLD))
+
+
+def check_compiled(comm):
+    """torch.compile sees both operators and their shapes."""
+    a, b = matrices(comm, (4, 16, 24), torch.bfloat16, False, 5)[comm.rank]
+    residual = torch.ones(4, 24, dtype=torch.bfloat16, device=comm.device)
+    weight = residual[0].clone()
+
+    def layer(x, up):
+        y = gemm_all_reduce(comm, x.relu(), up)
+        return all_reduce_rms_norm(comm, y, residual, weight)[0] * 2
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(a, b), layer(a, b))
+
+
+def test_torch_compile_sees_the_operators(ranks):
+    ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
+
+
+def check_refused(comm):
+    x = torch.ones(4, 8, dtype=torch.bfloat16, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="as many columns"):
+        gemm_all_reduce(comm, x, x)
+    with pytest.raises(tdccl.ArgumentError, match="out is"):
+        gemm_all_reduce(comm, x, x.t(), out=x)
+    with pytest.raises(tdccl.ArgumentError, match="contiguous"):
+        all_reduce_rms_norm(comm, x.t(), x.t(), x[:, 0])
+    with pytest.raises(tdccl.ArgumentError, match="residual is"):
+        all_reduce_rms_norm(comm, x, x.float(), x[0])
+    with pytest.raises(tdccl.ArgumentError, match="weight is"):
+        all_reduce_rms_norm(comm, x, x, x)
+    assert gemm_all_reduce(comm, x[:, :0], x[:0]).eq(0).all() and gemm_all_reduce(comm, x[:0], x.t()).shape == (0, 4)
+    assert all_reduce_rms_norm(comm, x[:0], x[:0], x[0])[0].shape == (0, 8)
+
+
+def test_what_does_not_fit_is_refused_and_what_is_empty_is_not(ranks):
+    ranks.run(check_refused, min(2, pool.LARGEST_WORLD))
+
+
+def check_absent(comm, norm):
+    """Rank 0 never calls: the others are told, within the timeout."""
+    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"absent{norm}"), comm.device, 2.0)
+    a, b = matrices(comm, (20, 16, 16), torch.bfloat16, False, 1)[comm.rank]
+
+    def call():
+        return all_reduce_rms_norm(group, a, a, a[0]) if norm else gemm_all_reduce(group, a, b)
+
+    call()  # all have come once: the memory is there
+    if comm.rank:
+        with pytest.raises(tdccl.TdcclError):
+            call()
+            torch.cuda.synchronize() if comm.device.type == "cuda" else None
+            group.check()
+    comm._bootstrap.barrier()
+    group.destroy()
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["product", "norm"])
+def test_a_rank_that_never_comes_is_told(ranks, norm):
+    if pool.LARGEST_WORLD < 2:
+        pytest.skip("needs 2 ranks")
+    ranks.run(check_absent, 2, norm=norm)
+
+
+def check_replay(comm):
+    """A graph of products of few rows and of many, and of norms, replayed after new input among eager calls."""
+    generator = torch.Generator(comm.device).manual_seed(comm.rank)
+    wide = torch.randn(264, 512, generator=generator, device=comm.device).bfloat16()
+    ones = torch.ones(512, dtype=torch.bfloat16, device=comm.device)
+    inputs = [torch.randn(rows, 264, generator=generator, device=comm.device).bfloat16() for rows in (3, 130, 600)]
+    xs = [torch.randn(len(a), 512, generator=generator, device=comm.device).bfloat16() for a in inputs]
+    residuals = [comm.broadcast(x.clone()) for x in xs]
+
+    def layer():
+        results = []
+        for a, x, residual in zip(inputs, xs, residuals):
+            results.append(gemm_all_reduce(comm, a, wide))
+            results += all_reduce_rms_norm(comm, x, residual, ones)
+        return results
+
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer()
+        captured = layer()
+    for factor in (1, 2, -1):
+        for tensor in inputs + xs:
+            tensor.mul_(factor)
+        eager = layer()
+        graph.replay()
+        torch.cuda.synchronize()
+        for result, wanted in zip(captured, eager):
+            assert torch.equal(result, wanted)
+
+
+@pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
+def test_graphs_replay(ranks, world):
+    ranks.run(check_replay, world)

@@ -25,7 +25,7 @@ from tdccl.overlap.workspace import communicator_of, name_of
 # Bytes of all rows up to which they go as packets, and what one shot may send more than two.
 PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
 ONE_SHOT_MORE = 1 << 9 if environment.emulated() else 9 << 15
-WORDS_UPTO = 8192  # of a row: a block holds those of all ranks in registers
+WORDS_UPTO = 1 << 14  # of a row of all ranks, which a block holds in registers
 WARPS = 16
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -47,7 +47,7 @@ def one_shot(
 
     Waits:    block b for block b of every peer, once a row.
     Ordering: none needed, the flag travels in the word.
-    Reuse:    each row has an epoch of its own; packet slots alternate by its parity, and each rank hears from all in it.
+    Reuse:    each row has an epoch of its own; packet slots alternate by its parity; each rank hears from all in it.
     """
     epoch = shmem.resume(team)
     place = tl.arange(0, WORDS)
@@ -180,7 +180,7 @@ def all_reduce_rms_norm(
 
 
 class _Packets:
-    """A team of its own, whose packet slots hold rows of so many words, twice, on as many blocks as have use for them."""
+    """A team of its own, whose packet slots hold rows of so many words twice, on as many blocks as have use for it."""
 
     def __init__(self, comm: Communicator, words: int):
         self.words, self.blocks = words, min(blocks_of(comm.device), -(-PACKETS_UPTO // (words * 2)))
@@ -212,10 +212,19 @@ def _packets(comm: Communicator, words: int) -> _Packets:
 def algorithm_for(rows: int, width: int, itemsize: int, size: int) -> str:
     """Which of the module's algorithms rows of so many elements take."""
     nbytes = rows * width * itemsize
-    if nbytes > PACKETS_UPTO or -(-width * itemsize // 4) > WORDS_UPTO:
+    if nbytes > PACKETS_UPTO or size * triton.next_power_of_2(-(-width * itemsize // 4)) > WORDS_UPTO:
         return "all_reduce"
     more = 2 * (size - 1) * (size - 2) // size
     return "one_shot" if more * nbytes <= ONE_SHOT_MORE else "two_shot"
+
+
+def add_and_normalise_rows(summed, residual, weight, normed, total, eps: float) -> None:
+    """`all_reduce_rms_norm` of what is summed already, into `normed` and `total`."""
+    width = summed.shape[-1]
+    add_and_normalise[(summed.numel() // width,)](
+        summed, residual, weight, normed, total, width, eps,
+        DTYPE=_DTYPES[summed.dtype], TILE=min(triton.next_power_of_2(width), 4096),
+    )  # fmt: skip
 
 
 def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total) -> None:
@@ -223,9 +232,7 @@ def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total)
     rows = x.numel() // width
     dtype, algorithm = _DTYPES[x.dtype], algorithm_for(rows, width, x.itemsize, comm.size)
     if algorithm == "all_reduce":
-        summed = comm.all_reduce(x, torch.empty_like(x))
-        tile = min(triton.next_power_of_2(width), 4096)
-        add_and_normalise[(rows,)](summed, residual, weight, normed, total, width, eps, DTYPE=dtype, TILE=tile)
+        add_and_normalise_rows(comm.all_reduce(x, torch.empty_like(x)), residual, weight, normed, total, eps)
         return
     words = triton.next_power_of_2(-(-width * x.itemsize // 4))
     packets = _packets(comm, words)

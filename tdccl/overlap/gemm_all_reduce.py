@@ -53,13 +53,17 @@ def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 @triton.jit
 def multiply_shares(
-    team, epochs, signals, slots, odd, a, b, partials, arrivals, M, N, K, most, b_row, b_column,
+    team, epochs, signals, slots, odd, a, b, c, partials, arrivals, M, N, K, share, most, b_row, b_column,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, ONE_SHOT: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Sends the tiles of a [M, K] times b; each block takes as many steps, of DEPTH of K, as any other.
+    """Sends the tiles of a [M, K] times b; each block takes `share` steps, of DEPTH of K, one tile after another.
 
-    Waits:    for nobody.
+    FOLDED: not 0 where shares are whole tiles, in one shot; then the block adds up its own ones into c, so many rows at
+    once, and no second kernel is launched. Else c is not touched.
+
+    Waits:    for nobody; or block b for block b of every peer, for each of its tiles, after it has sent them all.
     Ordering: stores, block barrier, release at sys scope on the tile's signals; between the blocks of a tile `_join`.
     Reuse:    slots alternate by the parity of the epoch. A rank starts a call when its last one has ended, in which it
               has heard from all ranks, directly or through a tile's owner; and they spoke in it only after they had
@@ -68,7 +72,6 @@ def multiply_shares(
     epoch = overlap.begin(epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     tiles, steps = tiles_down * tiles_across, (K + DEPTH - 1) // DEPTH
-    share = (tiles * steps + tl.num_programs(0) - 1) // tl.num_programs(0)
     at = tl.program_id(0) * share
     end = tl.minimum(at + share, tiles * steps)
     while at < end:
@@ -77,7 +80,8 @@ def multiply_shares(
         down, across = grouped(tile, tiles_down, tiles_across, GROUP)
         height = tl.minimum(M - down * ROWS, ROWS)
         total = product_between(
-            a, down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column, first * DEPTH, tl.minimum(last * DEPTH, K),
+            a, down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column,
+            first * DEPTH, tl.minimum(last * DEPTH, K),
             ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         done = last - first == steps
@@ -89,6 +93,17 @@ def multiply_shares(
                 DTYPE, ROWS, COLUMNS, ONE_SHOT,
             )  # fmt: skip
         at += last - first
+    if FOLDED:
+        for tile in range(tl.program_id(0) * share // steps, end // steps):
+            down, across = grouped(tile, tiles_down, tiles_across, GROUP)
+            height = tl.minimum(M - down * ROWS, ROWS)
+            _wait_ranks(team, signals, tile, most, epoch)
+            for row in range(0, height, FOLDED):
+                _fold_into(
+                    team, slots, (epoch % 2) * odd, c, tile, tiles, row, height, down, across, M, N,
+                    DTYPE, ROWS, COLUMNS, FOLDED,
+                )  # fmt: skip
+        overlap.end(epochs + tl.num_programs(0), epoch)  # the kernel that is not launched keeps in step
     overlap.end(epochs, epoch)
 
 
@@ -102,8 +117,7 @@ def _join(
 
     Ordering: stores, block barrier, release at gpu scope; acquire, block barrier, loads.
     """
-    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (tl.arange(0, ROWS) < height)[:, None] & (tl.arange(0, COLUMNS) >= 0)[None, :]
+    place, mask = _rows_of_tile(0, height, ROWS, COLUMNS)
     tl.store(_share_of(partials, tl.program_id(0), tile, steps, share, ROWS * COLUMNS) + place, total, mask=mask)
     first, last = tile * steps // share, ((tile + 1) * steps - 1) // share
     tl.debug_barrier()
@@ -167,9 +181,8 @@ def _send_tile(
         index, of_rank, receivers = tile, tiles, ranks < team.size
     else:
         index, of_rank, receivers = tile // team.size, _owned(team, tiles), ranks == tile % team.size
-    place = start + _slot(team.rank * of_rank + index, ROWS * COLUMNS)
-    place += tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (tl.arange(0, ROWS) < height)[:, None] & (tl.arange(0, COLUMNS) >= 0)[None, :]
+    place, mask = _rows_of_tile(0, height, ROWS, COLUMNS)
+    place += start + _slot(team.rank * of_rank + index, ROWS * COLUMNS)
     value = total.to(DTYPE)
     if ONE_SHOT:
         for distance in tl.static_range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
@@ -192,8 +205,15 @@ def _slot(number, ELEMENTS: tl.constexpr):
 
 
 @triton.jit
+def _rows_of_tile(first, height, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Places in a slot of HEIGHT rows of its tile from `first` on, and which of them are among the tile's `height`."""
+    row, column = first + tl.arange(0, HEIGHT), tl.arange(0, COLUMNS)
+    return row[:, None] * COLUMNS + column[None, :], (row < height)[:, None] & (column >= 0)[None, :]
+
+
+@triton.jit
 def _tell(signals, receivers, word, epoch):
-    """Sets a signal of the ranks in the mask `receivers` ([MAX_RANKS]). Ordering: block barrier, release at sys scope."""
+    """Sets a signal on the ranks in the mask `receivers`. Ordering: block barrier, release at sys scope."""
     shmem.fence()
     addresses = tl.load(signals.bases + tl.arange(0, shmem.MAX_RANKS), mask=receivers, other=0) + signals.offset
     value = tl.full([shmem.MAX_RANKS], 0, tl.int64) + epoch
@@ -221,8 +241,10 @@ def fold_everywhere(
         height = tl.minimum(M - down * ROWS, ROWS)
         if first < height:
             _wait_ranks(team, signals, tile, most, epoch)
-            total = _fold_rows(team, slots, (epoch % 2) * odd, tile, tiles, first, height, DTYPE, ROWS, COLUMNS, FOLDED)
-            _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
+            _fold_into(
+                team, slots, (epoch % 2) * odd, c, tile, tiles, first, height, down, across, M, N,
+                DTYPE, ROWS, COLUMNS, FOLDED,
+            )  # fmt: skip
     overlap.end(epochs, epoch)
 
 
@@ -241,38 +263,49 @@ def fold_and_share(
     """
     epoch = overlap.begin(epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
-    tiles, blocks = tiles_down * tiles_across, tl.num_programs(0)
+    owned, blocks = _owned(team, tiles_down * tiles_across), tl.num_programs(0)
     parts = (tl.minimum(M, ROWS) + HEIGHT - 1) // HEIGHT
-    owned = _owned(team, tiles)
     start = (epoch % 2) * odd
     sums = start + _slot(team.size * owned, ROWS * COLUMNS)
-    ranks = tl.arange(0, shmem.MAX_RANKS)
-    place = tl.arange(0, FOLDED)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     for unit in range(tl.program_id(0), owned * parts + blocks, blocks):  # own ones, and the others' of one turn before
-        index, begin = unit // parts, unit % parts * HEIGHT
-        tile = index * team.size + team.rank
+        tile, begin = unit // parts * team.size + team.rank, unit % parts * HEIGHT
         down, across = grouped(tile, tiles_down, tiles_across, GROUP)
         height = tl.minimum(M - down * ROWS, ROWS)
-        if (tile < tiles) & (begin < height):
-            if _wait_ranks(team, signals, index, most, epoch):
-                for first in range(begin, tl.minimum(begin + HEIGHT, height), FOLDED):
-                    total = _fold_rows(team, slots, start, index, owned, first, height, DTYPE, ROWS, COLUMNS, FOLDED)
-                    mask = ((first + tl.arange(0, FOLDED)) < height)[:, None] & (tl.arange(0, COLUMNS) >= 0)[None, :]
-                    at = sums + _slot(tile, ROWS * COLUMNS) + first * COLUMNS + place
-                    for distance in tl.static_range(1, team.size):
-                        pe = (team.rank + distance) % team.size
-                        tl.store(shmem.symm_at(slots, pe, DTYPE) + at, total, mask=mask)
-                    _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
-                receivers = (ranks < team.size) & (ranks != team.rank)
-                _tell(signals, receivers, team.rank * most + owned + unit, epoch)
-        before = unit - blocks
+        if (tile < tiles_down * tiles_across) & (begin < height):
+            _share_sum(
+                team, signals, slots, start, sums, c, unit, parts, owned, down, across, height, M, N, most, epoch,
+                DTYPE, ROWS, COLUMNS, FOLDED, HEIGHT,
+            )  # fmt: skip
         for distance in tl.static_range(1, team.size):
             owner = (team.rank + team.size - distance) % team.size
             _take_sum(
-                team, signals, slots, sums, c, before, owner, parts, owned, M, N, most, epoch,
+                team, signals, slots, sums, c, unit - blocks, owner, parts, owned, M, N, most, epoch,
                 DTYPE, ROWS, COLUMNS, GROUP, FOLDED, HEIGHT,
             )  # fmt: skip
     overlap.end(epochs, epoch)
+
+
+@triton.jit
+def _share_sum(
+    team, signals, slots, start, sums, c, unit, parts, owned, down, across, height, M, N, most, epoch,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Adds up a unit of an own tile when it has come, stores the sum here and on all peers, and tells them.
+
+    Ordering: acquire at sys scope, block barrier, loads; stores, block barrier, release at sys scope.
+    """
+    index, begin = unit // parts, unit % parts * HEIGHT
+    if _wait_ranks(team, signals, index, most, epoch):
+        of_tile = sums + _slot(index * team.size + team.rank, ROWS * COLUMNS)
+        for first in range(begin, tl.minimum(begin + HEIGHT, height), FOLDED):
+            total = _fold_rows(team, slots, start, index, owned, first, height, DTYPE, ROWS, COLUMNS, FOLDED)
+            place, mask = _rows_of_tile(first, height, FOLDED, COLUMNS)
+            for distance in tl.static_range(1, team.size):
+                pe = (team.rank + distance) % team.size
+                tl.store(shmem.symm_at(slots, pe, DTYPE) + of_tile + place, total, mask=mask)
+            _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
+        ranks = tl.arange(0, shmem.MAX_RANKS)
+        _tell(signals, (ranks < team.size) & (ranks != team.rank), team.rank * most + owned + unit, epoch)
 
 
 @triton.jit
@@ -281,7 +314,7 @@ def _take_sum(
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, FOLDED: tl.constexpr,
     HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Copies a unit of an owner's sums into c when it has come. Ordering: acquire at sys scope, block barrier, loads."""
+    """Copies a unit of an owner's sums into c once it is here. Ordering: acquire at sys scope, block barrier, loads."""
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     tile, begin = unit // parts * team.size + owner, unit % parts * HEIGHT
     down, across = grouped(tile, tiles_down, tiles_across, GROUP)
@@ -291,15 +324,14 @@ def _take_sum(
         shmem.signal_wait(team, word, epoch, owner)
         mine = shmem.symm_at(slots, team.rank, DTYPE) + (sums + _slot(tile, ROWS * COLUMNS))
         for first in range(begin, tl.minimum(begin + HEIGHT, height), FOLDED):
-            mask = ((first + tl.arange(0, FOLDED)) < height)[:, None] & (tl.arange(0, COLUMNS) >= 0)[None, :]
-            place = (first + tl.arange(0, FOLDED))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            place, mask = _rows_of_tile(first, height, FOLDED, COLUMNS)
             total = tl.load(mine + place, mask=mask)
             _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
 
 
 @triton.jit
 def _wait_ranks(team, signals, index, most, epoch):
-    """Waits for what all ranks store of a tile; whether it came. Ordering: acquire at sys scope, then a block barrier."""
+    """Waits for what all ranks store of a tile; whether it came. Ordering: acquire at sys scope, block barrier."""
     ranks = tl.arange(0, shmem.MAX_RANKS)
     pointers = shmem.symm_at(signals, team.rank, tl.int64, 8) + (ranks * most + index)
     targets = tl.full([shmem.MAX_RANKS], 0, tl.int64) + epoch
@@ -312,15 +344,23 @@ def _fold_rows(
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """The sum, in rank order and fp32, of FOLDED rows of a tile from `first` on. Ordering: plain loads; wait before."""
-    row = first + tl.arange(0, FOLDED)
-    place = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (row < height)[:, None] & (tl.arange(0, COLUMNS) >= 0)[None, :]
+    place, mask = _rows_of_tile(first, height, FOLDED, COLUMNS)
     base = shmem.symm_at(slots, team.rank, DTYPE) + start
     values = ()
     for source in tl.static_range(team.size):
         slot = base + _slot(source * of_rank + index, ROWS * COLUMNS)
         values = values + (tl.load(slot + place, mask=mask, other=0),)
     return shmem.fold(values, "sum", DTYPE)
+
+
+@triton.jit
+def _fold_into(
+    team, slots, start, c, index, of_rank, first, height, down, across, M, N,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """`_fold_rows`, and stores them into c [M, N]. Ordering: plain loads and stores; wait before."""
+    total = _fold_rows(team, slots, start, index, of_rank, first, height, DTYPE, ROWS, COLUMNS, FOLDED)
+    _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
 
 
 @triton.jit
@@ -370,6 +410,15 @@ def in_one_shot(rows: int, columns: int, itemsize: int, size: int) -> bool:
     return rows <= FEW_ROWS and more * rows * columns * itemsize <= ONE_SHOT_MORE
 
 
+def share_of(tiles: int, steps: int, blocks: int) -> int:
+    """How many steps a block takes of so many tiles of so many steps: whole tiles, or whole parts of one, where that
+    leaves few blocks idle, for a tile that is cut has to be put together again."""
+    share = -(-tiles * steps // blocks)
+    parts = steps // share
+    even = steps // parts if parts and steps % parts == 0 else -(-share // steps) * steps
+    return even if even <= 1.08 * share else share
+
+
 def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if out.numel() == 0:
         return
@@ -388,6 +437,8 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     sums = 0 if one_shot else owned * (shape.rows // height)  # and as many signals
     elements = (comm.size * owned + (0 if one_shot else tiles)) * tile
     blocks = blocks_of(comm.device)
+    share = share_of(tiles, -(-depth // shape.depth), blocks)
+    whole = one_shot and share % -(-depth // shape.depth) == 0  # no second launch
     # The blocks of all calls in a workspace are the same, so that their epochs are.
     name = "gemm_all_reduce of few rows" if few else "gemm_all_reduce"
     partials = 2 * blocks * tile if few else 0
@@ -396,7 +447,8 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
     slots = (space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT))
     operands = (left(a, shape, descriptors), of_b.operand)
-    sizes = (rows, columns, depth, space.most, *of_b.strides)
+    sizes = (rows, columns, depth)
+    layout = (space.most, *of_b.strides)
     tiling = {"DTYPE": dtype, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
     how = {
         "DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": of_b.transposed,
@@ -407,14 +459,17 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     def multiply():
         if few:
             multiply_shares[(blocks,)](
-                comm.team, space.epochs[0], *slots, *operands, space.partials, space.arrivals, *sizes,
-                **tiling, **how, ONE_SHOT=one_shot,
+                comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals, *sizes, share,
+                *layout, **tiling, **how, ONE_SHOT=one_shot, FOLDED=folded["FOLDED"] if whole else 0,
             )  # fmt: skip
         else:
-            multiply_tiles[(blocks - FOLDERS,)](comm.team, space.epochs[0], *slots, *operands, *sizes, **tiling, **how)
+            grid = (blocks - FOLDERS,)
+            multiply_tiles[grid](comm.team, space.epochs[0], *slots, *operands, *sizes, *layout, **tiling, **how)
 
     def fold():
         summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
+        if whole:
+            return
         if one_shot:
             fold_everywhere[(blocks,)](*summed, **folded)
         else:
