@@ -1,7 +1,11 @@
 """What tensor-parallel layers end with: a product and its all-reduce, an all-reduce and its normalisation."""
 
+import json
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pool
 import pytest
@@ -12,6 +16,7 @@ from tdccl import environment
 from tdccl.overlap import all_reduce_rms_norm, gemm_all_reduce
 from tdccl.overlap.all_reduce_rms_norm import algorithm_for
 from tdccl.overlap.all_reduce_rms_norm import reference as all_reduce_rms_norm_reference
+from tdccl.overlap.modules import AllReduceRMSNorm, ColumnParallelLinear, RowParallelLinear
 
 WORLDS = (2, 3)
 # M, K, N: few rows in one shot, in two; more tiles than blocks; many rows; rows that no 16-byte access fits; one.
@@ -171,6 +176,20 @@ def test_what_does_not_fit_is_refused_and_what_is_empty_is_not(ranks):
     ranks.run(check_refused, min(2, pool.LARGEST_WORLD))
 
 
+def test_kernels_multiply_on_tensor_cores_without_spills():
+    program = Path(__file__).with_name("tensor_parallel_variants.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    products, folds = {"multiply_shares", "multiply_tiles"}, {"fold_everywhere", "fold_and_share"}
+    norms = {"one_shot", "two_shot", "add_and_normalise"}
+    assert {kernel["name"] for kernel in kernels} == products | folds | norms
+    for kernel in kernels:
+        assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        assert bool(kernel["wgmma"]) == (kernel["name"] in products), kernel
+        assert "128" in kernel["stores"] or kernel["narrow"], kernel  # no 16-byte access fits every other one
+
+
 def check_absent(comm, norm):
     """Rank 0 never calls: the others are told, within the timeout."""
     group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"absent{norm}"), comm.device, 2.0)
@@ -231,3 +250,46 @@ def check_replay(comm):
 @pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
 def test_graphs_replay(ranks, world):
     ranks.run(check_replay, world)
+
+
+def check_modules(comm):
+    """An MLP, replicated and scattered, against the same in one process: result, and gradients of input and weights."""
+    generator = torch.Generator().manual_seed(11)
+    size, rows, width, hidden = comm.size, 6, 16, 24
+    up = torch.randn(hidden * size, width, generator=generator).to(comm.device) * 0.3
+    down = torch.randn(width, hidden * size, generator=generator).to(comm.device) * 0.2
+    tokens = torch.randn(rows * size, width, generator=generator).to(comm.device)
+    first = ColumnParallelLinear(comm, width, hidden * size)
+    second = RowParallelLinear(comm, hidden * size, width)
+    first.load(up)
+    second.load(down)
+    exact_input, *exact = (tensor.bfloat16().float().requires_grad_() for tensor in (tokens, up, down))
+    wanted = (exact_input @ exact[0].t()).relu() @ exact[1].t()
+    wanted.sum().backward()
+    close = {"atol": 6e-2, "rtol": 3e-2}
+    for scattered in (False, True):
+        x = (tokens.chunk(size)[comm.rank] if scattered else tokens).bfloat16().requires_grad_()
+        y = second(first(x, scattered).relu(), "scattered" if scattered else "replicated")
+        y.float().sum().backward()
+        mine = slice(rows * comm.rank, rows * (comm.rank + 1)) if scattered else slice(None)
+        torch.testing.assert_close(y.float(), wanted[mine], **close)
+        torch.testing.assert_close(x.grad.float(), exact_input.grad[mine], **close)
+        for layer, whole, dimension in ((first, exact[0], 0), (second, exact[1], 1)):
+            of_shard = whole.grad.chunk(size, dimension)[comm.rank]
+            torch.testing.assert_close(layer.weight.grad.float(), of_shard, atol=0.2, rtol=3e-2)
+            layer.weight.grad = None
+    norm = AllReduceRMSNorm(comm, width)
+    with torch.no_grad():
+        x = tokens.bfloat16()
+        normed, total = norm(second(first(x).relu(), "partial"), x)
+    torch.testing.assert_close(total.float(), wanted.detach() + x.float(), **close)
+    torch.testing.assert_close(normed, norm(total))
+    with pytest.raises(tdccl.ArgumentError, match="expected replicated, scattered or partial"):
+        second(first(x), "whole")
+    if size > 1:
+        with pytest.raises(tdccl.ArgumentError, match="multiple of the"):
+            ColumnParallelLinear(comm, 8, size + 1)
+
+
+def test_modules(ranks, world):
+    ranks.run(check_modules, world)
