@@ -58,8 +58,8 @@ def operands_of(shape: Shape, descriptors: bool, transposed: bool) -> dict:
 
 def tell(name: str, kernel) -> None:
     sass = kernel.asm["sass"]
-    facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "shared": kernel.metadata.shared}
-    facts["by_descriptors"] = len(re.findall("UTMALDG", sass))
+    facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "mma": len(re.findall("HMMA", sass))}
+    facts |= {"shared": kernel.metadata.shared, "by_descriptors": len(re.findall("UTMALDG", sass))}
     print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
 
 

@@ -19,22 +19,26 @@ def products(kernel, shape: Shape, descriptors: bool, rows: int | None = None, *
     """Weights as linear layers have them. rows: 1, of which Triton makes a constant."""
     constants |= {"DTYPE": tl.bfloat16, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
     if "DEPTH" in kernel.arg_names:
-        constants |= {"DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": True}
+        constants |= {"DEPTH": shape.depth, "STAGES": shape.stages, "TRANSPOSED": True}
+        loads = ("LEFT", "RIGHT") if "LEFT" in kernel.arg_names else ("DESCRIPTORS",)
+        constants |= dict.fromkeys(loads, descriptors)
     if rows is not None:
         constants["M"] = rows
+    if rows is not None and "LEFT" in constants:  # too few to load whole tiles
+        constants["LEFT"] = False
     operands = operands_of(shape, descriptors, True) | {"partials": "*fp32", "arrivals": "*i32"}
-    operands |= dict.fromkeys(("M", "share"), "i32")
+    operands |= dict.fromkeys(("M", "share"), "i32") | ({} if constants.get("LEFT", True) else {"a": "*bf16"})
     aligned = {"odd", "N", "K", "b_row"} if descriptors else {"odd"}
-    warps = shape.warps if "DEPTH" in kernel.arg_names else product.FOLD_WARPS
+    warps = shape.warps if "DEPTH" in kernel.arg_names else product.FOLD_WARPS[constants["FOLDED"] != product.FOLDED]
     tell(kernel.__name__, compiled(kernel, constants, aligned, warps, shape.rows, operands))
 
 
 def norms(kernel, words: int, wide: bool) -> None:
     names = ("x", "residual", "weight", "normed", "total", "summed")
-    types = {**dict.fromkeys(names, "*bf16"), "width": "i32", "eps": "fp32"}
+    types = {**dict.fromkeys(names, "*bf16"), **dict.fromkeys(("width", "part"), "i32"), "eps": "fp32"}
     constants = {"DTYPE": tl.bfloat16, "WORDS": words, "WIDE": wide, "TILE": words}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    aligned = {"width"} if wide else set()
+    aligned = {"width", "part"} if wide else set()
     tell(kernel.__name__, compiled(kernel, constants, aligned, min(norm.WARPS, words // 64), 1, types))
 
 
@@ -45,10 +49,11 @@ def main() -> None:
     products(product.multiply_shares, product.shape_of_few(128, 8192, False), False, **vars(TWO))
     products(product.multiply_tiles, shape_for(8192, 8192, True), True)
     products(product.fold_everywhere, few, True, FOLDED=product.FOLDED)
-    for shape, height in ((few, product.FOLDED), (shape_for(8192, 8192, True), 128)):
-        products(product.fold_and_share, shape, True, FOLDED=product.FOLDED, HEIGHT=height)
-    for kernel in (norm.one_shot, norm.two_shot):
-        norms(kernel, norm.WORDS_UPTO // 4, True)
+    products(product.fold_and_share, few, True, FOLDED=product.FOLDED, HEIGHT=product.FOLDED)
+    many = shape_for(8192, 8192, True)
+    products(product.fold_and_share, many, True, FOLDED=product.FOLDED_OF_ALL // 4, HEIGHT=many.rows)
+    norms(norm.one_shot, norm.WORDS_UPTO // 4, True)
+    norms(norm.two_shot, norm.WORDS_UPTO // 8, True)
     norms(norm.one_shot, 1024, False)
     norms(norm.add_and_normalise, 4096, True)
 

@@ -41,8 +41,16 @@ FEW_ROWS = 32 if environment.emulated() else 256
 ONE_SHOT_MORE = 1 << 10 if environment.emulated() else 1 << 20
 # Blocks that add up beside a product of many rows; they wait for it, so it leaves them their multiprocessors.
 FOLDERS = 1 if environment.emulated() else 16
-FOLD_WARPS = 8
-FOLDED = 16  # rows of a tile that a block adds up at once
+FOLD_WARPS = 4, 16  # of a block that adds up, of few rows and of many
+FOLDED = 16  # of few rows a block adds up so many at once
+FOLDED_OF_ALL = 128  # of many so many of all ranks together, or fewer
+_SHAPES_OF_FEW = {
+    16: Shape(16, 64, 128, 8, 4, 8),
+    32: Shape(32, 64, 128, 7, 4, 8),
+    64: Shape(64, 64, 128, 5, 4, 8),
+    128: Shape(128, 64, 128, 4, 8, 8),
+    256: Shape(128, 128, 64, 6, 8, 8),
+}
 _UNIT = 16  # the odd half begins at a multiple of so many elements
 
 
@@ -55,7 +63,7 @@ def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 def multiply_shares(
     team, epochs, signals, slots, odd, a, b, c, partials, arrivals, M, N, K, share, most, b_row, b_column,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, ONE_SHOT: tl.constexpr,
+    GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, ONE_SHOT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Sends the tiles of a [M, K] times b; each block takes `share` steps, of DEPTH of K, one tile after another.
@@ -82,7 +90,7 @@ def multiply_shares(
         total = product_between(
             a, down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column,
             first * DEPTH, tl.minimum(last * DEPTH, K),
-            ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
+            ROWS, COLUMNS, DEPTH, STAGES, LEFT, RIGHT, TRANSPOSED,
         )  # fmt: skip
         done = last - first == steps
         if last - first < steps:
@@ -280,7 +288,7 @@ def fold_and_share(
             owner = (team.rank + team.size - distance) % team.size
             _take_sum(
                 team, signals, slots, sums, c, unit - blocks, owner, parts, owned, M, N, most, epoch,
-                DTYPE, ROWS, COLUMNS, GROUP, FOLDED, HEIGHT,
+                DTYPE, ROWS, COLUMNS, GROUP, HEIGHT,
             )  # fmt: skip
     overlap.end(epochs, epoch)
 
@@ -311,8 +319,7 @@ def _share_sum(
 @triton.jit
 def _take_sum(
     team, signals, slots, sums, c, unit, owner, parts, owned, M, N, most, epoch,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, FOLDED: tl.constexpr,
-    HEIGHT: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Copies a unit of an owner's sums into c once it is here. Ordering: acquire at sys scope, block barrier, loads."""
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
@@ -323,10 +330,9 @@ def _take_sum(
         word = shmem.symm_at(signals, team.rank, tl.int64, 8) + (owner * most + owned + unit)
         shmem.signal_wait(team, word, epoch, owner)
         mine = shmem.symm_at(slots, team.rank, DTYPE) + (sums + _slot(tile, ROWS * COLUMNS))
-        for first in range(begin, tl.minimum(begin + HEIGHT, height), FOLDED):
-            place, mask = _rows_of_tile(first, height, FOLDED, COLUMNS)
-            total = tl.load(mine + place, mask=mask)
-            _store_rows(c, total, down * ROWS + first, across * COLUMNS, M, N, FOLDED, COLUMNS)
+        place, mask = _rows_of_tile(begin, height, HEIGHT, COLUMNS)
+        total = tl.load(mine + place, mask=mask)
+        _store_rows(c, total, down * ROWS + begin, across * COLUMNS, M, N, HEIGHT, COLUMNS)
 
 
 @triton.jit
@@ -395,13 +401,12 @@ def gemm_all_reduce(
 
 
 def shape_of_few(rows: int, columns: int, descriptors: bool) -> Shape:
-    """The shape for a product of at most FEW_ROWS rows: narrow tiles while loading B is what takes time."""
+    """The shape for a product of at most FEW_ROWS rows: narrow tiles, as low as they can be, while it is loading B that
+    takes time."""
     if environment.emulated():
         return shape_for(rows, columns, descriptors)
-    height, width = (64, 64) if rows <= 64 else (128, 128)
-    if not descriptors:
-        return Shape(height, width, 32, 4, 8, 8)
-    return Shape(height, width, 128, 5, 4, 8) if height == 64 else Shape(height, width, 64, 6, 8, 8)
+    shape = next(shape for upto, shape in _SHAPES_OF_FEW.items() if rows <= upto)
+    return shape if descriptors else shape._replace(depth=32, stages=3)
 
 
 def in_one_shot(rows: int, columns: int, itemsize: int, size: int) -> bool:
@@ -433,7 +438,8 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     tile = shape.rows * shape.columns
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
     owned = tiles if one_shot else -(-tiles // comm.size)
-    height = min(FOLDED, shape.rows) if few else shape.rows
+    folded = min(FOLDED if few else FOLDED_OF_ALL >> (comm.size - 1).bit_length(), shape.rows)
+    height = folded if few else shape.rows
     sums = 0 if one_shot else owned * (shape.rows // height)  # and as many signals
     elements = (comm.size * owned + (0 if one_shot else tiles)) * tile
     blocks = blocks_of(comm.device)
@@ -446,34 +452,34 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
     slots = (space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT))
-    operands = (left(a, shape, descriptors), of_b.operand)
+    by_tiles = descriptors and (not few or rows % shape.rows == 0)
+    operands = (left(a, shape, by_tiles), of_b.operand)
     sizes = (rows, columns, depth)
     layout = (space.most, *of_b.strides)
     tiling = {"DTYPE": dtype, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
-    how = {
-        "DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": of_b.transposed,
-        "num_warps": shape.warps,
-    }  # fmt: skip
-    folded = {**tiling, "FOLDED": min(FOLDED, shape.rows), "num_warps": FOLD_WARPS}
+    how = {"DEPTH": shape.depth, "STAGES": shape.stages, "TRANSPOSED": of_b.transposed, "num_warps": shape.warps}
+    summing = {**tiling, "FOLDED": folded, "num_warps": FOLD_WARPS[not few]}
 
     def multiply():
         if few:
             multiply_shares[(blocks,)](
                 comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals, *sizes, share,
-                *layout, **tiling, **how, ONE_SHOT=one_shot, FOLDED=folded["FOLDED"] if whole else 0,
+                *layout, **tiling, **how, LEFT=by_tiles, RIGHT=descriptors, ONE_SHOT=one_shot,
+                FOLDED=folded if whole else 0,
             )  # fmt: skip
         else:
-            grid = (blocks - FOLDERS,)
-            multiply_tiles[grid](comm.team, space.epochs[0], *slots, *operands, *sizes, *layout, **tiling, **how)
+            multiply_tiles[(blocks - FOLDERS,)](
+                comm.team, space.epochs[0], *slots, *operands, *sizes, *layout, **tiling, **how, DESCRIPTORS=descriptors
+            )
 
     def fold():
         summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
         if whole:
             return
         if one_shot:
-            fold_everywhere[(blocks,)](*summed, **folded)
+            fold_everywhere[(blocks,)](*summed, **summing)
         else:
-            fold_and_share[(blocks if few else FOLDERS,)](*summed, **folded, HEIGHT=height)
+            fold_and_share[(blocks if few else FOLDERS,)](*summed, **summing, HEIGHT=height)
 
     comm.start_fused("all_reduce", name, a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
 
