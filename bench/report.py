@@ -77,7 +77,8 @@ def fused(reports: Iterable[dict]) -> str:
 def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
     newest = {}
     for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
-        newest[report["host"], report["world"]] = report
+        operators = sorted({row.get("operator", "") for row in report[kind]})  # of fused ones: each set has a table
+        newest[report["host"], report["world"], tuple(operators)] = report
     return newest.values()
 
 

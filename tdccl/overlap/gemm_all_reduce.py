@@ -12,6 +12,7 @@ runs beside the product on a few multiprocessors.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,7 +35,7 @@ from tdccl.overlap.gemm import (
     rows_or_columns,
     shape_for,
 )
-from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
+from tdccl.overlap.workspace import Workspace, check_matrices, check_out, communicator_of, name_of, workspace
 
 FEW_ROWS = 32 if environment.emulated() else 256
 # What one shot may send more than two: bytes that pass the link while two shots wait for each other once more.
@@ -42,7 +43,7 @@ ONE_SHOT_MORE = 1 << 10 if environment.emulated() else 1 << 20
 # Blocks that add up beside a product of many rows; they wait for it, so it leaves them their multiprocessors.
 FOLDERS = 1 if environment.emulated() else 16
 FOLD_WARPS = 4, 16  # of a block that adds up, of few rows and of many
-FOLDED = 16  # of few rows a block adds up so many at once
+FOLDED = 8 if environment.emulated() else 16  # of few rows a block adds up so many at once
 FOLDED_OF_ALL = 128  # of many so many of all ranks together, or fewer
 _SHAPES_OF_FEW = {
     16: Shape(16, 64, 128, 8, 4, 8),
@@ -424,6 +425,28 @@ def share_of(tiles: int, steps: int, blocks: int) -> int:
     return even if even <= 1.08 * share else share
 
 
+class Sums(NamedTuple):
+    """How tiles are added up: in one shot or two, how many of them a rank owns, in two shots how many rows of one stand
+    between two signals, and how many rows a block adds up at once."""
+
+    one_shot: bool
+    owned: int
+    height: int
+    folded: int
+
+    @classmethod
+    def of(cls, shape: Shape, tiles: int, few: bool, one_shot: bool, size: int, blocks: int) -> "Sums":
+        if one_shot:
+            return cls(True, tiles, shape.rows, FOLDED)
+        owned = -(-tiles // size)
+        if not few:
+            return cls(False, owned, shape.rows, min(FOLDED_OF_ALL >> (size - 1).bit_length(), shape.rows))
+        height = FOLDED
+        while height < shape.rows and owned * (shape.rows // height) > blocks:  # more than one turn for a block
+            height *= 2
+        return cls(False, owned, height, FOLDED)
+
+
 def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if out.numel() == 0:
         return
@@ -432,56 +455,62 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         return
     a, b = dense(a), rows_or_columns(b)
     (rows, columns), depth = out.shape, a.shape[1]
-    few, one_shot = rows <= FEW_ROWS, in_one_shot(rows, columns, a.itemsize, comm.size)
-    descriptors = by_descriptors(depth, columns)
+    few, descriptors, blocks = rows <= FEW_ROWS, by_descriptors(depth, columns), blocks_of(comm.device)
     shape = (shape_of_few if few else shape_for)(rows, columns, descriptors)
-    tile = shape.rows * shape.columns
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
-    owned = tiles if one_shot else -(-tiles // comm.size)
-    folded = min(FOLDED if few else FOLDED_OF_ALL >> (comm.size - 1).bit_length(), shape.rows)
-    height = folded if few else shape.rows
-    sums = 0 if one_shot else owned * (shape.rows // height)  # and as many signals
-    elements = (comm.size * owned + (0 if one_shot else tiles)) * tile
-    blocks = blocks_of(comm.device)
-    share = share_of(tiles, -(-depth // shape.depth), blocks)
-    whole = one_shot and share % -(-depth // shape.depth) == 0  # no second launch
-    # The blocks of all calls in a workspace are the same, so that their epochs are.
-    name = "gemm_all_reduce of few rows" if few else "gemm_all_reduce"
-    partials = 2 * blocks * tile if few else 0
-    space = workspace(comm, name, elements, _UNIT, a.dtype, owned + sums, blocks, partials)
-    of_b = right(b, shape, descriptors)
+    one_shot = in_one_shot(rows, columns, a.itemsize, comm.size)
+    sums = Sums.of(shape, tiles, few, one_shot, comm.size, blocks)
+    space = _space(comm, a.dtype, shape, tiles, sums, few, blocks)
+    of_b, by_tiles = right(b, shape, descriptors), descriptors and (not few or rows % shape.rows == 0)
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
     slots = (space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT))
-    by_tiles = descriptors and (not few or rows % shape.rows == 0)
-    operands = (left(a, shape, by_tiles), of_b.operand)
-    sizes = (rows, columns, depth)
-    layout = (space.most, *of_b.strides)
+    operands, layout = (left(a, shape, by_tiles), of_b.operand), (space.most, *of_b.strides)
     tiling = {"DTYPE": dtype, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
     how = {"DEPTH": shape.depth, "STAGES": shape.stages, "TRANSPOSED": of_b.transposed, "num_warps": shape.warps}
-    summing = {**tiling, "FOLDED": folded, "num_warps": FOLD_WARPS[not few]}
+    steps = -(-depth // shape.depth)
+    share = share_of(tiles, steps, blocks)
+    whole = one_shot and share % steps == 0  # then there is no second launch
 
     def multiply():
         if few:
             multiply_shares[(blocks,)](
-                comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals, *sizes, share,
-                *layout, **tiling, **how, LEFT=by_tiles, RIGHT=descriptors, ONE_SHOT=one_shot,
-                FOLDED=folded if whole else 0,
+                comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals,
+                rows, columns, depth, share, *layout, **tiling, **how, LEFT=by_tiles, RIGHT=descriptors,
+                ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0,
             )  # fmt: skip
         else:
             multiply_tiles[(blocks - FOLDERS,)](
-                comm.team, space.epochs[0], *slots, *operands, *sizes, *layout, **tiling, **how, DESCRIPTORS=descriptors
-            )
+                comm.team, space.epochs[0], *slots, *operands, rows, columns, depth, *layout, **tiling, **how,
+                DESCRIPTORS=descriptors,
+            )  # fmt: skip
 
     def fold():
         summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
+        summing = {**tiling, "FOLDED": sums.folded, "num_warps": FOLD_WARPS[not few]}
         if whole:
             return
         if one_shot:
             fold_everywhere[(blocks,)](*summed, **summing)
         else:
-            fold_and_share[(blocks if few else FOLDERS,)](*summed, **summing, HEIGHT=height)
+            fold_and_share[(blocks if few else FOLDERS,)](*summed, **summing, HEIGHT=sums.height)
 
-    comm.start_fused("all_reduce", name, a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
+    comm.start_fused("all_reduce", _name(few), a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
+
+
+def _name(few: bool) -> str:
+    """Of a kind of call, and of its workspace: one that all calls of it take on equally many blocks keeps equal epochs."""
+    return "gemm_all_reduce of few rows" if few else "gemm_all_reduce"
+
+
+def _space(comm: Communicator, dtype, shape: Shape, tiles: int, sums: Sums, few: bool, blocks: int) -> Workspace:
+    """Slots for the tiles of all ranks, then, in two shots, for the sums of all tiles; and a signal for each."""
+    tile = shape.rows * shape.columns
+    elements, signals = comm.size * sums.owned * tile, sums.owned
+    if not sums.one_shot:
+        elements += tiles * tile
+        signals += sums.owned * (shape.rows // sums.height)
+    partials = 2 * blocks * tile if few else 0
+    return workspace(comm, _name(few), elements, _UNIT, dtype, signals, blocks, partials)
 
 
 def _one_then_other(device: torch.device, multiply, fold, beside: bool) -> None:
