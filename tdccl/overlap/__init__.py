@@ -1,4 +1,4 @@
-"""Communication fused with computation: products of matrices whose rows are sharded over the ranks."""
+"""Communication fused with computation: products, and norms, of matrices that are spread over the ranks."""
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
 from tdccl.overlap.all_reduce_rms_norm import all_reduce_rms_norm

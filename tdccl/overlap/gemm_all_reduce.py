@@ -498,7 +498,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
 
 def _name(few: bool) -> str:
-    """Of a kind of call, and of its workspace: one that all calls of it take on equally many blocks keeps equal epochs."""
+    """Of a kind of call, and of its workspace: calls of a kind take equally many blocks, which keeps epochs equal."""
     return "gemm_all_reduce of few rows" if few else "gemm_all_reduce"
 
 
