@@ -331,3 +331,13 @@ def test_example_decodes_as_plain_torch_and_as_one_rank_does(ranks, tmp_path):
     assert len(set(one.split())) > 1
     if environment.emulated():  # elsewhere sums of as many parts need not round alike, where two tokens are near a tie
         assert one == several
+
+
+def test_bench(tmp_path):
+    command = ["bench/overlap.py", "--operators=gemm_all_reduce,all_reduce_rms_norm", "--few=5", "--tokens=40"]
+    torchrun(2, *command, "-J", str(tmp_path / "fused.json"))
+    found = json.loads((tmp_path / "fused.json").read_text())["fused"]
+    assert [(row["operator"], row["tokens"]) for row in found] == [
+        ("gemm_all_reduce", 5), ("gemm_all_reduce", 40), ("all_reduce_rms_norm", 5),
+    ]  # fmt: skip
+    assert all(row["wrong"] == 0 and row["times_us"]["both, tdccl"] > 0 for row in found)

@@ -1,14 +1,15 @@
 """A product fused with all-reduce: every rank has A and B of its share of K, and gets the whole sum.
 
-Two launches. The product stores each tile that is done into a slot on another rank, with a signal; beside or after it a
-second kernel adds what all ranks have stored, in rank order:
+The product stores each tile that is done into a slot on another rank, with a signal; after it or beside it a second
+kernel adds what all ranks have stored, in rank order:
 
 one shot   a tile goes to all ranks, and each adds it up                        few rows
 two shots  a tile goes to its owner, which adds it up and sends the sum to all  else; tiles belong to the ranks in turns
 
 With few rows the product reads B and little else: all multiprocessors take equal shares of the steps of all tiles, and
-the block that comes last to a tile adds up the shares (stream-K). With many rows tiles are whole, and the second kernel
-runs beside the product on a few multiprocessors.
+the block that comes last to a tile adds up the shares (stream-K). Where shares come out as whole tiles, a block knows
+which ones are its on all ranks, and adds them up itself, in the same launch. With many rows tiles are whole, and the
+second kernel runs beside the product on a few multiprocessors.
 """
 
 import functools
