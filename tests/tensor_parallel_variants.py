@@ -19,15 +19,11 @@ def products(kernel, shape: Shape, descriptors: bool, rows: int | None = None, *
     """Weights as linear layers have them. rows: 1, of which Triton makes a constant."""
     constants |= {"DTYPE": tl.bfloat16, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
     if "DEPTH" in kernel.arg_names:
-        constants |= {"DEPTH": shape.depth, "STAGES": shape.stages, "TRANSPOSED": True}
-        loads = ("LEFT", "RIGHT") if "LEFT" in kernel.arg_names else ("DESCRIPTORS",)
-        constants |= dict.fromkeys(loads, descriptors)
+        constants |= {"DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": True}
     if rows is not None:
         constants["M"] = rows
-    if rows is not None and "LEFT" in constants:  # too few to load whole tiles
-        constants["LEFT"] = False
     operands = operands_of(shape, descriptors, True) | {"partials": "*fp32", "arrivals": "*i32"}
-    operands |= dict.fromkeys(("M", "share"), "i32") | ({} if constants.get("LEFT", True) else {"a": "*bf16"})
+    operands |= dict.fromkeys(("M", "share"), "i32")
     aligned = {"odd", "N", "K", "b_row"} if descriptors else {"odd"}
     warps = shape.warps if "DEPTH" in kernel.arg_names else product.FOLD_WARPS[constants["FOLDED"] != product.FOLDED]
     tell(kernel.__name__, compiled(kernel, constants, aligned, warps, shape.rows, operands))

@@ -108,35 +108,34 @@ def product(
     """
     return product_between(
         a, row, height, b, column, N, K, b_row, b_column, 0, K,
-        ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, DESCRIPTORS, TRANSPOSED,
+        ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
     )  # fmt: skip
 
 
 @triton.jit
 def product_between(
     a, row, height, b, column, N, K, b_row, b_column, first, last,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """The part of `product` that columns `first` .. `last` of a make; `first` is a multiple of DEPTH, `last` too or K.
 
-    LEFT, RIGHT: whether a, and b, is a descriptor. Of a pointer a only rows that exist are read, which is faster where
-    many of ROWS do not. Ordering: plain loads.
+    Ordering: plain loads.
     """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    inner = tl.arange(0, DEPTH)
-    if not LEFT:
-        rows = a + (row + tl.minimum(tl.arange(0, ROWS), height - 1)).to(tl.int64)[:, None] * K
-    if not RIGHT:
-        j = column + tl.arange(0, COLUMNS)
-        columns = b + j.to(tl.int64)[None, :] * b_column
-    for k in tl.range(first, last, DEPTH, num_stages=STAGES):
-        depth = k + inner
-        of_a = a.load([row, k]) if LEFT else tl.load(rows + depth[None, :], mask=(depth < K)[None, :], other=0)
-        if RIGHT:
+    if DESCRIPTORS:
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
+            of_a = a.load([row, k])
             of_b = b.load([column, k]).T if TRANSPOSED else b.load([k, column])
-        else:
+            total = tl.dot(of_a, of_b, total)
+    else:
+        i, j, inner = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+        rows = a + (row + i).to(tl.int64)[:, None] * K
+        columns = b + j.to(tl.int64)[None, :] * b_column
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
+            depth = k + inner
+            of_a = tl.load(rows + depth[None, :], mask=(i < height)[:, None] & (depth < K)[None, :], other=0)
             at = columns + depth.to(tl.int64)[:, None] * b_row
             of_b = tl.load(at, mask=(depth < K)[:, None] & (j < N)[None, :], other=0)
-        total = tl.dot(of_a, of_b, total)
+            total = tl.dot(of_a, of_b, total)
     return total

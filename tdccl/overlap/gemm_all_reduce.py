@@ -47,8 +47,8 @@ FOLD_WARPS = 4, 16  # of a block that adds up, of few rows and of many
 FOLDED = 8 if environment.emulated() else 16  # of few rows a block adds up so many at once
 FOLDED_OF_ALL = 128  # of many so many of all ranks together, or fewer
 _SHAPES_OF_FEW = {
-    16: Shape(16, 64, 128, 8, 4, 8),
-    32: Shape(32, 64, 128, 7, 4, 8),
+    16: Shape(16, 64, 128, 7, 4, 8),
+    32: Shape(32, 64, 128, 6, 4, 8),
     64: Shape(64, 64, 128, 5, 4, 8),
     128: Shape(128, 64, 128, 4, 8, 8),
     256: Shape(128, 128, 64, 6, 8, 8),
@@ -65,7 +65,7 @@ def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 def multiply_shares(
     team, epochs, signals, slots, odd, a, b, c, partials, arrivals, M, N, K, share, most, b_row, b_column,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, ONE_SHOT: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, ONE_SHOT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Sends the tiles of a [M, K] times b; each block takes `share` steps, of DEPTH of K, one tile after another.
@@ -92,7 +92,7 @@ def multiply_shares(
         total = product_between(
             a, down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column,
             first * DEPTH, tl.minimum(last * DEPTH, K),
-            ROWS, COLUMNS, DEPTH, STAGES, LEFT, RIGHT, TRANSPOSED,
+            ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         done = last - first == steps
         if last - first < steps:
@@ -403,8 +403,8 @@ def gemm_all_reduce(
 
 
 def shape_of_few(rows: int, columns: int, descriptors: bool) -> Shape:
-    """The shape for a product of at most FEW_ROWS rows: narrow tiles, as low as they can be, while it is loading B that
-    takes time."""
+    """The shape for a product of at most FEW_ROWS rows: narrow tiles while it is loading B that takes time, and as low
+    as they can be, for rows that do not exist take time to load, too."""
     if environment.emulated():
         return shape_for(rows, columns, descriptors)
     shape = next(shape for upto, shape in _SHAPES_OF_FEW.items() if rows <= upto)
@@ -462,12 +462,15 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     one_shot = in_one_shot(rows, columns, a.itemsize, comm.size)
     sums = Sums.of(shape, tiles, few, one_shot, comm.size, blocks)
     space = _space(comm, a.dtype, shape, tiles, sums, few, blocks)
-    of_b, by_tiles = right(b, shape, descriptors), descriptors and (not few or rows % shape.rows == 0)
+    of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
     slots = (space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT))
-    operands, layout = (left(a, shape, by_tiles), of_b.operand), (space.most, *of_b.strides)
+    operands, layout = (left(a, shape, descriptors), of_b.operand), (space.most, *of_b.strides)
     tiling = {"DTYPE": dtype, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
-    how = {"DEPTH": shape.depth, "STAGES": shape.stages, "TRANSPOSED": of_b.transposed, "num_warps": shape.warps}
+    how = {
+        "DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": of_b.transposed,
+        "num_warps": shape.warps,
+    }  # fmt: skip
     steps = -(-depth // shape.depth)
     share = share_of(tiles, steps, blocks)
     whole = one_shot and share % steps == 0  # then there is no second launch
@@ -476,13 +479,12 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         if few:
             multiply_shares[(blocks,)](
                 comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals,
-                rows, columns, depth, share, *layout, **tiling, **how, LEFT=by_tiles, RIGHT=descriptors,
-                ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0,
+                rows, columns, depth, share, *layout, **tiling, **how, ONE_SHOT=one_shot,
+                FOLDED=sums.folded if whole else 0,
             )  # fmt: skip
         else:
             multiply_tiles[(blocks - FOLDERS,)](
-                comm.team, space.epochs[0], *slots, *operands, rows, columns, depth, *layout, **tiling, **how,
-                DESCRIPTORS=descriptors,
+                comm.team, space.epochs[0], *slots, *operands, rows, columns, depth, *layout, **tiling, **how
             )  # fmt: skip
 
     def fold():
