@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
+from bench import ep_kernels
 from bench.output import describe, given
 from tdccl import Communicator, environment
 from tdccl.ep import ExpertParallel, LowLatency
@@ -52,8 +53,10 @@ class Case:
         goes = torch.zeros(tokens, comm.size, dtype=torch.bool, device=comm.device)
         goes.scatter_(1, self.idx // self.local, True)
         self.copies = int(goes.sum())
+        self.by_node = goes.unflatten(1, (-1, comm.topology.width)).sum(2)  # copies of each token inside each
         self.remote = self.copies - int(goes[:, comm.rank].sum())
-        self.ranks_of_token = goes.sum(1, keepdim=True)
+        if self.by_node.shape[1] > 1:  # one copy a node
+            self.remote = int((self.by_node > 0).sum() - (self.by_node[:, comm.topology.node] > 0).sum())
 
 
 class Bench:
@@ -134,10 +137,12 @@ def _check_throughput(bench: Bench, ep: ExpertParallel, case: Case) -> None:
     bench.check(
         "rows of a dispatch", torch.equal(r.rows[:arrived], everyone[_tokens(r.source[:arrived], ep.max_tokens, case)])
     )
-    sums = case.x.float()
-    expected = torch.where(case.ranks_of_token > 1, sums + sums, sums)
-    for ranks in range(3, comm.size + 1):
-        expected = torch.where(case.ranks_of_token >= ranks, expected + sums, expected)
+    expected = torch.zeros_like(case.x, dtype=torch.float32)
+    for copies in case.by_node.unbind(1):
+        sums = torch.zeros_like(expected)
+        for number in range(comm.topology.width):
+            sums = torch.where(copies[:, None] > number, sums + case.x.float(), sums)
+        expected += sums.bfloat16().float() if len(comm.topology.nodes) > 1 else sums
     bench.check("combine of a dispatch", torch.equal(ep.combine(r.rows, plan), expected.bfloat16()))
     r = ep.dispatch(case.x, plan, case.weights, "expert")
     valid = r.source >= 0
@@ -265,19 +270,25 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
         environment.forbid_multicast_to_others()
         dist.init_process_group("nccl", store=store, rank=comm.rank, world_size=comm.size, device_id=comm.device)
     bench = Bench(options, comm, bootstrap)
-    described = describe(comm.size, comm.device, options.command)
+    described = describe(comm.size, comm.device, options.command, comm.topology)
     bench.say(f"# {options.command}\n# {described['host']}; {comm.size} ranks; {bench.clock.mode}")
     head = f"{'shape':>14} {'tokens':>6} {'impl':<8} {'what':<34} {'time':>10} {'wire':>8} {'counted':>8}"
     bench.say(f"{head}\n{'':>64} {'(us)':>10} {'(GB/s)':>8} {'(GB/s)':>8}")
-    few = [tokens for tokens in options.tokens if tokens <= _FEW]
+    nodes, width = len(comm.topology.nodes), comm.topology.width
+    few = [tokens for tokens in options.tokens if tokens <= _FEW and nodes == 1]
     for shape in options.shapes:  # one object of each kind for all numbers of tokens: one compilation
         sizes = shape.hidden, shape.experts, shape.top_k
+        if nodes > 1 and not environment.emulated():  # with NVSHMEM's bitcode each kernel takes seconds
+            if comm.rank == 0:
+                major, minor = torch.cuda.get_device_capability(comm.device)
+                ep_kernels.warm(ep_kernels.Sizes(nodes, width, max(options.tokens), *sizes), 10 * major + minor)
+            bootstrap.barrier()
         ep = ExpertParallel(comm, max(options.tokens), *sizes)
         low = LowLatency(comm, max(few), *sizes) if few else None
         for seed, tokens in enumerate(options.tokens):
             case = Case(comm, shape, tokens, seed)
             throughput(bench, ep, case)
-            if tokens <= _FEW:
+            if tokens in few:
                 low_latency(bench, low, case)
             rivals(bench, case)
     bench.say(f"# Wrong results : {bench.wrong} {'FAILED' if bench.wrong else 'OK'}")

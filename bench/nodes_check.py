@@ -1,18 +1,23 @@
 """Checks and times every algorithm across nodes, on nodes that are drawn inside one host, in one go.
 
     TDCCL_NODE_SIZE=2 torchrun --nproc-per-node 4 -m bench.nodes_check
-    TDCCL_NODE_SIZE=1 mpirun -n 2 python -m bench.nodes_check
+    TDCCL_NODE_SIZE=1 mpirun -n 2 python -m bench.nodes_check -J FILE
 
-It says what of NVSHMEM is installed, starts it, and then goes through parts, each of which ends in "ok" or in what went
-wrong, on every rank where it did: every algorithm on messages of all kinds, eagerly and in CUDA graphs, every element
-checked, and timed; subgroups; torch.distributed; a peer that does not come. The exit status is the number of parts that
-failed. Between drawn nodes NVSHMEM goes over NVLink: the times are not those of a network.
+It says what of NVSHMEM is installed, compiles the kernels on all cores (with NVSHMEM's bitcode each takes seconds),
+and then goes through parts, each of which ends in "ok" or in what went wrong, on every rank where it did: every
+algorithm on messages of all kinds, eagerly and in CUDA graphs, every element checked, and timed; subgroups;
+torch.distributed; a peer that does not come. The exit status is the number of parts that failed. Between drawn nodes
+NVSHMEM goes over NVLink: the times are not those of a network. `python -m bench ep` does so for expert parallelism.
 """
 
+import argparse
+import json
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,8 +25,12 @@ import torch.distributed as dist
 import tdccl
 from bench import data
 from bench.collectives import COLLECTIVES, Buffers, Case
-from tdccl import environment, torch_entry, tuning
-from tdccl.decisions import ACROSS_NODES
+from bench.compiling import on_all_cores
+from bench.output import Result, describe, given
+from tdccl import aot, environment, torch_entry, tuning
+from tdccl.decisions import ACROSS_NODES, context_for
+from tdccl.runtime.algorithm import Algorithm, Call
+from tdccl.runtime.arrays import TRITON_NAMES
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport import nvshmem
 from tdccl.transport.bootstrap import Bootstrap, discover
@@ -29,6 +38,62 @@ from tdccl.transport.bootstrap import Bootstrap, discover
 # (element type, operation): the first at all sizes and timed, the others at two.
 _KINDS = [("bfloat16", "sum"), ("float", "sum"), ("half", "avg"), ("int64", "min")]
 _SIZES = [16, 1 << 16] if environment.emulated() else [16, 1 << 10, 1 << 16, 1 << 20, 1 << 26]
+# What the other parts call: collective, elements, element type, operation, alignment, whether by split lists.
+_OTHERS = [
+    ("all_reduce", 1000, "fp32", "sum", 16, False), ("all_reduce", 10_000, "fp32", "sum", 16, False),
+    ("all_reduce", 9, "fp32", "sum", 16, False), ("all_gather", 28, "u8", None, 16, False),
+    ("barrier", 0, "u8", None, 16, False), ("send_recv", 0, "u8", None, 16, False),
+    ("send_recv", 0, "u8", None, 4, False), ("all_gather", 0, "u8", None, 4, True),
+    ("all_to_all", 0, "u8", None, 4, True), ("all_to_all", 0, "u8", None, 16, True),
+    ("all_to_all_vdev", 0, "u8", None, 16, False),
+]  # fmt: skip
+
+
+def cases(name: str, rank: int, ranks: int) -> Iterator[Case]:
+    """The calls of a collective that are checked."""
+    collective = COLLECTIVES[name]
+    for dtype, op in _KINDS if collective.reduces and not environment.emulated() else _KINDS[:1]:
+        for size in _SIZES if dtype == _KINDS[0][0] else (_SIZES[1], _SIZES[-1]):
+            root = size // 16 % ranks if collective.rooted else -1
+            for in_place in collective.variants:
+                yield Case(collective, size, dtype, op if collective.reduces else None, root, rank, ranks, in_place)
+
+
+def jobs(nodes: int, width: int, arch: str) -> list[aot.Job]:
+    """The kernels of all parts."""
+    context, distinct = context_for(width, nodes=nodes), {}
+    calls = [_other(nodes * width, *other) for other in _OTHERS]
+    for name in ACROSS_NODES.keys() & COLLECTIVES.keys():
+        calls += [_call(case) for case in cases(name, 0, nodes * width) if case.count]
+    for call in calls:
+        for algorithm in ACROSS_NODES[call.collective]:
+            if algorithm.unfit(call, context) is None:
+                geometry = algorithm.geometry(call, context)
+                job = aot.Job(arch, width, call.collective, algorithm.name, geometry, call.op, nodes)
+                distinct[aot.key_of(algorithm, geometry, call.op, context)] = job
+    return [*distinct.values()]
+
+
+def _call(case: Case) -> Call:
+    """The case as a communicator plans it."""
+    dtype, count = TRITON_NAMES[case.dtype], case.count
+    if case.op is None:
+        dtype, count = "u8", count * case.dtype.itemsize
+    return Call(case.collective.name, count, dtype, case.op, max(0, case.root), 16, None, (None, None), case.in_place)
+
+
+def _other(ranks: int, name: str, count: int, dtype: str, op: str | None, alignment: int, uneven: bool) -> Call:
+    splits = (((alignment,) * ranks,) * 2) if uneven else None
+    on_device = (0, 0, 16, 16, 16) if name == "all_to_all_vdev" else None
+    return Call(name, count, dtype, op, 0, alignment, splits, (None, None), False, on_device)
+
+
+def compile_all(topology: tdccl.transport.Topology) -> str:
+    """Compiles the kernels into Triton's cache, on all cores; returns how long it took, in words."""
+    start, arch = time.monotonic(), "sm_{}{}".format(*torch.cuda.get_device_capability())
+    todo = jobs(len(topology.nodes), topology.width, arch)
+    on_all_cores(aot.warm, [(job,) for job in todo])
+    return f"{len(todo)} kernels compiled in {time.monotonic() - start:.0f} s"
 
 
 def installed(comm: tdccl.Communicator) -> str:
@@ -51,34 +116,26 @@ class Checker:
         self._effort = Effort(1, 0, 1) if environment.emulated() else Effort(10, 2, 3)
         room = [torch.empty(_SIZES[-1], dtype=torch.uint8, device=comm.device) for _ in range(2)]
         self._memory = Buffers(*room)
+        self.results: list[Result] = []
 
-    def algorithm(self, name: str, algorithm) -> list[str]:
+    def algorithm(self, algorithm: Algorithm, name: str) -> list[str]:
         """Every kind and size of message by one algorithm; returns lines with the times."""
-        comm, collective = self._comm, COLLECTIVES[name]
-        table = comm.table
+        comm, table, lines = self._comm, self._comm.table, []
         row = tuning.Row(None, algorithm.name, {})
         comm.use_table(tuning.Table("the check", {name: {"plain": [row]}}))
-        lines = []
         try:
-            for dtype, op in _KINDS if collective.reduces and not environment.emulated() else _KINDS[:1]:
-                for size in _SIZES if dtype == _KINDS[0][0] else (_SIZES[1], _SIZES[-1]):
-                    root = size // 16 % comm.size if collective.rooted else -1
-                    for in_place in collective.variants:
-                        case = Case(
-                            collective, size, dtype, op if collective.reduces else None, root, comm.rank, comm.size,
-                            in_place,
-                        )  # fmt: skip
-                        times = self._case(name, case, algorithm.name)
-                        if times and dtype == _KINDS[0][0]:
-                            listed = ", ".join(f"{microseconds:.1f}" for microseconds in times)
-                            lines.append(f"    {case.nbytes:>10} B {'in ' if in_place else 'out'} {listed} us")
+            for case in cases(name, comm.rank, comm.size):
+                times = self._case(case, algorithm.name)
+                if times and case.dtype_name == _KINDS[0][0]:
+                    listed = ", ".join(f"{microseconds:.1f}" for microseconds in times)
+                    lines.append(f"    {case.nbytes:>10} B {'in ' if case.in_place else 'out'} {listed} us")
         finally:
             comm.use_table(table)
         return lines
 
-    def _case(self, name: str, case: Case, algorithm: str) -> list[float]:
+    def _case(self, case: Case, algorithm: str) -> list[float]:
         """One case, eagerly and in a graph, checked; returns the times, none if the algorithm does not take it."""
-        comm = self._comm
+        comm, name = self._comm, case.collective.name
         send, recv = self._memory.views(case)
         if (
             case.count == 0
@@ -101,6 +158,7 @@ class Checker:
                 data.prepare(case, send, recv, seed)
                 self._agree(f"{case}, seed {seed}, {clock.mode}", self._fault(once, partial(_wrong, case, recv, seed)))
             times.append(slowest(clock, self._bootstrap, call, lambda: data.prepare(case, send, recv, 9), self._effort))
+            self.results.append(Result(case, "tdccl", algorithm, clock.mode, "plain", None, times[-1], 0))
         return times
 
     def _fault(self, run, look) -> str | None:
@@ -133,6 +191,57 @@ class Checker:
         ]
         return [f"    {', '.join(f'{microseconds:.1f}' for microseconds in times)} us"]
 
+    def pairs(self) -> list[str]:
+        """Messages, roots and pieces of uneven sizes, checked; a ring of messages timed."""
+        comm, lines = self._comm, []
+        right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        for nbytes in [64, 1 << 16] if environment.emulated() else [64, 1 << 16, 1 << 20, 1 << 26]:
+            x, y = (torch.full((nbytes // 4,), value, device=comm.device) for value in (comm.rank + 0.5, -1.0))
+
+            def ring(x=x, y=y):
+                comm.send_recv([(x, right)], [(y, left)])
+
+            for clock in self._clocks:
+                y.fill_(-1)
+                once = clock.repeated(ring, 1)
+                self._agree(
+                    f"a ring of {nbytes} bytes, {clock.mode}", self._fault(once, lambda y=y: _all(y, left + 0.5))
+                )
+            times = [slowest(clock, self._bootstrap, ring, lambda: None, self._effort) for clock in self._clocks]
+            lines.append(f"    {nbytes:>10} B     {', '.join(f'{microseconds:.1f}' for microseconds in times)} us")
+        for unit in (1, 4):  # of 4 bytes, and of 16
+            self._agree(f"pieces of {4 * unit} bytes", self._fault(partial(self._pieces, unit), lambda: None))
+        return lines
+
+    def _pieces(self, unit: int) -> None:
+        """Piece j of rank i has (2 i + j) % 5 rows of `unit` words, whose value says whose they are."""
+        comm, ranks = self._comm, range(self._comm.size)
+        counts = [[(2 * i + j) % 5 * 301 for j in ranks] for i in ranks]
+        sent, received = counts[comm.rank], [row[comm.rank] for row in counts]
+
+        def rows(source: int, count: int):
+            return torch.full((count, unit), source + 0.25, device=comm.device)
+
+        expected = torch.cat([rows(source, count) for source, count in enumerate(received)])
+        send = rows(comm.rank, sum(sent))
+        assert torch.equal(comm.all_to_all(send, None, sent, received), expected), "all_to_all"
+        recv = torch.zeros(sum(received) + 3, 4, device=comm.device)
+        answer = torch.zeros(2, comm.size, dtype=torch.int64, device=comm.device)
+        on_device = torch.tensor(sent, device=comm.device)
+        comm.all_to_all_vdev(send.repeat(1, 4 // unit), recv, on_device, answer)
+        assert answer[0].tolist() == received and torch.equal(recv[:-3, :unit], expected), "all_to_all_vdev"
+        rising = [301 * (source + 1) for source in ranks]
+        gathered = comm.all_gather(rows(comm.rank, rising[comm.rank]), None, rising)
+        assert torch.equal(gathered, torch.cat([rows(*each) for each in enumerate(rising)])), "all_gather"
+        root = comm.size - 1
+        gathered = comm.gather(rows(comm.rank, 77), None, root)
+        whole = torch.cat([rows(source, 77) for source in ranks])
+        assert gathered is None or torch.equal(gathered, whole), "gather"
+        mine = comm.scatter(whole if comm.rank == root else None, torch.empty(77, unit, device=comm.device), root)
+        assert torch.equal(mine, rows(comm.rank, 77)), "scatter"
+        total = comm.reduce(rows(comm.rank, 77), None, "sum", root)
+        assert total is None or _all(total, sum(ranks) + 0.25 * comm.size) is None, "reduce"
+
     def subgroups(self) -> list[str]:
         """One rank of each node; the ranks of each node; all in another order; each with its own memory."""
         comm = self._comm
@@ -164,6 +273,11 @@ class Checker:
         return lines
 
 
+def _all(tensor: torch.Tensor, value: float) -> str | None:
+    wrong = int((tensor != value).sum())
+    return f"{wrong} of {tensor.numel()} elements are not {value}" if wrong else None
+
+
 def _wrong(case: Case, recv: torch.Tensor, seed: int) -> str | None:
     wrong = data.count_wrong(case, recv, seed)
     return f"{wrong} of {recv.numel()} elements wrong, {recv[:4].tolist()}..." if wrong else None
@@ -182,35 +296,64 @@ def torch_face() -> list[str]:
     listed = [torch.empty(7, device=device) for _ in range(size)]
     dist.all_gather(listed, torch.full((7,), float(rank), device=device))
     assert [part[0].item() for part in listed] == list(range(size)), listed
+    y, right, left = torch.empty(301, device=device), (rank + 1) % size, (rank - 1) % size
+    mine = torch.full_like(y, float(rank))
+    for each in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, right), dist.P2POp(dist.irecv, y, left)]):
+        each.wait()
+    assert y.eq(left).all(), y[:3]
+    sent, received = [rank + j for j in range(size)], [i + rank for i in range(size)]
+    y = torch.empty(sum(received), device=device)
+    dist.all_to_all_single(y, torch.full((sum(sent),), float(rank), device=device), received, sent)
+    assert y.tolist() == [float(i) for i, count in enumerate(received) for _ in range(count)], y
+    listed = [torch.empty_like(mine) for _ in range(size)] if rank == 0 else None
+    dist.gather(mine, listed)
+    assert rank or [part[0].item() for part in listed] == list(range(size)), listed
+    dist.scatter(mine, [part + 0.5 for part in listed] if rank == 0 else None)
+    assert mine.eq(rank + 0.5).all(), mine[:3]
+    dist.reduce(mine, size - 1)
+    assert rank != size - 1 or mine.eq(sum(range(size)) + 0.5 * size).all(), mine[:3]
     dist.barrier()
     dist.destroy_process_group()
     return []
 
 
 def main() -> int:
-    bootstrap = discover(timeout=120)
-    say = print if bootstrap.rank == 0 else lambda *_, **__: None
+    parser = argparse.ArgumentParser(prog="python -m bench.nodes_check", description=__doc__.partition("\n")[0])
+    parser.add_argument("-J", "--json", metavar="FILE", type=Path, help="also write the times to FILE")
+    options = parser.parse_args()
+    bootstrap = discover(timeout=300)
+    say = partial(print, flush=True) if bootstrap.rank == 0 else lambda *_, **__: None
     with tdccl.init(timeout=60) as comm:
-        say(f"# {comm.size} x {comm.gpu} as nodes {comm.topology.nodes}; NVSHMEM: {installed(comm)}", flush=True)
+        say(f"# {comm.size} x {comm.gpu} as nodes {comm.topology.nodes}; NVSHMEM: {installed(comm)}")
         if len(comm.topology.nodes) == 1:
             raise SystemExit("all ranks are on one node: draw a boundary, by TDCCL_NODE_SIZE=1 on 2 ranks, 2 on 4")
+        topology = comm.topology
+        described = describe(comm.size, comm.device, f"python -m bench.nodes_check {given()}", topology)
+    if bootstrap.rank == 0 and not environment.emulated():
+        say(f"# {compile_all(topology)}")
+    bootstrap.barrier()
     parts = [
-        (
-            f"{name} by {algorithm.name}",
-            lambda checker, name=name, algorithm=algorithm: checker.algorithm(name, algorithm),
-        )
+        (f"{name} by {algorithm.name}", partial(Checker.algorithm, algorithm=algorithm, name=name))
         for name, algorithms in ACROSS_NODES.items()
         if name in COLLECTIVES
         for algorithm in algorithms
+        if not algorithm.pairs  # which are for other calls
     ]
-    parts += [("barrier", Checker.barriers), ("subgroups", Checker.subgroups), ("timeout", Checker.timeout)]
+    parts += [
+        ("barrier", Checker.barriers),
+        ("pairs", Checker.pairs),
+        ("subgroups", Checker.subgroups),
+        ("timeout", Checker.timeout),
+    ]
     parts += [("torch.distributed", lambda _: torch_face())]
-    failed = 0
+    failed, results = 0, []
     for name, part in parts:
         start, complaint, lines = time.monotonic(), None, []
         try:
             with tdccl.init(timeout=60) as comm:  # a part that fails takes its communicator with it
-                lines = part(Checker(comm, bootstrap))
+                checker = Checker(comm, bootstrap)
+                lines = part(checker)
+                results += checker.results
         except Exception as error:
             complaint = f"{error}\n{traceback.format_exc()}"
         complaints = bootstrap.exchange(complaint)
@@ -218,8 +361,11 @@ def main() -> int:
         say(f"{name}: {'FAILED' if any(complaints) else 'ok'} ({time.monotonic() - start:.1f} s)", *lines, sep="\n")
         for rank, what in enumerate(complaints):
             if what:
-                say(f"--- rank {rank}: {what}", flush=True)
-    say(f"# parts that failed: {failed}", flush=True)
+                say(f"--- rank {rank}: {what}")
+        if options.json and bootstrap.rank == 0:  # as far as it has come
+            report = {**described, "rows": [result.as_json() for result in results]}
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    say(f"# parts that failed: {failed}")
     return failed
 
 

@@ -19,6 +19,7 @@ import triton
 import tdccl
 from bench.collectives import Case
 from tdccl import Communicator, environment
+from tdccl.transport import Topology
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Output:
         self._leads = comm.rank == 0
         self._shows_progress = self._leads and sys.stderr.isatty()
         self._path = options.json
-        self._run = describe(comm.size, comm.device, options.command)
+        self._run = describe(comm.size, comm.device, options.command, comm.topology)
         self._results: list[Result] = []
         self._notes: set[str] = set()
         self._peers: list[str] = []
@@ -159,12 +160,14 @@ def _compared(peer: Result | None, ours: dict[bool, Result]) -> str:
     return f"{peer.time_us:>9.2f} {peer.time_us / ours[peer.case.in_place].time_us:>6.2f}"
 
 
-def describe(ranks: int, device: torch.device, command: str) -> dict:
-    """What was run where. Nothing in it names the host."""
+def describe(ranks: int, device: torch.device, command: str, topology: Topology | None = None) -> dict:
+    """What was run where; topology: how the ranks lie on nodes, if that may be on several. Nothing in it names the
+    host."""
     processor = f"{os.cpu_count()} x {_processor()}"
     gpu = None if environment.emulated() else torch.cuda.get_device_name(device)
+    host = f"emulation, {processor}" if gpu is None else f"{torch.cuda.device_count()} x {gpu}, {processor}"
     return {
-        "host": f"emulation, {processor}" if gpu is None else f"{torch.cuda.device_count()} x {gpu}, {processor}",
+        "host": host + (_lying(topology) if topology is not None else ""),
         "gpu": gpu,
         "world": ranks,
         "versions": {
@@ -178,6 +181,16 @@ def describe(ranks: int, device: torch.device, command: str) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def _lying(topology: Topology) -> str:
+    """How the ranks lie on nodes, if on several."""
+    if len(topology.nodes) == 1:
+        return ""
+    lying = f"; as {len(topology.nodes)} nodes of {topology.width} drawn inside the host"
+    if environment.node_size() is None:
+        return lying.replace(" drawn inside the host", "")
+    return f"{lying}: {'emulated' if environment.emulated() else 'NVSHMEM over NVLink'}, not a network"
 
 
 def given() -> str:

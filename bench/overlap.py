@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
+from bench import moe
 from bench.output import describe, given
 from tdccl import Communicator, environment
 from tdccl.overlap import all_gather_gemm, all_reduce_rms_norm, gemm_all_reduce, gemm_reduce_scatter
@@ -175,8 +176,9 @@ class Bench:
             row["product_ratio"] = round(times["product, torch"] / times["product, tdccl"], 3)
         self._add(row)
 
-    def _count_wrong(self, out: torch.Tensor, reference: torch.Tensor) -> int:
-        """Elements on all ranks that differ by more than rounding in another order does."""
+    def _count_wrong(self, out: torch.Tensor, reference: torch.Tensor | Callable[[], torch.Tensor]) -> int:
+        """Elements on all ranks that differ by more than rounding in another order does; `reference` may look it up."""
+        reference = reference() if callable(reference) else reference
         apart = (out.float() - reference.float()).abs()
         mine = int((~(apart <= _TOLERANCE * (reference.float().abs() + reference.float().std()))).sum())
         return sum(self.bootstrap.exchange(mine))
@@ -217,6 +219,8 @@ def main() -> int:
     for name in options.mlp:
         for operator in options.operators:
             getattr(bench, operator)(name, *options.shapes[name])
+    for name in options.moe:
+        moe.measure(bench, name)
     if options.json and rank == 0:
         report = describe(size, comm.device, options.command)
         options.json.write_text(json.dumps({**report, "rows": [], "fused": bench.rows}, indent=1) + "\n")
@@ -225,12 +229,18 @@ def main() -> int:
     return 1 if bench.wrong else 0
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=__doc__)
     shapes = _EMULATION if environment.emulated() else _GPU
     operators = ["all_gather_gemm", "gemm_reduce_scatter", "gemm_all_reduce", "all_reduce_rms_norm"]
-    parser.add_argument("--mlp", type=lambda text: text.split(","), default=list(shapes), help=f"of {','.join(shapes)}")
+    parser.add_argument("--mlp", type=_names, default=list(shapes), help=f"of {','.join(shapes)}")
     parser.add_argument("--operators", type=lambda text: text.split(","), default=operators, help=",".join(operators))
+    experts = ",".join(moe.SHAPES)
+    parser.add_argument("--moe", type=_names, default=[], help=f"layers of mixtures of experts, of {experts}")
     parser.add_argument("--tokens", type=int, default=48 if environment.emulated() else 8192)
     few = [1, 5] if environment.emulated() else [1, 8, 32, 64, 128, 256]
     parser.add_argument(

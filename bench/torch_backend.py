@@ -1,11 +1,11 @@
-"""torch.distributed on tdccl and its peers, in one run: host time of a call, memory of groups, training steps of a GPT.
+"""torch.distributed on tdccl and its peers, in turns in one process: host time of a call, memory of groups, training
+steps of a GPT.
 
 torchrun --nproc-per-node 4 -m bench.torch_backend --vs nccl -J FILE
 """
 
 import argparse
 import functools
-import gc
 import itertools
 import json
 import os
@@ -17,16 +17,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from bench import reading
 from bench.output import describe, given
 from examples.gpt import GPT, VOCABULARY
 from tdccl import environment, torch_entry
 from tdccl.runtime import bare
 
-_groups = itertools.count()
 MODES = ("DDP", "FSDP2")
 # GPT-2's largest, 1.5 billion parameters; in emulation a toy.
 _GPU = {"layers": 48, "width": 1600, "heads": 25, "context": 1024, "steps": 8, "calls": 400}
@@ -47,11 +48,7 @@ class Figures:
         slowest = torch.tensor([value], dtype=torch.float64, device=self._device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         value = float(f"{slowest.item():.4g}")
-        again = [row for row in self.rows if (row["what"], row["impl"]) == (what, backend)]
-        if again:  # the better of two rounds
-            again[0]["value"] = min(again[0]["value"], value)
-        else:
-            self.rows.append({"what": what, "impl": backend, "value": value, "unit": unit})
+        self.rows.append({"what": what, "impl": backend, "value": value, "unit": unit})
         if dist.get_rank() == 0:
             print(f"{what:50} {backend:12} {value:9.2f} {unit}", flush=True)
 
@@ -60,47 +57,29 @@ def main() -> None:
     options = _options()
     device = _device()
     torch_entry.register()
-    figures = Figures(device)
-    backends = ["tdccl", *filter(None, options.vs.split(","))]
-    for round in range(2):  # twice, in turns: a host's speed drifts
-        for backend in backends:
-            _begin(backend)
-            if round == 0 and device.type == "cuda":
-                memory(figures, backend, device)
-            host_time(figures, backend, device, options.calls)
-            for mode in MODES:
-                training(figures, backend, mode, device, options)
-            dist.barrier()
-            dist.destroy_process_group()
-    if options.json and os.environ["RANK"] == "0":
-        report = describe(int(os.environ["WORLD_SIZE"]), device, options.command)
-        options.json.write_text(json.dumps({**report, "rows": [], "figures": figures.rows}, indent=1) + "\n")
-
-
-def _begin(backend: str) -> None:
-    """The default group. What is measured of memory is the group's, so the device's own is there before."""
-    gc.collect()
     environment.forbid_multicast_to_others()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    # Keys of its own: NCCL finds a group of before by those it has left.
-    store = dist.PrefixStore(f"group {next(_groups)}", _store())
-    dist.init_process_group(
-        backend, store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
-    )
+    dist.init_process_group("tdccl")
+    figures = Figures(device)
+    groups = {"tdccl": dist.group.WORLD}
+    groups |= {backend: dist.new_group(backend=backend) for backend in filter(None, options.vs.split(","))}
+    if device.type == "cuda":
+        for backend, group in groups.items():
+            memory(figures, backend, group, device)
+    host_time(figures, groups, device, options.calls)
+    for mode in MODES:
+        training(figures, groups, mode, device, options)
+    if options.json and dist.get_rank() == 0:
+        report = describe(dist.get_world_size(), device, options.command)
+        options.json.write_text(json.dumps({**report, "rows": [], "figures": figures.rows}, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-@functools.cache
-def _store():
-    return next(iter(dist.rendezvous("env://")))[0]
-
-
-def memory(figures: Figures, backend: str, device: torch.device) -> None:
-    """Device memory that the default group takes once it is used, and then ten more groups of all ranks."""
+def memory(figures: Figures, backend: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Device memory that a group takes once it is used, and then ten more groups of all ranks."""
     x, gathered = torch.ones(1 << 20, device=device), torch.ones(dist.get_world_size() << 20, device=device)
 
-    def use(group=None):
+    def use(group):
         dist.all_reduce(x, group=group)
         dist.all_gather_into_tensor(gathered, x, group=group)
         torch.cuda.synchronize()
@@ -110,97 +89,122 @@ def memory(figures: Figures, backend: str, device: torch.device) -> None:
         return -free / 2**20
 
     before = taken()
-    use()
+    use(group)
     whole = taken()
-    groups = [dist.new_group(range(dist.get_world_size())) for _ in range(10)]
-    for group in groups:
-        use(group)
+    more = [dist.new_group(backend=backend) for _ in range(10)]
+    for each in more:
+        use(each)
     parts = taken()
-    figures.add("memory of the default group", backend, whole - before, "MiB")
+    figures.add("memory of a group", backend, whole - before, "MiB")
     figures.add("memory of ten more groups", backend, parts - whole, "MiB")
-    for group in groups:
-        dist.destroy_process_group(group)
+    for each in more:
+        dist.destroy_process_group(each)
 
 
-def host_time(figures: Figures, backend: str, device: torch.device, calls: int) -> None:
-    """How long a call of 1 KiB keeps the host, which does not wait for the device."""
-    x = torch.ones(512, dtype=torch.bfloat16, device=device)
-    gathered = torch.ones(512 * dist.get_world_size(), dtype=torch.bfloat16, device=device)
-    for name, call in {
-        "all_reduce": lambda: dist.all_reduce(x, dist.ReduceOp.MAX),
-        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(gathered, x),
-    }.items():
-        figures.add(f"host time of dist.{name}", backend, _repeated(call, calls), "us")
+def host_time(figures: Figures, groups: dict[str, dist.ProcessGroup], device: torch.device, calls: int) -> None:
+    """How long a call keeps the host, which does not wait for the device: synchronous ones, and asynchronous ones with
+    their wait()."""
+    for count, asynchronous in itertools.product((512, 32768), (False, True)):
+        x = torch.ones(count, dtype=torch.bfloat16, device=device)
+        larger = torch.ones(count * dist.get_world_size(), dtype=torch.bfloat16, device=device)
+        kind = "asynchronous " if asynchronous else ""
+        for name, arguments in {
+            "all_reduce": (x, dist.ReduceOp.MAX),
+            "all_gather_into_tensor": (larger, x),
+            "reduce_scatter_tensor": (x, larger, dist.ReduceOp.MAX),
+        }.items():
+            call = functools.partial(getattr(dist, name), *arguments, async_op=asynchronous)
+            series = {
+                backend: functools.partial(_series, functools.partial(call, group=group), calls)
+                for backend, group in groups.items()
+            }
+            for backend, value in _in_turns(series, 5).items():
+                what = f"host time of {kind}dist.{name}, {reading.size(x.nbytes)}"
+                figures.add(what, backend, value / calls * 1e6, "us")
 
 
-def _repeated(call: Callable, calls: int) -> float:
-    """Microseconds a call: the median of five series."""
-    series = []
-    for _ in range(6):
-        dist.barrier()
-        started = time.perf_counter()
-        for _ in range(calls):
-            call()
-        series.append((time.perf_counter() - started) / calls * 1e6)
-        _synchronize()
-    return statistics.median(series[1:])
+def _series(call: Callable, calls: int) -> None:
+    for _ in range(calls):
+        work = call()
+        if work is not None:
+            work.wait()
 
 
-def training(figures: Figures, backend: str, mode: str, device: torch.device, options: argparse.Namespace) -> None:
+def _in_turns(runs: dict[str, Callable], times: int, warmup: int = 1) -> dict[str, float]:
+    """The median seconds of each run on this rank, begun together; in turns, because a host's speed drifts."""
+    seconds = {name: [] for name in runs}
+    for turn in range(warmup + times):
+        for name in runs if turn % 2 else reversed(runs):
+            dist.barrier()
+            _synchronize()
+            started = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(listed[warmup:]) for name, listed in seconds.items()}
+
+
+def training(
+    figures: Figures, groups: dict[str, dist.ProcessGroup], mode: str, device: torch.device, options: argparse.Namespace
+) -> None:
     """Steps of a GPT in bfloat16 on random tokens, with as many sequences a rank as `--sequences` lists."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = GPT(options.layers, options.width, options.heads, options.context).to(torch.bfloat16)
-    model = _sharded(model, backend) if mode == "FSDP2" else _replicated(model, device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    parallel = _sharded if mode == "FSDP2" else _replicated
+    steps = {backend: _step(parallel(_model(device, options), backend, group)) for backend, group in groups.items()}
     for sequences in map(int, options.sequences.split(",")):
         tokens = torch.randint(VOCABULARY, (sequences, options.context), device=device)
-
-        def step(tokens=tokens):
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
-            loss.backward()
-            optimizer.step()
-
         what = f"{mode} step, {sequences} x {options.context} tokens a rank"
-        figures.add(what, backend, _timed(step, options.steps), "ms")
+
+        def timed(chosen, tokens=tokens):
+            runs = {backend: functools.partial(_until_idle, steps[backend], tokens) for backend in chosen}
+            return _in_turns(runs, options.steps, warmup=3)
+
+        for backend, seconds in timed(groups).items():
+            figures.add(what, backend, 1e3 * seconds, "ms")
         if options.trace:
-            path = options.trace / f"{backend}-{mode}-{sequences}-{dist.get_rank()}.json"
-            _add_hidden(figures, what, backend, _traced(step, path))
-        if backend == "tdccl":
-            communicator = dist.group.WORLD.communicator
-            own = communicator.max_blocks
-            for cap in options.max_blocks:
-                communicator.limit_blocks(cap)
-                figures.add(f"{what}, {cap or 'any'} blocks", backend, _timed(step, options.steps), "ms")
-            communicator.limit_blocks(own)
+            for backend in groups:
+                path = options.trace / f"{backend}-{mode}-{sequences}-{dist.get_rank()}.json"
+                _add_hidden(figures, what, backend, _traced(functools.partial(steps[backend], tokens), path))
+        communicator = groups["tdccl"].communicator
+        own = communicator.max_blocks
+        for cap in options.max_blocks:
+            communicator.limit_blocks(cap)
+            figures.add(f"{what}, {cap or 'any'} blocks", "tdccl", 1e3 * timed(["tdccl"])["tdccl"], "ms")
+        communicator.limit_blocks(own)
 
 
-def _replicated(model, device: torch.device):
-    return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+def _model(device: torch.device, options: argparse.Namespace) -> GPT:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPT(options.layers, options.width, options.heads, options.context).to(torch.bfloat16)
 
 
-def _sharded(model, backend: str):
+def _step(model) -> Callable[[torch.Tensor], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def step(tokens):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _until_idle(step: Callable, tokens: torch.Tensor) -> None:
+    step(tokens)
+    _synchronize()
+
+
+def _replicated(model, backend: str, group: dist.ProcessGroup):
+    return DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+
+
+def _sharded(model, backend: str, group: dist.ProcessGroup):
+    mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type)
     for module in (*model.blocks, model):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
         if backend == "tdccl":
             module.set_allocate_memory_from_process_group_for_comm(True)
     return model
-
-
-def _timed(step: Callable, steps: int) -> float:
-    """Milliseconds of a step: the median, each from an idle device to an idle device on all ranks."""
-    times = []
-    for _ in range(3 + steps):
-        dist.barrier()
-        _synchronize()
-        started = time.perf_counter()
-        step()
-        _synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[3:])
 
 
 def _traced(step: Callable, path: Path) -> list[tuple[bool, float, float]]:

@@ -77,7 +77,7 @@ def calls(collective: str, dtype: str, op: str | None, size: int) -> Iterator[Ca
 
 def key_of(algorithm: Algorithm, geometry: Geometry, op: str | None, context: Context) -> str:
     """The key under which a communicator will ask for the kernel of a call."""
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op, rail=rail_for(context))
+    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, op, rail=rail_for(context, algorithm.pairs))
     return pack.key_of(identity(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps))
 
 
@@ -94,9 +94,9 @@ def jobs(
         contexts = [context._replace(multicast=Multicast("switch", "asked for")) for context in contexts]
     for context, table, collective in itertools.product(contexts, tables, collectives):
         for dtype, op in _kinds(collective, dtypes, ops):
-            for call in calls(collective, dtype, op, size):
-                if nodes > 1 and (call.splits is not None or call.symmetric):
-                    continue  # the one has no kernel there, the other none of its own
+            for call in calls(collective, dtype, op, size * nodes):
+                if nodes > 1 and call.symmetric:
+                    continue  # it has no kernel of its own there
                 choice = choose(algorithms[collective], call, context, table)
                 key = key_of(choice.algorithm, choice.geometry, op, context)
                 job = Job(arch, size, collective, choice.algorithm.name, choice.geometry, op, nodes)
@@ -145,7 +145,9 @@ def _algorithm(job: Job) -> Algorithm:
 def _compile(job: Job):
     torch.set_num_threads(1)
     algorithm, geometry, context = _algorithm(job), job.geometry, context_for(job.size, nodes=job.nodes)
-    arguments = Arguments(algorithm.kernel, geometry, algorithm.symmetric, job.op, rail=rail_for(context))
+    arguments = Arguments(
+        algorithm.kernel, geometry, algorithm.symmetric, job.op, rail=rail_for(context, algorithm.pairs)
+    )
     target = GPUTarget("cuda", int(job.arch.removeprefix("sm_")), 32)
     return compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
 

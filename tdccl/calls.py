@@ -19,8 +19,10 @@ from tdccl.runtime import agreement, arrays
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.runtime.recorder import PLAIN, ROOTED, described, name_of, place_of, placed
+from tdccl.runtime.streams import Order, stream_of
 
 _MOST_PLANS = 4096
+AGAIN = object()  # what `_again` returns of a call that it has made
 
 
 class Calls(Membership):
@@ -35,6 +37,8 @@ class Calls(Membership):
         self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
         self._streams: dict[Any, int] = {}  # where each lane's last call went
+        self._index = self.device.index
+        self._order = None if self._emulated else Order(self._index)
         self._interpreting: list[int] = []  # threads, in emulation
         self._interpreted = threading.Condition()
         self._stop_word = ctypes.c_int64.from_address(self._heap.address + layout.STOP_BYTE.value)
@@ -150,37 +154,41 @@ class Calls(Membership):
         return self._regions.find(address, nbytes)
 
     def _choose(self, call: Call) -> Choice:
-        algorithms = self._algorithms.get(call.collective)
-        if algorithms is None:
-            raise ArgumentError(f"{call.collective}: not across nodes; use split() for the ranks of one")
+        algorithms = self._algorithms[call.collective]
         return choose(algorithms, call, self._context, self.table, self._forced.get(call.collective))
 
-    def _again(self, key: tuple, stream) -> bool:
-        """Repeats a call on the same arrays, whose checks and plan are known; False if there was none."""
+    def _again(self, collective: str, value: Any, timeout: float | None, send: Any, recv: Any, stream) -> Any:
+        """Repeats a call on the same arrays, whose checks and plan are known: returns AGAIN, else the key to keep it
+        under, None for arrays that are to be checked anew.
+
+        value: the op or the root.
+        """
+        key = arrays.signature(collective, value, timeout, send, recv)
         try:
             ready = self._calls.get(key)
         except TypeError:  # an op or a root that is no key: it will be refused
-            return False
+            return None
         if ready is None or self._regions.table is not self._calls_on:
-            return False
+            return key
         if self._destroyed or self._abort_word.value:
             self.check()
-        self._start(*ready, stream)
-        return True
+        what, launch, source, target = ready
+        self._start(what, launch, source, target, stream)
+        return AGAIN
 
     def _run(
         self, collective, source, target, count,
         op=None, root=None, splits=None, stream=None, timeout=None, key=None, on_device=None, called=None,
     ) -> None:  # fmt: skip
-        """Plans a call, starts it, and keeps it under `key`, whose last part is None for arrays to be checked anew.
+        """Plans a call, starts it, and keeps it under `key`, unless that is None.
 
         called: the collective's name to the user, if it is another.
         """
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
             return
-        if self._context.nodes > 1 and (splits is not None or collective not in self._algorithms):
-            compositions.run(self, called or collective, source, target, op, root, splits, stream, timeout)
+        if collective == "reduce" and self._context.nodes > 1:
+            compositions.reduce(self, source, target, op, root, stream, timeout)
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)
@@ -197,7 +205,7 @@ class Calls(Membership):
                 *self._places(call, source, target), uneven, elements, elements * source.itemsize,
             )  # fmt: skip
             ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and key[-1] is not None and not self._debug:
+            if key is not None and not self._debug:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready
@@ -214,7 +222,7 @@ class Calls(Membership):
                     raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
-                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rail)
+                plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rails)
         return plan
 
     def _compare(self, collective, source, target, count, op, root, splits, call: Call) -> None:
@@ -255,8 +263,11 @@ class Calls(Membership):
                 self._interpret(launch, send, recv)
                 self._recorder.end(index)
                 return
-            index = self.device.index
-            handle = torch._C._cuda_getCurrentRawStream(index) if stream is None else arrays.stream_handle(stream)
+            index = self._index
+            if stream is None:
+                handle = torch._C._cuda_getCurrentRawStream(index)
+            else:
+                handle = stream if type(stream) is int else arrays.stream_handle(stream)
             for lane in lanes:
                 if self._streams.get(lane) != handle:
                     self._follow(lane, handle)
@@ -304,7 +315,7 @@ class Calls(Membership):
         """torch's context of a stream in any form."""
         if self._emulated or stream is None:
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.ExternalStream(arrays.stream_handle(stream), self.device))
+        return torch.cuda.stream(stream_of(arrays.stream_handle(stream), self._index))
 
     def _follow(self, lane, handle: int) -> None:
         """A call on a new stream waits for those on the last one in its lane."""
@@ -312,9 +323,7 @@ class Calls(Membership):
             return  # a graph is ordered with other work where it is replayed
         last = self._streams.get(lane)
         if last is not None:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.ExternalStream(last, self.device))
-            torch.cuda.ExternalStream(handle, self.device).wait_event(event)
+            self._order.follow(handle, last)
         self._streams[lane] = handle
 
     def limit_blocks(self, max_blocks: int | None) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import profiler
 
 from tdccl import environment, transport
-from tdccl.calls import Calls, overlap, shown
-from tdccl.decisions import layout
+from tdccl.calls import AGAIN, Calls, overlap, shown
+from tdccl.decisions import layout, rails
 from tdccl.errors import ArgumentError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
@@ -98,8 +98,8 @@ class Communicator(Calls):
         op: sum, avg, min, max, prod (numbers); and, or, xor (integers, bool). 16-bit floats are accumulated in
         fp32, in rank order. An NVSwitch that adds (`explain` tells) does so in its own order, and rounds.
         """
-        key = ("all_reduce", op, timeout, arrays.signature(send, recv))
-        if self._again(key, stream):
+        key = self._again("all_reduce", op, timeout, send, recv, stream)
+        if key is AGAIN:
             return recv
         source, target, result = self._pair("all_reduce", send, recv, lambda shape: shape, stream)
         arrays.check_reduction("all_reduce", op, source.dtype)
@@ -123,8 +123,8 @@ class Communicator(Calls):
         """
         if recv_splits is not None:
             return self._all_gather_uneven(send, recv, recv_splits, stream, timeout)
-        key = ("all_gather", None, timeout, arrays.signature(send, recv))
-        if self._again(key, stream):
+        key = self._again("all_gather", None, timeout, send, recv, stream)
+        if key is AGAIN:
             return recv
         source, target, result = self._pair("all_gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         self._run("all_gather", source, target, source.numel(), stream=stream, timeout=timeout, key=key)
@@ -148,8 +148,8 @@ class Communicator(Calls):
         """
         if send_splits is not None:
             return self._reduce_scatter_uneven(send, recv, op, send_splits, stream, timeout)
-        key = ("reduce_scatter", op, timeout, arrays.signature(send, recv))
-        if self._again(key, stream):
+        key = self._again("reduce_scatter", op, timeout, send, recv, stream)
+        if key is AGAIN:
             return recv
 
         def shape_of_recv(shape):
@@ -167,8 +167,8 @@ class Communicator(Calls):
 
     def broadcast(self, buf: Any, root: int = 0, *, stream: Any = None, timeout: float | None = None) -> Any:
         """`buf` of rank `root` ends in `buf` of all ranks; returns buf. Any shape and dtype."""
-        key = ("broadcast", root, timeout, arrays.signature(buf, buf))
-        if self._again(key, stream):
+        key = self._again("broadcast", root, timeout, buf, buf, stream)
+        if key is AGAIN:
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
         root = self._checked_root("broadcast", root)
@@ -191,9 +191,10 @@ class Communicator(Calls):
         Pieces are cut along the first dimension: equal ones, or `send_splits` and `recv_splits` rows for each
         rank, where rank i's send_splits[j] is rank j's recv_splits[i]. recv may be send if all pieces are equal.
         """
-        key = ("all_to_all", None, timeout, arrays.signature(send, recv))
-        if send_splits is None and recv_splits is None and self._again(key, stream):
-            return recv
+        if send_splits is None and recv_splits is None:
+            key = self._again("all_to_all", None, timeout, send, recv, stream)
+            if key is AGAIN:
+                return recv
         source = self._checked("all_to_all", "send", arrays.as_tensor(send, "send"))
         if (send_splits is None) != (recv_splits is None):
             raise ArgumentError("all_to_all: give both send_splits and recv_splits, or neither")
@@ -425,6 +426,10 @@ class Communicator(Calls):
     def has_message_from(self, source: int) -> bool:
         """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
         self.check()
+        if self._rails is not None:
+            lane = self._pairs_start + source * rails.lane_bytes(self._context.pair_slot)
+            words = self._lanes.local[lane : lane + rails.LANE_WORD_BYTES.value].view(torch.int64)
+            return rails.has_come(words.tolist())
         start = layout.heap_bytes(team_of(self._context, "")._replace(channels=0))
         words = self._heap.local[start : start + 32 * layout.MAX_RANKS.value].view(torch.int64)
         _, received, arrived, _ = words.view(4, -1)[:, source].tolist()
@@ -504,7 +509,7 @@ class Communicator(Calls):
         """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone.
 
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
-        and in every 64th call, to compare where their tensors lay.
+        and in every 512th call, to compare where their tensors lay.
 
         Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ.
         """
@@ -552,17 +557,26 @@ class Communicator(Calls):
 
     def symmetric(self, tensor: torch.Tensor):
         """The kernel argument through which a kernel reaches all ranks' copies of a tensor in symmetric memory."""
+        segment = self._segment_with(tensor, "symmetric")
+        from tdccl.language import Symmetric
+
+        return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+
+    def addresses_of(self, tensor: torch.Tensor) -> list[int]:
+        """Where every rank's copy of a tensor in symmetric memory lies for this process: for copy engines."""
+        segment = self._segment_with(tensor, "addresses_of")
+        return [address + tensor.data_ptr() - segment.address for address in segment.addresses]
+
+    def _segment_with(self, tensor: torch.Tensor, method: str) -> transport.SymmetricMemory:
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         if segment is None:
             raise ArgumentError(
-                "symmetric: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
+                f"{method}: expected a tensor in this communicator's symmetric memory: made by its empty(), under "
                 "tdccl.symmetric(), or in a pool given to its register()"
             )
-        from tdccl.language import Symmetric
-
-        return Symmetric(segment.peers, tensor.data_ptr() - segment.address)
+        return segment
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
         """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""
@@ -655,9 +669,11 @@ class Communicator(Calls):
         with self._on_device():
             self._control.leave()
         self._end_watch()
+        if self._heartbeat is not None:
+            self._heartbeat.end()
         if bootstrap is not None:
             bootstrap.close()
-        self._bootstrap = self._arenas = self._loans = None  # a store may end with its last user
+        self._bootstrap = self._arenas = self._loans = self._store = None  # a store may end with its last user
 
     def __enter__(self) -> "Communicator":
         return self

@@ -29,13 +29,16 @@ def context_for(size: int, max_blocks: int | None = None, scratch: int | None = 
     if nodes > 1:
         most, least = _BLOCKS_ACROSS
         across = max(least, min(most, 8 * most // nodes))
-        rules = replace(rules, rings=min(rules.rings, across), blocks=min(rules.blocks, across))
+        channels = max(1, min(rules.channels, 128 // (nodes * size)))
+        rules = replace(rules, rings=min(rules.rings, across), blocks=min(rules.blocks, across), channels=channels)
     context = context_of(size, scratch, rules)
     if nodes > 1:
         slot = min(rules.tile * size, rails.slot_bytes_within(scratch, rules.rings, nodes))
         if slot < 128 * size:
             raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {nodes} nodes of {size} ranks")
-        context = context._replace(nodes=nodes, rail_slot=slot)
+        room = rails.slot_bytes_within(scratch // 2, rules.channels, nodes * size)
+        pair_slot = min(rules.slot_bytes, 1 << max(7, room.bit_length() - 1))
+        context = context._replace(nodes=nodes, rail_slot=slot, pair_slot=pair_slot)
     if context.ring_bytes < 16 << 10:
         raise InitError(f"TDCCL_SCRATCH_MB={scratch >> 20} is too little for {size} ranks")
     return context
@@ -56,10 +59,14 @@ def table_for(gpu: str, size: int, multicast: bool = False) -> tuning.Table:
     return table
 
 
-def rail_for(context: Context):
-    """The rail of a communicator across nodes, with the constants that go into kernels and no addresses yet; None for
-    one node."""
-    return None if context.nodes == 1 else rails.Rail(0, 0, 0, context.nodes, context.rail_slot)
+def rail_for(context: Context, pairs: bool = False):
+    """The rail of a communicator across nodes, or that to which every rank is a node, with the constants that go into
+    kernels and no addresses yet; None for one node."""
+    if context.nodes == 1:
+        return None
+    if pairs:
+        return rails.Rail(0, 0, 0, context.nodes * context.size, context.pair_slot, 1)
+    return rails.Rail(0, 0, 0, context.nodes, context.rail_slot, context.size)
 
 
 def table_across() -> tuning.Table:

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import os
+import socket
 import sys
 import time
 import weakref
@@ -28,6 +29,7 @@ from tdccl.decisions import (
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
 from tdccl.runtime import watcher
 from tdccl.runtime.algorithm import team_of
+from tdccl.runtime.heartbeat import Heartbeat
 from tdccl.runtime.recorder import Recorder, account
 from tdccl.transport.bootstrap import Bootstrap, open_store
 
@@ -70,11 +72,13 @@ class Membership:
         self._destroyed = ""  # the words of the error, once it is
         self._dumped = False
         self._recorder: Recorder | None = None  # a peer may die before there is one
+        self._heartbeat: Heartbeat | None = None
         self._end_watch = self._watch_peers()
         self._share_memory()
         if self.multicast.kind == "switch" and not self._heap.multicast:
             self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
-        self._team, self._rail = self._make_team(), self._make_rail()
+        self._team, self._rails = self._make_team(), self._make_rails()
+        self._store, self._heartbeat = self._beat()
         _alive.add(self)
 
     def _agree(self, device, max_blocks: int | None) -> None:
@@ -137,20 +141,31 @@ class Membership:
         )
 
     def _allocate_lanes(self) -> transport.SymmetricMemory:
-        """What passes to other nodes goes through it."""
+        """What passes to other nodes goes through it: between likes, then between all pairs of ranks."""
         context = self._context
-        nbytes = rails.rail_bytes(context.rules.rings, context.nodes, context.rail_slot)
-        memory, pes = transport.allocate_across(self._bootstrap, nbytes, self.device)
-        self._pes = torch.tensor([pes[rank] for rank in self.topology.rail], dtype=torch.int32, device=self.device)
+        self._pairs_start = rails.rail_bytes(context.rules.rings, context.nodes, context.rail_slot)
+        of_pairs = rails.rail_bytes(context.rules.channels, self.size, context.pair_slot)
+        memory, pes = transport.allocate_across(self._bootstrap, self._pairs_start + of_pairs, self.device)
+        of_likes = [pes[rank] for rank in self.topology.rail]
+        self._pes = {
+            pairs: torch.tensor(numbers, dtype=torch.int32, device=self.device)
+            for pairs, numbers in ((False, of_likes), (True, pes))
+        }
         return memory
 
-    def _make_rail(self):
-        """What kernels that go to other nodes get besides the team; None if there are none."""
+    def _make_rails(self):
+        """What kernels that go to other nodes get besides the team, by whether every rank is a node to them; None if
+        there are none."""
         if self._lanes is None:
             return None
-        return rail_for(self._context)._replace(
-            local=self._lanes.address, pes=self._pes.data_ptr(), node=self.topology.node
-        )
+        addresses = {False: self._lanes.address, True: self._lanes.address + self._pairs_start}
+        numbers = {False: self.topology.node, True: self.rank}
+        return {
+            pairs: rail_for(self._context, pairs)._replace(
+                local=addresses[pairs], pes=self._pes[pairs].data_ptr(), node=numbers[pairs]
+            )
+            for pairs in (False, True)
+        }
 
     @functools.cached_property
     def team(self):
@@ -180,6 +195,22 @@ class Membership:
         watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
         return weakref.finalize(self, _end_watches, watches)
 
+    def _beat(self) -> tuple[Any, Heartbeat | None]:
+        """(a Store, the beats that go through it) where ranks on several nodes do not see each other's processes."""
+        if len(self.topology.nodes) == 1:
+            return None, None
+        after = ((self.rank + distance) % self.size for distance in range(1, self.size))
+        unseen = [rank for rank in after if self._control.pids[rank] is None]
+        if not any(self._bootstrap.exchange(bool(unseen))):
+            return None, None
+        store = self._bootstrap.store("beats")
+        if store is None:
+            return None, None  # the deadlines of waits remain
+        died = functools.partial(_peer_died, weakref.ref(self))
+        beats = Heartbeat(store.clone(), self.rank, unseen[0] if unseen else None, self._control, died)
+        weakref.finalize(self, beats.end_soon)
+        return store, beats
+
     def _share_memory(self) -> None:
         """The record of calls, and scratch; if a rank can get none, no other waits for it."""
         try:
@@ -202,6 +233,8 @@ class Membership:
         here later calls raise Aborted. From any thread; waits for nobody. `destroy` then frees what the rank has."""
         if not self._destroyed:
             self._control.fail(layout.ABORTED, self.rank)
+            if self._heartbeat is not None:
+                self._heartbeat.hurry()
 
     def meet(self, exclude: list[int]) -> tuple[Any, list[int]]:
         """What `shrink` begins with: aborts, and returns a new Store among the ranks that are not in `exclude`, and
@@ -209,12 +242,15 @@ class Membership:
         members = survivors(self.rank, self.size, exclude)
         if self._destroyed:
             raise DestroyedError(self._destroyed)
-        if hidden := [rank for rank in members if self._control.pids[rank] is None]:
+        hidden = [rank for rank in members if self._control.pids[rank] is None]
+        if hidden and self._store is None:
             raise InitError(
-                f"shrink: ranks {hidden} are on other hosts, or in another pid namespace, where it does not reach; "
-                "make a new communicator with tdccl.init"
+                f"shrink: ranks {hidden} are in another pid namespace, or on hosts that have no store in common, where "
+                "it does not reach; make a new communicator with tdccl.init"
             )
         self.abort()
+        if hidden:
+            return self._meet_across(members), members
         mask, first = sum(1 << rank for rank in members), members[0]
         if self.rank == first:
             store = open_store("127.0.0.1", 0, True, self.timeout)
@@ -233,6 +269,24 @@ class Membership:
             f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
         )
 
+    def _meet_across(self, members: list[int]):
+        """A new Store among ranks on several hosts, which find it by that through which they beat."""
+        key, deadline = f"shrink/{members}", time.monotonic() + self.timeout
+        try:
+            if self.rank == members[0]:
+                store = open_store("localhost", 0, True, self.timeout)
+                self._store.set(key, f"{socket.gethostname()}:{store.port}")
+                return store
+            while time.monotonic() < deadline:
+                if self._store.check([key]):
+                    host, _, port = self._store.get(key).decode().rpartition(":")
+                    return open_store(host, int(port), False, self.timeout)
+                self._check_alive(members)
+                time.sleep(1e-2)
+        except RuntimeError as error:
+            raise InitError(f"shrink: the store at which the hosts met is gone ({error})") from error
+        raise InitError(f"shrink: rank {members[0]} did not come within {self.timeout:g} s, or excludes other ranks")
+
     def _check_alive(self, members: list[int]) -> None:
         for rank in self._dead.intersection(members):
             raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
@@ -243,6 +297,13 @@ class Membership:
         if self._destroyed:
             raise DestroyedError(self._destroyed)
         self.raise_fault()
+
+    def check_one_node(self, what: str) -> None:
+        """Raises ArgumentError where ranks are on several nodes, for what goes by their addresses alone."""
+        if (nodes := len(self.topology.nodes)) > 1:
+            raise ArgumentError(
+                f"{what} is for the ranks of one node, these are on {nodes}: take split() for those of each"
+            )
 
     def dump(self, folder: str | os.PathLike) -> str:
         """Writes the last 1024 calls of this rank, and of those of its peers that it can see, to a file in `folder`,
@@ -276,7 +337,9 @@ class Membership:
             what = f"rank {rank} aborted this communicator; make a new one with tdccl.init or by its shrink()"
             return Aborted("\n  ".join([what, *calls]), rank)
         if code == layout.PEER_DIED:
-            what = f"rank {rank} (pid {self._control.pids[rank]}) died; shrink(exclude=[{rank}]) goes on without it"
+            pid = self._control.pids[rank]
+            which = f"rank {rank} (pid {pid}) died" if pid else f"rank {rank} on another host died, or fell silent"
+            what = f"{which}; shrink(exclude=[{rank}]) goes on without it"
             return PeerFailure("\n  ".join([what, *calls]), rank)
         if code == layout.GRID_TOO_LARGE:
             blocks = self._context.rules.heap_blocks

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 import types
+import weakref
 from datetime import timedelta
 
 import torch
@@ -17,12 +18,13 @@ from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
+from tdccl.runtime.streams import Order, current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
-# By number: a ReduceOp takes a microsecond to look up.
+# By hash, which of a ReduceOp is its number: it takes half as long to ask as the number itself.
 _OPS = {
-    ReduceOp.SUM.value: "sum", ReduceOp.AVG.value: "avg", ReduceOp.MIN.value: "min", ReduceOp.MAX.value: "max",
-    ReduceOp.PRODUCT.value: "prod", ReduceOp.BAND.value: "and", ReduceOp.BOR.value: "or", ReduceOp.BXOR.value: "xor",
+    hash(ReduceOp.SUM): "sum", hash(ReduceOp.AVG): "avg", hash(ReduceOp.MIN): "min", hash(ReduceOp.MAX): "max",
+    hash(ReduceOp.PRODUCT): "prod", hash(ReduceOp.BAND): "and", hash(ReduceOp.BOR): "or", hash(ReduceOp.BXOR): "xor",
 }  # fmt: skip
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
@@ -57,28 +59,41 @@ _Future = torch._C.Future  # what torch's own backends return, too
 _Event = torch._C._CudaEventBase  # torch.cuda.Event, without a layer of Python in every call
 
 
-def _follow(stream: torch.cuda.Stream, before: torch.cuda.Stream) -> None:
-    """stream.wait_stream(before), likewise."""
-    event = _Event()
-    event.record(before)
-    event.wait(stream)
+class Beside:
+    """A stream of a group's own, beside the caller's."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.handle = self.stream.cuda_stream
+        self._index, self._lock = device.index, threading.Lock()
+        self._last = _nobody
+        self._order = Order(device.index)
+
+    def follow(self) -> None:
+        """What it is given from now on waits for what the caller's current stream has been given."""
+        last = self._last()
+        if last is not None:
+            last.mark_end()
+        with self._lock:
+            self._order.follow(self.handle, torch._C._cuda_getCurrentRawStream(self._index))
+
+    def ends_with(self, work: "Work") -> None:
+        """Until it is given more, and so is told to follow, the end of `work` is where this stream is."""
+        self._last = weakref.ref(work)
 
 
-_known_streams: dict[tuple[int, int, int], torch.cuda.Stream] = {}
-
-
-def _current_stream(index: int) -> torch.cuda.Stream:
-    """torch.cuda.current_stream, likewise."""
-    data = torch._C._cuda_getCurrentStream(index)
-    stream = _known_streams.get(data)
-    if stream is None:
-        number, index, kind = data
-        stream = _known_streams[data] = torch.cuda.Stream(stream_id=number, device_index=index, device_type=kind)
-    return stream
+def _nobody() -> None:
+    """Like the weak reference to a Work that is gone."""
 
 
 class Work(dist.Work):
-    """A collective: on the group's own stream, or complete as far as the host can tell (no stream)."""
+    """A collective: on a stream, or complete as far as the host can tell (no stream).
+
+    The event at its end is recorded when somebody asks for it, or more is put on the stream: mostly never, as DDP drops
+    the Work as soon as it has the future, which has an event of its own.
+    """
+
+    __slots__ = ("_communicator", "_event", "_future", "_outputs", "_stream")
 
     def __init__(self, outputs=None, communicator=None, stream=None):
         super().__init__()
@@ -86,19 +101,25 @@ class Work(dist.Work):
         self._communicator = communicator
         self._stream = stream
         self._event = self._future = None
-        if stream is not None:
-            self._event = _Event()
-            self._event.record(stream)
+
+    def mark_end(self):
+        """The event at its end."""
+        if self._event is None:
+            event = _Event()
+            event.record(self._stream)
+            self._event = event
+        return self._event
 
     def wait(self, timeout=None) -> bool:
         """Makes the current stream wait; the host only if there is a timeout, and for no longer than that.
 
         Raises Timeout if the call has not ended by then, which it still may; and what has failed the communicator.
         """
-        if self._event is not None:
+        if self._stream is not None:
+            event = self.mark_end()
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            self._event.wait(_current_stream(self._stream.device_index))
+            event.wait(current_stream(self._stream.device_index))
         if self._communicator is not None:
             self._communicator.raise_fault()
         return True
@@ -107,13 +128,13 @@ class Work(dist.Work):
 
     def _wait_on_host(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not self._event.query():
+        while not self.mark_end().query():
             if time.monotonic() > deadline:
                 raise Timeout(f"wait: the call has not ended within {seconds:g} s")
             time.sleep(5e-5)
 
     def is_completed(self) -> bool:
-        return self._event is None or self._event.query()
+        return self._stream is None or self.mark_end().query()
 
     def is_success(self) -> bool:
         return self.is_completed() and self.exception() is None
@@ -148,11 +169,13 @@ class Work(dist.Work):
 class BarrierWork(Work):
     """Its wait blocks the host, as torch documents for barriers on GPUs."""
 
+    __slots__ = ()
+
     def wait(self, timeout=None) -> bool:
-        if self._event is not None:
+        if self._stream is not None:
             if timeout:
                 self._wait_on_host(timeout.total_seconds())
-            self._event.synchronize()
+            self.mark_end().synchronize()
             self._communicator.raise_fault()  # a barrier that gave up must not look passed
         return True
 
@@ -207,17 +230,20 @@ class GpuLane:
 
     def __init__(self, communicator: Communicator):
         self._communicator = communicator
-        self._stream = torch.cuda.Stream(communicator.device)
+        self._beside = Beside(communicator.device)
 
     def submit(self, call, tensor) -> MessageWork:
-        _follow(self._stream, _current_stream(self._stream.device_index))
-        with OnStream(self._stream):
+        stream = self._beside.stream
+        self._beside.follow()
+        with OnStream(stream):
             call(self._communicator)
-        tensor.record_stream(self._stream)
-        return MessageWork([tensor], self._communicator, self._stream)
+        tensor.record_stream(stream)
+        work = MessageWork([tensor], self._communicator, stream)
+        self._beside.ends_with(work)
+        return work
 
     def idle(self) -> bool:
-        return self._stream.query()
+        return self._beside.stream.query()
 
     def close(self) -> None:
         """Nothing to do: a stream ends with its last reference."""
@@ -306,9 +332,10 @@ class ProcessGroup(dist.ProcessGroup):
         self._scratch = environment.subgroup_scratch_bytes() if dist.is_initialized() else None
         self._lock = threading.Lock()
         self._communicator: Communicator | None = None
-        self._stream = self._handle = None
+        self._beside: Beside | None = None  # on a GPU, once there is a communicator
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
+        self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
         self._barriers = 0
         self._ended = False
         self._register_shim("cuda" if self._gpu else "cpu")
@@ -336,7 +363,10 @@ class ProcessGroup(dist.ProcessGroup):
         return self._store
 
     def _get_backend(self, device: torch.device) -> Backend:
-        return Backend(super()._get_backend(device), self)
+        backend = self._backends.get(device)
+        if backend is None:
+            backend = self._backends[device] = Backend(super()._get_backend(device), self)
+        return backend
 
     @property
     def communicator(self) -> Communicator:
@@ -381,6 +411,7 @@ class ProcessGroup(dist.ProcessGroup):
             communicator, lanes = self._communicator, list(self._lanes.values())
             self._communicator, self._gloo_group, self._ended = None, None, True
             self._lanes.clear()
+            self._backends.clear()
         for lane in lanes:
             lane.close()
         return communicator
@@ -409,7 +440,10 @@ class ProcessGroup(dist.ProcessGroup):
         values = comm.all_gather(own.values(), None, counts)
         with torch.no_grad():
             tensor.copy_(torch.sparse_coo_tensor(indices.t(), values, own.shape).coalesce())
-        return Work([tensor], comm, _current_stream(comm.device.index) if self._gpu else None)
+        work = Work([tensor], comm, current_stream(comm.device.index) if self._gpu else None)
+        if self._gpu:
+            work.mark_end()
+        return work
 
     def allreduce_coalesced(self, tensors, opts=_COALESCED):
         if self._gpu and tensors[0].is_cpu:
@@ -673,19 +707,25 @@ class ProcessGroup(dist.ProcessGroup):
         if not self._gpu:
             communicator.barrier(timeout=seconds)
             return BarrierWork([])
-        stream = _current_stream(communicator.device.index)
+        stream = current_stream(communicator.device.index)
         if opts.asyncOp:
-            _follow(self._stream, stream)
-            stream = self._stream
+            self._beside.follow()
+            stream = self._beside.stream
         communicator.barrier(stream=stream, timeout=seconds)
-        return BarrierWork([], communicator, stream)
+        work = BarrierWork([], communicator, stream)
+        work.mark_end()
+        return work
 
     def _start_coalescing(self, device) -> None:
         """Nothing to prepare: each call is one launch already."""
 
     def _end_coalescing(self, device):
         """One Work for all: asynchronous calls share a stream, so its end now is the end of each of them."""
-        return Work([], self._communicator, self._stream)
+        if self._beside is None:
+            return Work([])
+        work = Work([], self._communicator, self._beside.stream)
+        work.mark_end()
+        return work
 
     # torch 2.13's names
     all_gather_single = _allgather_base
@@ -700,25 +740,28 @@ class ProcessGroup(dist.ProcessGroup):
         """Runs `call(communicator, *arguments)`, a method, where `opts` says: on the current stream, or the group's."""
         communicator = self._communicator or self._connect(inputs[0].device)
         given = opts.timeout
-        options = {"timeout": given.total_seconds()} if given > _NONE else {}
+        timeout = given.total_seconds() if given > _NONE else None
         if not opts.asyncOp:
-            call(communicator, *arguments, **options)
+            call(communicator, *arguments, timeout=timeout)
             return _DONE
-        stream = self._stream
-        if stream is None:
-            call(communicator, *arguments, **options)
+        beside = self._beside
+        if beside is None:
+            call(communicator, *arguments, timeout=timeout)
             return Work(list(outputs))  # it has ended, and well: what befalls a rank later is not its matter
-        _follow(stream, _current_stream(stream.device_index))
-        call(communicator, *arguments, stream=self._handle, **options)
+        beside.follow()
+        call(communicator, *arguments, stream=beside.handle, timeout=timeout)
+        stream = beside.stream
         for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
-        return Work(list(outputs), communicator, stream)
+        work = Work(list(outputs), communicator, stream)
+        beside.ends_with(work)
+        return work
 
     def _compose(self, opts, inputs, outputs, call):
         """The same of a `call(communicator)` of several steps, which go where torch's current stream is."""
 
         def on_group_stream(communicator, *, stream, **options):
-            with OnStream(self._stream):
+            with OnStream(self._beside.stream):
                 call(communicator, **options)
 
         beside = opts.asyncOp and self._gpu
@@ -741,8 +784,7 @@ class ProcessGroup(dist.ProcessGroup):
                 with torch.cuda.device(device):
                     device = torch.device("cuda", torch.cuda.current_device())
                     communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
-                    self._stream = torch.cuda.Stream(device)
-                    self._handle = self._stream.cuda_stream
+                    self._beside = Beside(device)
                 self._communicator = communicator  # last: other threads look at it without the lock
             return self._communicator
 
@@ -824,16 +866,16 @@ def shrink(group: "ProcessGroup | None" = None, *, exclude: list[int]) -> Proces
 
 def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
     """(input, op) as the communicator takes them: of a PREMUL_SUM the sum of the input times its factor."""
-    op = opts.reduceOp.op
-    name = _OPS.get(op.value)
+    op = opts.reduceOp
+    name = _OPS.get(hash(op))
     if name is None:
         if op != ReduceOp.PREMUL_SUM:
             raise ArgumentError(
-                f"{collective}: {op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, "
+                f"{collective}: {op.op.name} is not offered, expected SUM, AVG, MIN, MAX, PRODUCT, BAND, "
                 "BOR, BXOR or PREMUL_SUM"
             )
         # torch 2.13 has it as an attribute.
-        factor = opts.reduceOp.factor if hasattr(opts.reduceOp, "factor") else opts.reduceOp.__getstate__()[1]
+        factor = op.factor if hasattr(op, "factor") else op.__getstate__()[1]
         return tensor * factor, "sum"
     return tensor, _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
 
@@ -849,6 +891,20 @@ def _unpack(flat: torch.Tensor, pieces) -> None:
         torch._foreach_copy_(list(pieces), [part.view(piece.shape) for part, piece in zip(parts, pieces)])
 
 
+_tensors_by_pickling = torch._jit_internal._extract_tensors
+
+
+def _tensors_in(value) -> list[torch.Tensor]:
+    """What C++ asks of a future's value, when it is set and again when DDP reads it. torch pickles the value to find
+    them, which takes longer than all else that the host does for a call; in a list they are in plain sight."""
+    if type(value) is list and all([isinstance(element, torch.Tensor) for element in value]):
+        return list(value)
+    return _tensors_by_pickling(value)
+
+
+torch._jit_internal._extract_tensors = _tensors_in
+
+
 def _keep_from_compiler() -> None:
     """torch.compile runs what C++ calls back, DDP's broadcast for one, under Dynamo, which cannot trace a backend.
 
@@ -856,10 +912,11 @@ def _keep_from_compiler() -> None:
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
-    classes = [ProcessGroup, OnStream, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    classes = [ProcessGroup, OnStream, Beside, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
     for member in (member for each in classes for member in vars(each).values()):
         if isinstance(member, types.FunctionType):
             dynamo.set_code_exec_strategy(member.__code__, skip)
+    dynamo.set_code_exec_strategy(_tensors_in.__code__, skip)
 
 
 _keep_from_compiler()

@@ -70,17 +70,28 @@ def quantised(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.
     return rows, scale
 
 
-def combined(rows_of_rank: list[dict], tokens: int, hidden: int, dtype, biases=(), device="cpu") -> torch.Tensor:
-    """rows_of_rank: by rank {token: its row}, added up as `ExpertParallel.combine` says."""
+def combined(
+    rows_of_rank: list[dict], tokens: int, hidden: int, dtype, biases=(), device="cpu", nodes=()
+) -> torch.Tensor:
+    """rows_of_rank: by rank {token: its row}, added up as `ExpertParallel.combine` says. nodes: the ranks of each, if
+    they are several, whose sums are rounded before they are added up."""
     total = torch.zeros(tokens, hidden, device=device)
     for bias in biases:
         total += bias.float()
+    if len(nodes) < 2:
+        return _added(total, rows_of_rank).to(dtype)
+    for ranks in nodes:
+        total += _added(torch.zeros_like(total), [rows_of_rank[rank] for rank in ranks]).to(dtype).float()
+    return total.to(dtype)
+
+
+def _added(total: torch.Tensor, rows_of_rank: list[dict]) -> torch.Tensor:
     for rows in rows_of_rank:
-        added = torch.zeros(tokens, hidden, device=device)
+        added = torch.zeros_like(total)
         for token, row in rows.items():
             added[token] = row.float()
-        total += added
-    return total.to(dtype)
+        total = total + added
+    return total
 
 
 def packed(scales: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,13 @@ INTEGERS = ("odd", "odd_row", "rows", "N", "width", "K", "most", "b_row", "b_col
 def compiled(kernel, constants: dict, aligned: set[str], warps: int, tile: int, operands: dict):
     """The kernel for bf16; pointers, and integers in `aligned`, are multiples of 16."""
     types = {
-        "team": TEAM_TYPES, "epochs": "*i64", "shards": Shards("i32", "i32", "i32", "constexpr"),
-        "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "shard": "*bf16", "c": "*bf16",
+        "team": TEAM_TYPES, "epochs": "*i64", "signals": SYMMETRIC_TYPES, "slots": SYMMETRIC_TYPES, "told": "*i64",
+        **dict.fromkeys(("shards", "pieces"), Shards("i32", "i32", "i32", "constexpr")),
+        **dict.fromkeys(("shard", "staged", "c"), "*bf16"),
         **dict.fromkeys(INTEGERS, "i32"), **operands, **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     types = {name: types[name] for name in kernel.arg_names}
-    values = {"team": TEAM, "shards": Shards(0, 0, 0, tile)}
+    values = {"team": TEAM, "shards": Shards(0, 0, 0, tile), "pieces": Shards(0, 0, 0, 8 * tile)}
     fixed, divisible = {}, {}
     for position, (name, kinds) in enumerate(types.items()):
         value = values.get(name) or (constants.get(name) if kinds == "constexpr" else None)
@@ -80,9 +81,11 @@ def main() -> None:
         aligned = everything if descriptors else {"odd", "width"}
         fixed = SimpleNamespace(aligned=aligned, warps=shape.warps, tile=shape.rows)
         operands = operands_of(shape, descriptors, transposed)
-        tell("multiply_gathered", compiled(multiply_gathered, constants, **vars(fixed), operands=operands))
-        constants |= {"ROWS": shape.rows, "FOLDED": 16}
-        tell("multiply_scattered", compiled(multiply_scattered, constants, **vars(fixed), operands=operands))
+        for copied in (False, True):
+            gathering = constants | {"COPIED": copied}
+            tell("multiply_gathered", compiled(multiply_gathered, gathering, **vars(fixed), operands=operands))
+            scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
+            tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
 
 
 if __name__ == "__main__":

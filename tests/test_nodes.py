@@ -6,8 +6,10 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 import contextlib
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,17 +19,20 @@ import pool
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from test_collectives import only
+from test_process_group import MPIRUN
 
 import tdccl
 import tdccl.language as shmem
 import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
-from tdccl import environment
+from tdccl import environment, model
 from tdccl.decisions import ACROSS_NODES
-from tdccl.runtime import launch
+from tdccl.overlap import all_gather_gemm
+from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
 from tdccl.transport import network, topology
 from tdccl.transport import nvshmem as library
@@ -190,7 +195,7 @@ def told(comm, how, seeds):
                 network.reseed(seed, longest=0.2)  # longer than a busy host keeps the reader from looking
             group._bootstrap.barrier()
             geometry = geometry.adding(counts={"round": round})
-            arguments = launch.Arguments(tell, geometry, (), None, 0, group._rail)
+            arguments = launch.Arguments(tell, geometry, (), None, 0, group._rails[False])
             launch.bind(tell, arguments, group._team, geometry, {})(0, recv.data_ptr(), 0)
             settle(group)
             expected = torch.arange(tile, dtype=torch.int32) + round * 1000
@@ -246,7 +251,7 @@ def check_stream(comm, late):
     with fresh(comm, 1) as group:
         recv = torch.zeros(count * tile, dtype=torch.int32, device=group.device)
         geometry = Geometry("i32", 1, 4, False, {"count": count}, {"TILE": tile})
-        arguments = launch.Arguments(stream, geometry, (), None, 0, group._rail)
+        arguments = launch.Arguments(stream, geometry, (), None, 0, group._rails[False])
         start = launch.bind(stream, arguments, group._team, geometry, {})
         if group.rank == late:
             time.sleep(0.3)
@@ -284,11 +289,11 @@ def check_fetch(comm):
     with fresh(comm, 1) as group:
         recv = torch.zeros(tile + 2, dtype=torch.int32, device=group.device)
         geometry = Geometry("i32", 1, 4, False, {}, {"TILE": tile})
-        arguments = launch.Arguments(fetch, geometry, (), None, 0, group._rail)
+        arguments = launch.Arguments(fetch, geometry, (), None, 0, group._rails[False])
         launch.bind(fetch, arguments, group._team, geometry, {})(0, recv.data_ptr(), 0)
         settle(group)
         assert torch.equal(recv.cpu()[:tile], torch.arange(tile, dtype=torch.int32) + 1000 * (1 - group.rank))
-        assert recv[tile].item() == group._pes[group.rank].item() and recv[tile + 1].item() >= 2
+        assert recv[tile].item() == group._pes[False][group.rank].item() and recv[tile + 1].item() >= 2
         group._bootstrap.barrier()
 
 
@@ -347,7 +352,7 @@ def check_all(comm, size, kinds, counts):
     group, seed = drawn(comm, size), 0
     for collective, algorithms in ACROSS_NODES.items():
         for algorithm in algorithms:
-            for dtype, op in kinds:
+            for dtype, op in kinds if not algorithm.pairs else ():  # which are for other calls
                 for count in counts:
                     seed += 1
                     if algorithm.packets is not None and (count > 300 or (op == "avg" and dtype.itemsize < 4)):
@@ -404,7 +409,7 @@ def storm(comm, seed, calls):
     if environment.emulated():
         network.reseed(seed * 7 + comm.rank)
     for call in range(calls):
-        collective = shared.choice([*ACROSS_NODES])
+        collective = shared.choice([*model.COLLECTIVES, "barrier"])
         dtype, count = shared.choice([torch.float32, torch.bfloat16, torch.int8]), shared.choice([1, 64, 1000, 9001])
         if collective == "barrier":
             group.barrier()
@@ -445,7 +450,7 @@ def test_graphs_replay(ranks, world):
 
 
 def check_composed(comm):
-    """What is made of other calls: roots and uneven pieces, none among them."""
+    """Roots and uneven pieces, none among them."""
     group, rank, size = drawn(comm, comm.size // 2), comm.rank, comm.size
     rows = [[(3 * i + j) % 4 for j in range(size)] for i in range(size)]  # i sends j so many
     x = torch.arange(300.0, device=comm.device) + 1000 * rank
@@ -497,29 +502,40 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
 
 
-def check_hosts(comm):
-    """Ranks that take each other to be on other hosts, two on each: they meet by the network alone."""
+@contextlib.contextmanager
+def two_hosts(rank):
+    """Ranks take each other to be on two hosts, two on each: they meet by the network and the store alone."""
     found = topology.boot_id
-    topology.boot_id = lambda: f"host {comm.rank // 2}"
+    topology.boot_id = lambda: f"host {rank // 2}"
     try:
-        group, other = comm.split(0), comm.split(0)
+        yield
     finally:
         topology.boot_id = found
+
+
+def check_hosts(comm):
+    with two_hosts(comm.rank):
+        group, other = comm.split(0), comm.split(0)
     assert group.topology.nodes == ((0, 1), (2, 3))
     assert [pid is None for pid in group._control.pids] == [rank // 2 != comm.rank // 2 for rank in range(4)]
     assert group.all_reduce(torch.ones(9)).tolist() == [4] * 9
-    with pytest.raises(tdccl.InitError, match="on other hosts"):
-        group.shrink(exclude=[(comm.rank + 1) % 4])
-    if comm.rank != 3:  # each node hears of it by itself: by its own deadline, or by a peer of the same node
-        with pytest.raises(tdccl.Timeout):
+    if comm.rank != 3:  # the first whose deadline has passed tells the others, also on the other host
+        with pytest.raises(tdccl.Timeout, match=r"waited 1 s for rank \d"):
             group.all_reduce(torch.ones(9), timeout=1)
     comm._bootstrap.barrier()
     group.destroy()
-    if comm.rank < 2:
-        other.abort()  # told on its own host alone
+    start = time.monotonic()
+    if comm.rank == 1:
+        other.abort()
+    with pytest.raises(tdccl.Aborted, match="rank 1 aborted"):
+        other.all_reduce(torch.ones(9))
+    assert time.monotonic() - start < 5
     comm._bootstrap.barrier()
-    with pytest.raises(tdccl.Aborted if comm.rank < 2 else tdccl.Timeout):
-        other.all_reduce(torch.ones(9), timeout=1)
+    with two_hosts(comm.rank):
+        if comm.rank != 3:
+            smaller = other.shrink(exclude=[3])
+            assert smaller.all_reduce(torch.ones(9)).tolist() == [3] * 9
+            smaller.destroy()
     comm._bootstrap.barrier()
     other.destroy()
 
@@ -529,17 +545,53 @@ def test_ranks_of_other_hosts_are_reached_by_the_network_alone(ranks):
     ranks.run(check_hosts, 4)
 
 
-def check_unsupported(comm):
-    group = drawn(comm, 1)
-    x = torch.ones(group.size, device=comm.device)
-    with pytest.raises(tdccl.ArgumentError, match="send_recv: not across nodes"):
-        group.send(x, (group.rank + 1) % group.size)
-    assert group.all_reduce(x).tolist() == [group.size] * group.size
+def live_or_die(rank, port, answers):
+    """Rank 2 ends without a word between calls; the others hear of it, and go on without the host."""
+    heartbeat.SILENCE = 3.0
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    with two_hosts(rank):
+        comm = tdccl.init(store=store, rank=rank, size=4, timeout=60)
+        assert comm.all_reduce(torch.ones(9)).tolist() == [4] * 9
+        comm._bootstrap.barrier()
+        if rank >= 2:  # a host is gone, with all of its ranks at once
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            comm.all_reduce(torch.ones(9))
+        except tdccl.PeerFailure as failure:
+            assert failure.rank == 2 and "rank 2 on another host" in str(failure), failure
+            assert time.monotonic() - start < 12
+            comm = comm.shrink(exclude=[2, 3])
+            answers.put(comm.all_reduce(torch.ones(9)).tolist() == [2] * 9)
+        comm.destroy()
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="other hosts are emulated")
+def test_a_host_that_falls_silent_is_noticed_and_left_behind():
+    context = multiprocessing.get_context("spawn")
+    store, answers = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context.Queue()
+    ranks = [context.Process(target=live_or_die, args=(rank, store.port, answers)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    try:
+        assert [answers.get(timeout=90) for _ in range(2)] == [True, True]
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [0, 0, -signal.SIGKILL, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def check_refused(comm):
+    group, x = drawn(comm, 1), torch.ones(16, 16, dtype=torch.bfloat16, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="ranks of one node, these are on 2"):
+        all_gather_gemm(group, x, x)
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
-def test_what_does_not_go_across_says_so(ranks):
-    ranks.run(check_unsupported, 2)
+def test_what_goes_by_addresses_alone_says_so(ranks):
+    ranks.run(check_refused, 2)
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")
@@ -548,6 +600,45 @@ def test_all_faces_check_and_time_it():
     variables = os.environ | {"TDCCL_NODE_SIZE": "2"}
     done = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "# parts that failed: 0" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+UNDER_MPIRUN = """
+from mpi4py import MPI
+import torch
+import tdccl
+from tdccl.transport import topology
+
+rank = MPI.COMM_WORLD.Get_rank()
+topology.boot_id = lambda: f"host {rank // 2}"
+comm = tdccl.init(timeout=60)
+assert comm.all_reduce(torch.ones(9)).tolist() == [4] * 9
+if rank == 3:
+    comm.abort()
+try:
+    comm.all_reduce(torch.ones(9))
+except tdccl.Aborted as error:
+    print("told of", error.rank, flush=True)
+comm.destroy()
+"""
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="other hosts are emulated")
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun")
+def test_ranks_of_mpirun_make_a_store_for_faults_to_cross_hosts(tmp_path):
+    (tmp_path / "abort.py").write_text(UNDER_MPIRUN)
+    command = [MPIRUN, "--oversubscribe", "-n", "4", sys.executable, tmp_path / "abort.py"]
+    variables = os.environ | {"PYTHONPATH": str(pool.ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("told of 3") == 4, done.stdout + done.stderr[-3000:]
+
+
+@long
+@pytest.mark.skipif(not environment.emulated(), reason="of ranks on one GPU each")
+def test_the_table_of_faults_holds_across_drawn_nodes():
+    command = [sys.executable, "-m", "bench.faults", "--ranks", "3", "--repeat", "1"]
+    variables = os.environ | {"TDCCL_NODE_SIZE": "1"}
+    done = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout
 
 
 # ---- memory from NVSHMEM -----------------------------------------------------------------------------------

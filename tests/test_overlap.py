@@ -21,6 +21,9 @@ from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
 
 # Rows of a rank, K, N: whole tiles, ragged ones, rows that no 16-byte access fits, one row.
 SHAPES = [(32, 64, 64), (37, 40, 72), (17, 33, 35), (1, 8, 8), (50, 7, 130)]
+COPIED = (80, 16, 16) if environment.emulated() else (2100, 1096, 1096)  # so large that copy engines move it
+if not environment.emulated():
+    SHAPES += [(2100, 1100, 1096), (1500, 2048, 2056)]
 OPERATORS = {"all_gather_gemm": all_gather_gemm, "gemm_reduce_scatter": gemm_reduce_scatter}
 WORLDS = (2, 3)
 
@@ -94,11 +97,12 @@ def test_bits_are_the_same_in_every_run(ranks, operator):
 
 
 @triton.jit
-def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
+def orders(team, listed, rows, tiles, total, TILE: tl.constexpr, NODE: tl.constexpr):
     """Each swizzle's order, a row each."""
     for position in range(tl.num_programs(0) * 0, tiles * team.size):
         tl.store(listed + position, overlap.from_own_rank(team, position, tiles))
         tl.store(listed + 1000 + position, overlap.from_next_rank(team, position, tiles))
+        tl.store(listed + 4000 + position, overlap.from_other_node(team, position, tiles, NODE))
     for position in range(tl.num_programs(0) * 0, total):
         tl.store(listed + 2000 + position, overlap.straddling_last(team, position, rows, TILE))
         tl.store(listed + 3000 + position, overlap.straddling_first(team, position, rows, TILE))
@@ -107,12 +111,18 @@ def orders(team, listed, rows, tiles, total, TILE: tl.constexpr):
 def check_orders(comm):
     for rows, tile in [(8, 4), (10, 4), (7, 4), (3, 4), (1, 4), (13, 8), (9, 16), (5, 1)]:
         tiles, total = -(-rows // tile), -(-rows * comm.size // tile)
-        listed = torch.full((4, 1000), -1, dtype=torch.int32, device=comm.device)
-        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile)
-        own, following, last, first = listed.tolist()
+        listed = torch.full((5, 1000), -1, dtype=torch.int32, device=comm.device)
+        node = 2 if comm.size % 2 == 0 else 1
+        orders[(1,)](comm.team, listed, rows, tiles, total, TILE=tile, NODE=node)
+        own, following, last, first, other_node = listed.tolist()
         ranks = [(comm.rank + step) % comm.size for step in range(comm.size + 1)]
         assert own[: tiles * comm.size] == [r * tiles + t for r in ranks[:-1] for t in range(tiles)]
         assert following[: tiles * comm.size] == [r * tiles + t for r in ranks[1:] for t in range(tiles)]
+        owned = [tile // tiles for tile in other_node[: tiles * comm.size : tiles]]
+        assert other_node[: tiles * comm.size] == [r * tiles + t for r in owned for t in range(tiles)]
+        assert sorted(owned) == [*range(comm.size)] and owned[-1] == comm.rank
+        assert {rank // node for rank in owned[-node:]} == {comm.rank // node}
+        assert owned[0] // node == (comm.rank // node + 1) % (comm.size // node)
         owners = {
             t: {min(row, rows * comm.size - 1) // rows for row in (t * tile, t * tile + tile - 1)} for t in range(total)
         }
@@ -225,10 +235,10 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
             assert "128" in kernel["stores"] or not kernel["by_descriptors"], kernel
 
 
-def check_absent(comm, operator):
+def check_absent(comm, operator, shape):
     """Rank 0 never calls: the others are told, within the timeout."""
-    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], operator), comm.device, 2.0)
-    a, b = matrices(comm, operator, (20, 16, 16), torch.bfloat16, False, 1)[comm.rank]
+    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"{operator}{shape[0]}"), comm.device, 2.0)
+    a, b = matrices(comm, operator, shape, torch.bfloat16, False, 1)[comm.rank]
     OPERATORS[operator](group, a, b)  # all have come once: the memory is there
     if comm.rank:
         with pytest.raises(tdccl.TdcclError):
@@ -239,11 +249,12 @@ def check_absent(comm, operator):
     group.destroy()
 
 
+@pytest.mark.parametrize("shape", [(20, 16, 16), COPIED], ids=["pushed", "copied"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_rank_that_never_comes_is_told(ranks, operator):
+def test_a_rank_that_never_comes_is_told(ranks, operator, shape):
     if pool.LARGEST_WORLD < 2:
         pytest.skip("needs 2 ranks")
-    ranks.run(check_absent, 2, operator=operator)
+    ranks.run(check_absent, 2, operator=operator, shape=shape)
 
 
 def check_compiled(comm):
@@ -266,12 +277,22 @@ def test_torch_compile_sees_the_operators(ranks):
     ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
 
 
-def check_replay(comm):
+def test_a_pass_of_the_compiler_finds_the_patterns():
+    if pool.LARGEST_WORLD < 2:
+        pytest.skip("needs 2 ranks")
+    program = str(Path(__file__).with_name("compiled_products.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count(": ok") == 2, done.stdout + done.stderr
+
+
+def check_replay(comm, shape):
     """A graph of both, replayed after new input and mixed with eager calls."""
-    a, b = matrices(comm, "all_gather_gemm", (200, 128, 264), torch.bfloat16, False, 6)[comm.rank]
+    rows, depth, columns = shape
+    a, b = matrices(comm, "all_gather_gemm", shape, torch.bfloat16, False, 6)[comm.rank]
     down = b.t().contiguous()
-    hidden = torch.empty(comm.size * 200, 264, dtype=torch.bfloat16, device=comm.device)
-    result = torch.empty(200, 128, dtype=torch.bfloat16, device=comm.device)
+    hidden = torch.empty(comm.size * rows, columns, dtype=torch.bfloat16, device=comm.device)
+    result = torch.empty(rows, depth, dtype=torch.bfloat16, device=comm.device)
 
     def layer():
         all_gather_gemm(comm, a, b, hidden)
@@ -294,6 +315,7 @@ def check_replay(comm):
         assert torch.equal(hidden, eager[0]) and torch.equal(result, eager[1])
 
 
+@pytest.mark.parametrize("shape", [(200, 128, 264), COPIED], ids=["pushed", "copied"])
 @pytest.mark.skipif(environment.emulated(), reason="CUDA graphs need a GPU")
-def test_graphs_replay(ranks, world):
-    ranks.run(check_replay, world)
+def test_graphs_replay(ranks, world, shape):
+    ranks.run(check_replay, world, shape=shape)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CHECKOUT = Path(__file__).parent.parent
+LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 BODY = str(CHECKOUT / "tests" / "torch_face.py")
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
@@ -37,7 +39,8 @@ def mpirun(ranks: int, *command) -> str:
     return run(MPIRUN, "--oversubscribe", "-n", str(ranks), *command, **dict.fromkeys(as_root, "1"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+# 2 ranks are what mpirun starts.
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=LONG), 3])
 def test_under_torchrun(ranks):
     assert torchrun(ranks).count(": ok") == ranks
 
@@ -80,6 +83,16 @@ def test_a_broken_installation_does_not_break_torch(installed):
     program = "import torch.distributed as dist; dist.Backend.register_backend = None; " \
               "import tdccl.torch_entry; del dist.Backend.TDCCL; tdccl.torch_entry.register()"  # fmt: skip
     assert "not available" in run(sys.executable, "-c", program, path=(installed, CHECKOUT))
+
+
+@pytest.mark.parametrize("value", ["[a, b]", "[a, [b]]", "{'x': a, 'y': b}", "[a, None, b]"])
+def test_tensors_in_the_value_of_a_future_are_found(value):
+    """As torch finds them by pickling; it asks us for those in lists."""
+    import tdccl.process_group  # noqa: F401
+
+    a, b = torch.ones(2), torch.ones(3)
+    found = torch._jit_internal._extract_tensors(eval(value, {"a": a, "b": b}))
+    assert len(found) == 2 and found[0] is a and found[1] is b
 
 
 LONG_EXCHANGE = """

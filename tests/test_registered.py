@@ -433,7 +433,7 @@ def check_loans_that_differ(comm):
         kept = [own.lend(10), own.lend(10)]
         kept.pop(comm.rank % 2)  # another on every other rank
         with pytest.raises(tdccl.ArgumentError, match="different places"):
-            for _ in range(100):
+            for _ in range(600):
                 own.lend(10)
 
 

@@ -46,32 +46,40 @@ def share(place) -> list[str]:
     return tests
 
 
-def outcomes(gate: str, ranks: int, tests: list[str]) -> dict[str, tuple[str, str]]:
-    """The outcome of each test that ran, and why."""
-    command = [sys.executable, str(HERE / "torch_suite.py"), gate, str(ranks), *tests]
+@pytest.fixture(scope="module")
+def found(request) -> dict[tuple[str, int], dict[str, tuple[str, str]]]:
+    """By place, the outcome of each test that ran, and why; of all places that are wanted, as it takes seconds to
+    begin."""
+    pytest.importorskip("expecttest", reason="torch's tests need it")
+    wanted = [item.callspec.params for item in request.session.items if getattr(item, "callspec", None)]
+    places = [place for place in PLACES if {"gate": place[0], "ranks": place[1]} in wanted]
+    asked = [f"{gate}:{ranks}" + ("" if WHOLE else f":{','.join(share((gate, ranks)))}") for gate, ranks in places]
+    command = [sys.executable, str(HERE / "torch_suite.py"), *asked]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-5000:]}"
-    lines = (line.split(" ", 2) for line in done.stdout.splitlines())
-    return {test: (outcome, why) for outcome, test, why in lines}
+    outcomes = {place: {} for place in places}
+    for line in done.stdout.splitlines():
+        where, outcome, test, why = line.split(" ", 3)
+        gate, _, ranks = where.partition(":")
+        outcomes[gate, int(ranks)][test] = outcome, why
+    return outcomes
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the table is that of torch 2.13")
-@pytest.mark.timeout(1200 if WHOLE else 300)
+@pytest.mark.timeout(3600 if WHOLE else 600)
 @pytest.mark.parametrize("gate, ranks", PLACES)
-def test_outcomes_are_those_of_the_table(gate, ranks):
-    pytest.importorskip("expecttest", reason="torch's tests need it")
-    expected = TABLE[gate, ranks]
+def test_outcomes_are_those_of_the_table(gate, ranks, found):
+    expected, outcomes = TABLE[gate, ranks], found[gate, ranks]
     asked = expected if WHOLE else share((gate, ranks))
-    found = outcomes(gate, ranks, [] if WHOLE else asked)
-    complaints = [f"{test} did not run" for test in asked if test not in found]
-    for test, (outcome, why) in found.items():
+    complaints = [f"{test} did not run" for test in asked if test not in outcomes]
+    for test, (outcome, why) in outcomes.items():
         listed = expected.get(test)
         if listed is None:
             complaints.append(f"{test} is not in the table ({outcome}: {why})")
         elif outcome == "passed" != listed:
             complaints.append(f"{test} newly passes; in the table it is {listed}")
         elif outcome != listed:
-            repeat = f"python tests/torch_suite.py {gate} {ranks} {test}"
+            repeat = f"python tests/torch_suite.py {gate}:{ranks}:{test}"
             complaints.append(f"{test} newly {outcome}: {why}\n    repeat with: {repeat}")
     if complaints:
         pytest.fail("\n".join(complaints), pytrace=False)

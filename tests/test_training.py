@@ -1,14 +1,17 @@
 """The examples, and torch's ways to train in parallel, learn on "tdccl" what they learn on Gloo, or NCCL on GPUs."""
 
+import json
 import os
+import socket
 import sys
+import traceback
+from unittest import mock
 
 import pool
 import pytest
 import torch
-from test_process_group import CHECKOUT, run
+from test_process_group import CHECKOUT, LONG, run
 
-LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 REFERENCE = "nccl" if torch.cuda.is_available() and os.environ.get("TDCCL_EMULATE", "0") == "0" else "gloo"
 
 
@@ -22,23 +25,29 @@ def torchrun(ranks: int, program: str, *arguments, path=(CHECKOUT,), **variables
     return run(*launcher, str(CHECKOUT / program), *arguments, path=path, **variables)
 
 
+# By default README's commands make this comparison, see test_readme.py.
+@LONG
 @pytest.mark.parametrize(
-    "program, ranks, options",
-    [
-        ("train_ddp", 2, ["--steps=5"]),
-        ("train_fsdp2", 2, ["--steps=5"]),
-        pytest.param("train_ddp", 4, ["--bf16"], marks=LONG),
-        pytest.param("train_fsdp2", 3, [], marks=LONG),
-        pytest.param("train_fsdp2", 4, ["--bf16"], marks=LONG),
-    ],
+    "program, ranks, options", [("train_ddp", 4, ["--bf16"]), ("train_fsdp2", 3, []), ("train_fsdp2", 4, ["--bf16"])]
 )
 def test_example_has_the_loss_curve_of_another_backend(program, ranks, options, installed):
     command = [f"examples/{program}.py", "--backend=tdccl", f"--compare-with={REFERENCE}", *options]
     assert "differ by at most" in torchrun(ranks, *command, path=(CHECKOUT, installed))
 
 
+def check_training(comm, kinds: list[str], port: int):
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": comm.size}
+    launcher |= {"RANK": comm.rank, "LOCAL_RANK": comm.rank}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in launcher.items()}):
+        import torch_training
+
+        failed = {name: error for name, error in torch_training.outcomes(kinds).items() if error is not None}
+    words = (f"{name}:\n{''.join(traceback.format_exception(error))}" for name, error in failed.items())
+    assert not failed, "\n".join(words)
+
+
 @pytest.mark.parametrize(
-    "ranks, kinds",
+    "size, kinds",
     [
         (2, EVERYWHERE),
         (3, ["spread"]),
@@ -47,8 +56,22 @@ def test_example_has_the_loss_curve_of_another_backend(program, ranks, options, 
         pytest.param(4, EVERYWHERE, marks=LONG),
     ],
 )
-def test_training(ranks, kinds):
-    assert torchrun(ranks, "tests/torch_training.py", *kinds).count(" ok") == ranks
+def test_training(ranks, size, kinds):
+    if size > pool.LARGEST_WORLD:
+        pytest.skip(f"{pool.LARGEST_WORLD} GPUs")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks.run(check_training, size, kinds=kinds, port=port)
+
+
+def test_bench_measures_backends_in_turns(tmp_path):
+    options = ["--vs=gloo", "--calls=1", "--steps=1", "--sequences=1", "-J", str(tmp_path / "torch.json")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run(*launcher, "-m", "bench.torch_backend", *options, TDCCL_EMULATE="1")
+    figures = json.loads((tmp_path / "torch.json").read_text())["figures"]
+    measured = {(figure["what"], figure["impl"]) for figure in figures if figure["value"] > 0}
+    for what in ("host time of asynchronous dist.all_reduce, 64 KiB", "FSDP2 step, 1 x 16 tokens a rank"):
+        assert {(what, "tdccl"), (what, "gloo")} <= measured
 
 
 @LONG

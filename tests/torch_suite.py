@@ -1,6 +1,6 @@
 """torch's own suite for a backend, `DistributedTest`, on tdccl in emulation: what `test_torch_suite.py` starts.
 
-python tests/torch_suite.py GATE RANKS [TEST ...]      prints a line for each test: its outcome, its name, why
+python tests/torch_suite.py GATE:RANKS[:TEST,...] ...     prints a line for each test: where, its outcome, its name, why
 
 A test runs only if its gate, a condition on the name of the backend, lets it, and the gates know torch's own
 backends alone. So the suite is told that it tests gloo or mpi, and groups that it makes by this name are tdccl's.
@@ -83,12 +83,12 @@ def suite() -> type:
 class Report(unittest.TestResult):
     """Writes each outcome at once: to `lines` in one line, and the whole text of a failure to stderr."""
 
-    def __init__(self, lines):
+    def __init__(self, lines, where: str):
         super().__init__()
-        self._lines = lines
+        self._lines, self._where = lines, where
 
     def _write(self, outcome: str, test, why: str = "") -> None:
-        print(outcome, test.id().rpartition(".")[2], why, file=self._lines, flush=True)
+        print(self._where, outcome, test.id().rpartition(".")[2], why, file=self._lines, flush=True)
 
     def addSuccess(self, test):
         self._write("passed", test)
@@ -106,20 +106,35 @@ class Report(unittest.TestResult):
     addError = addFailure
 
 
+def run(place: str, lines) -> None:
+    """The tests of one place; in a process of its own, as torch's modules take the gate for good."""
+    gate, ranks, *asked = place.split(":")
+    with tempfile.TemporaryDirectory() as folder:
+        settle(gate, int(ranks), folder)
+        substitute(gate)
+        tests = suite()
+        names = asked[0].split(",") if asked else unittest.TestLoader().getTestCaseNames(tests)
+        unittest.TestSuite(map(tests, names)).run(Report(lines, f"{gate}:{ranks}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("gate", choices=("gloo", "mpi"))
-    parser.add_argument("ranks", type=int)
-    parser.add_argument("tests", nargs="*")
+    parser.add_argument("places", nargs="+", metavar="GATE:RANKS[:TEST,...]")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        settle(asked.gate, asked.ranks, folder)
-        substitute(asked.gate)
-        tests = suite()
-        names = asked.tests or unittest.TestLoader().getTestCaseNames(tests)
-        lines = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # tests print too, and their ranks
-        unittest.TestSuite(map(tests, names)).run(Report(lines))
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # tests print too, and their ranks
+    settle(gate="gloo", ranks=1, folder="")
+    import torch.testing._internal.common_distributed  # what takes seconds, once for all places
+
+    import tdccl.process_group
+    import tdccl.runtime.emulation  # noqa: F401
+
+    for place in asked.places:
+        each = torch.multiprocessing.get_context("fork").Process(target=run, args=(place, lines))
+        each.start()
+        each.join()
+        if each.exitcode:
+            raise SystemExit(f"{place} exited with {each.exitcode}")
 
 
 if __name__ == "__main__":

@@ -587,29 +587,39 @@ def results_on(backend: str, cases: list) -> list:
     return results
 
 
-def main():
+def outcomes(names: list[str]) -> dict[str, Exception | None]:
+    """By case: None where both backends gave the same, else what failed on either, or how they differ."""
     global DEVICE
     DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(DEVICE)
-    cases = chosen(sys.argv[1:])
+    cases = chosen(names)
     ours = results_on("tdccl", cases)
     theirs = results_on("cpu:gloo,cuda:nccl" if GPU else "gloo", cases)
-    failed = 0
+    found = {}
     for case, result, expected in zip(cases, ours, theirs):
         try:
             for outcome in (result, expected):
                 if isinstance(outcome, Exception):
                     raise outcome
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
-            sys.stdout.write(f"works: {case.__name__}\n")  # in one piece, because the ranks share it
-            sys.stdout.flush()
+            found[case.__name__] = None
         except Exception as error:
-            failed += 1
-            print(f"rank {RANK} of {SIZE}, {case.__name__}: {error}", flush=True)
-    if failed:
-        raise SystemExit(f"rank {RANK} of {SIZE}: {failed} of {len(cases)} failed")
-    print(f"rank {RANK} of {SIZE}: {len(cases)} ok", flush=True)
+            found[case.__name__] = error
+    return found
+
+
+def main():
+    found = outcomes(sys.argv[1:])
+    for name, error in found.items():
+        if error is None:
+            sys.stdout.write(f"works: {name}\n")  # in one piece, because the ranks share it
+            sys.stdout.flush()
+        else:
+            print(f"rank {RANK} of {SIZE}, {name}: {error}", flush=True)
+    if failed := sum(error is not None for error in found.values()):
+        raise SystemExit(f"rank {RANK} of {SIZE}: {failed} of {len(found)} failed")
+    print(f"rank {RANK} of {SIZE}: {len(found)} ok", flush=True)
 
 
 if __name__ == "__main__":

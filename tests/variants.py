@@ -27,6 +27,10 @@ from tdccl.runtime.algorithm import context_of as context_within
 from tdccl.runtime.launch import Arguments, Symmetric, Team, compile_kernel
 from tdccl.transport import Multicast
 
+# Reductions that differ in width of elements and in arithmetic; with TDCCL_LONG=1 more of them.
+LONG = os.environ.get("TDCCL_LONG", "0") != "0"
+REDUCED = [("bf16", "sum"), ("fp64", "prod"), ("i8", "min")]
+REDUCED += [("fp16", "avg"), ("fp32", "max"), ("i64", "xor")] if LONG else []
 # What the switch reduces by: one instruction for 16 bytes where the type has vectors, else one a word.
 WIDE_FORMS = [("bf16", "sum"), ("fp16", "sum"), ("fp32", "avg")]
 NARROW_FORMS = [("fp64", "sum"), ("i64", "min"), ("i32", "max"), ("u8", "xor")]
@@ -54,8 +58,7 @@ def calls_of(collective: str, algorithm):
     nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
     if "reduce" in collective:
-        kinds = [("bf16", "sum"), ("fp16", "avg"), ("fp32", "max"), ("fp64", "prod"), ("i8", "min"), ("i64", "xor")]
-        kinds = kinds if algorithm.multimem is None else WIDE_FORMS
+        kinds = REDUCED if algorithm.multimem is None else WIDE_FORMS
     for dtype, op in kinds:
         itemsize = ITEMSIZE[dtype]
         on_device = (1 << 20, 1 << 21, 64, 6400, 6400) if collective == "all_to_all_vdev" else None
@@ -127,7 +130,7 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
 
 def main(backend: str, arch: str, warp: str) -> None:
     """Every kernel, on all cores; with TDCCL_LONG=1 for more numbers of ranks."""
-    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if os.environ.get("TDCCL_LONG", "0") != "0" else (4, 3)
+    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if LONG else (4, 3)
     names = [(collective, place) for collective, listed in ALGORITHMS.items() for place in range(len(listed))]
     jobs = [(backend, arch, warp, size, *name) for size, name in itertools.product(sizes, names)]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -176,13 +179,13 @@ def forms(backend: str, arch: str, warp: str) -> None:
 
 def across(backend: str, arch: str, warp: str) -> None:
     """Every kernel across nodes, linked to NVSHMEM's bitcode; with TDCCL_LONG=1 for more and larger nodes, too."""
-    shapes = [(2, 2)] if os.environ.get("TDCCL_LONG", "0") == "0" else [(2, 2), (4, 3)]
+    shapes = [(2, 2), (4, 3)] if LONG else [(2, 2)]
     target = GPUTarget(backend, int(arch), int(warp))
-    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size == 2)]
+    jobs = [(size, nodes, *job) for size, nodes in shapes for job in _jobs_across(size * nodes, size == 2)]
     for size, nodes, collective, algorithm, call in jobs:
         context = context_for(size, scratch=64 << 20, nodes=nodes)
         geometry = algorithm.geometry(call, context)
-        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context))
+        arguments = Arguments(algorithm.kernel, geometry, (), call.op, rail=rail_for(context, algorithm.pairs))
         compiled = compile_kernel(algorithm.kernel, arguments, team_of(context, "cuda"), geometry.warps, target)
         facts = {"name": f"{collective}.{algorithm.name}", "size": size, "dtype": call.dtype, "op": call.op}
         facts |= {"multimem": None, "state": "nvshmemi_device_state_d" in compiled.asm["ptx"]}
@@ -190,13 +193,15 @@ def across(backend: str, arch: str, warp: str) -> None:
         print(told(facts, compiled), flush=True)
 
 
-def _jobs_across(all_kinds: bool):
+def _jobs_across(ranks: int, all_kinds: bool):
     for collective, algorithms in ACROSS_NODES.items():
         for algorithm in algorithms:
             calls = [
                 call for call in calls_of(collective, algorithm) if call.op is None or call.dtype in ("bf16", "fp16")
             ]
             calls = [call for call in calls if algorithm.packets is None or call.op != "avg"]
+            if algorithm.splits == "only":
+                calls = [call._replace(splits=((call.count,) * ranks,) * 2) for call in calls]
             yield from ((collective, algorithm, call) for call in (calls if all_kinds else calls[:1]))
 
 

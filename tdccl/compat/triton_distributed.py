@@ -46,9 +46,11 @@ def initialize(comm: Communicator, heap_bytes: int) -> None:
     """Names the communicator of this process's kernels, and makes a symmetric heap of so many bytes; collective.
 
     Another one may follow: the kernels then talk to its ranks, and tensors of the heap before are no longer reached.
-    Raises ArgumentError where it is on another device, and what `Communicator.empty` raises.
+    Raises ArgumentError where it is on another device, or its ranks are on several nodes, and what `Communicator.empty`
+    raises.
     """
     global _CONTEXT
+    comm.check_one_node("initialize")
     if _Host.words is None:
         _Host.words = torch.zeros(8, dtype=torch.int64, device=comm.device)
         _CONTEXT = tl.constexpr(_Host.words.data_ptr())

@@ -15,9 +15,9 @@ from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
 
 _BLOCKS = 2 if environment.emulated() else 128
-_SLICES = 2 if environment.emulated() else 4
-_WARPS = 1 if environment.emulated() else 16
-_TILE = 4  # tokens that a block has under way
+_SLICES = 2
+_WARPS = 1 if environment.emulated() else 8
+_TILE = 4 if environment.emulated() else 1  # tokens that a block has under way
 _TILE_BYTES = 64 << 10  # of registers, for rows under way
 _ENTRIES = 512  # of a routing that are looked at at once, one a thread
 
@@ -62,6 +62,7 @@ class LowLatency(Experts):
         max_blocks: int | None = None,
     ):
         """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`."""
+        comm.check_one_node("LowLatency")
         blocks = _BLOCKS if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         self._places, self._columns = power_of_two(top_k), max(4, power_of_two(self.local_experts))

@@ -12,7 +12,8 @@ import torch
 from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.decisions import layout as heap
-from tdccl.ep import routing, throughput
+from tdccl.decisions import rails
+from tdccl.ep import across, routing, throughput
 from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
 from tdccl.errors import ArgumentError
@@ -32,19 +33,22 @@ class Plan:
     """Where the rows of a routing go: made by `ExpertParallel.plan`, used by any number of dispatches and combines.
 
     All but the first two are int32 tensors on the device, views of the third, made when they are asked for. Sizes: R
-    ranks, T max_tokens, K top_k, L experts a rank.
+    ranks, T max_tokens, K top_k, L experts a rank; across nodes, N of them with W ranks each.
 
     tokens          n, of this rank
     align           of which the offsets are multiples
     memory          of all the others, which are views of it
-    sent_row        [n, R]: the compact row of a token on each rank, -1 where it does not go
+    sent_row        [n, R]: the compact row of a token on each rank, -1 where it does not go; across nodes [N * T, W]:
+                    on each rank of this node, of the tokens of the rank with this place in each node
+    sent_node       [n, N]: whether a token goes to a node, as 1 or 0; across nodes only
     recv_row        [R, T]: the compact row here of each token of each rank, -1 where it does not come
     topk_idx        [R * T, K]: the experts of a compact row as numbered here, -1 for those of other ranks
     expert_row      [R * T, K]: the expert rows of a compact row, -1 likewise
     source          [R * T]: rank * T + token of a compact row, -1 past the last
     expert_source   [most expert rows]: the same of an expert row, -1 between the experts too
     sizes           [R]: tokens of each rank
-    received, sent  [R]: compact rows from, and to, each rank
+    received        [R]: compact rows from each rank
+    sent            [R]: compact rows to each; on one node only
     counts          [L]: rows of each expert here
     offsets         [L + 1]: the expert row at which each begins, and where the last ends
     """
@@ -53,6 +57,7 @@ class Plan:
     align: int
     memory: torch.Tensor
     sent_row: torch.Tensor
+    sent_node: torch.Tensor
     recv_row: torch.Tensor
     topk_idx: torch.Tensor
     expert_row: torch.Tensor
@@ -130,19 +135,32 @@ class ExpertParallel(Experts):
         a multiple of them. top_k: experts of a token. dtype: bfloat16, float16 or float32. max_blocks: the largest
         grid, to leave other multiprocessors to computation.
         """
-        blocks = _BLOCKS if max_blocks is None else max_blocks
+        blocks = max_blocks
+        if max_blocks is None:
+            blocks = _BLOCKS if len(comm.topology.nodes) == 1 else comm._context.rules.rings
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         columns, places = power_of_two(self.local_experts), power_of_two(top_k)
         self._routing = {
             "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),
-            "PLACES": places, "COLUMNS": columns,
+            "PLACES": places,
         }  # fmt: skip
+        self._counting = {**self._routing, "COLUMNS": columns}
         entries = -(-max_tokens * top_k // 4) * 4
-        self._planning = Workspace(
-            comm, blocks, {"routing": 2 * comm.size * entries * 4, "sizes": 2 * blocks * comm.size * 4}
-        )
         row_bytes = {"rows": hidden * dtype.itemsize, "scales": self.groups * 4, "weights": top_k * 4}
-        self._moving = Workspace(comm, blocks, {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()})
+        if self.nodes == 1:
+            told = {"routing": 2 * comm.size * entries * 4, "sizes": 2 * blocks * comm.size * 4}
+            slot_bytes, self._told = 0, None
+        else:
+            told = {}  # an all_gather does it
+            self._told = self._empty((entries + 4,), torch.int32), self._empty((comm.size, entries + 4), torch.int32)
+            record = sum(map(_in_sixteens, row_bytes.values()))
+            slot_bytes, self._chunk = _slot(record, blocks, self.nodes)
+        self._kernels, self._sent = (throughput, ["sent_row"])
+        if self.nodes > 1:
+            self._kernels, self._sent = across, ["sent_row", "sent_node"]
+        self._planning = Workspace(comm, blocks, told)
+        landing = {name: self.max_rows * nbytes for name, nbytes in row_bytes.items()}
+        self._moving = Workspace(comm, blocks, landing, slot_bytes)
         self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
         width = columns + heap.MAX_RANKS.value
         self._layouts: dict[tuple[int, int], tuple[_Layout, int]] = {}
@@ -167,28 +185,30 @@ class ExpertParallel(Experts):
         if not hasattr(align, "__index__") or align < 1:
             raise ArgumentError(f"plan: align is {align!r}, expected a whole number of rows >= 1")
         plan = self._new_plan(tokens, align)
-        words, name = plan.memory.numel(), arrays.TRITON_NAMES[topk_idx.dtype]
-        inputs = (topk_idx, plan.memory, self._counts, self._complaints)
-        warps = 1 if environment.emulated() else 8
-        self._planning.launch(
-            "ep_plan",
-            routing.exchange,
-            name,
-            warps,
-            self._routing,
-            inputs,
-            (tokens, words),
-            tokens * self.top_k,
-            stream,
-        )
-        constants = {**self._routing, "ALIGN": align, "BLOCKS": power_of_two(self._planning.blocks)}
+        if self.nodes == 1:
+            inputs, gathered = (topk_idx, plan.memory, self._counts, self._complaints), None
+            self._launch_planning(routing.exchange, self._counting, inputs, (tokens, plan.memory.numel()), stream)
+        else:
+            message, gathered = self._told
+            inputs = topk_idx, message, plan.memory, self._complaints
+            self._launch_planning(routing.write, self._routing, inputs, (tokens, plan.memory.numel()), stream)
+            self.comm.all_gather(message, gathered, stream=stream)
+            constants, inputs = {**self._counting, "NODES": self.nodes}, (gathered, self._counts)
+            self._launch_planning(routing.count, constants, inputs, (self._node,), stream)
+        blocks = power_of_two(self._planning.blocks)
+        constants = {**self._counting, "ALIGN": align, "NODES": self.nodes, "BLOCKS": blocks}
         outputs = plan.addresses(
-            "sent_row", "recv_row", "topk_idx", "expert_row", "source", "expert_source", "sizes", "counts", "offsets"
-        )
-        self._planning.launch(
-            "ep_plan", routing.place, "i32", warps, constants, (self._counts, *outputs), (), words, stream
-        )
+            "sent_row", "sent_node", "recv_row", "topk_idx", "expert_row", "source", "expert_source", "sizes", "counts",
+            "offsets",
+        )  # fmt: skip
+        self._launch_planning(routing.place, constants, (self._counts, gathered, *outputs), (self._node,), stream)
         return plan
+
+    def _launch_planning(self, kernel, constants: dict[str, Any], tensors, sizes, stream) -> None:
+        """Of the first tensor's dtype."""
+        name, elements = arrays.TRITON_NAMES[tensors[0].dtype], tensors[0].numel()
+        warps = 1 if environment.emulated() else 8
+        self._planning.launch("ep_plan", kernel, name, warps, constants, tensors, sizes, elements, stream)
 
     def _new_plan(self, tokens: int, align: int) -> Plan:
         return self.plan_of(self._empty((self.plan_words(tokens, align),), torch.int32), tokens, align)
@@ -206,17 +226,19 @@ class ExpertParallel(Experts):
         known = self._layouts.get((tokens, align))
         if known is None:
             ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
+            passed = (tokens, ranks) if self.nodes == 1 else (self.nodes * self.max_tokens, ranks // self.nodes)
             shapes = {
-                "sent_row": (tokens, ranks), "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k),
-                "expert_row": (rows, top_k), "source": (rows,), "expert_source": (self.most_expert_rows(align),),
-                "told": (3, ranks), "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
+                "sent_row": passed, "sent_node": (tokens if self.nodes > 1 else 0, self.nodes),
+                "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k), "expert_row": (rows, top_k),
+                "source": (rows,), "expert_source": (self.most_expert_rows(align),), "told": (3, ranks),
+                "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
             }  # fmt: skip
             layout, end = {}, 0
             for name, shape in shapes.items():
                 layout[name] = end, shape
                 end += -(-math.prod(shape) // 4) * 4
             told, _ = layout.pop("told")
-            for number, name in enumerate(("sizes", "received", "sent")):
+            for number, name in enumerate(("sizes", "received", "sent")[: 3 if self.nodes == 1 else 2]):
                 layout[name] = told + number * ranks, (ranks,)
             known = self._layouts[tokens, align] = layout, end
         return known
@@ -235,7 +257,7 @@ class ExpertParallel(Experts):
         hook: bool = False,
         stream: Any = None,
     ) -> "Dispatched | tuple[Dispatched, Callable[[], None]]":
-        """Sends each token once to each rank that has one of its experts.
+        """Sends each token once to each rank that has one of its experts, across nodes once to each node.
 
         x: [n, hidden] of the object's dtype, n as in the plan; or (float8_e4m3fn [n, hidden], scales [n, words] of 4
         bytes). weights: float32 [n, top_k]. quant: None, "fp8_128" (a scale amax / 448 for each 128 elements, amax at
@@ -273,17 +295,16 @@ class ExpertParallel(Experts):
             **self._row_constants(), "QUANT": quant or "", "SCALES": words,
             "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None,
             "OUT": "landing" if kept else layout, "TOKENS": self.max_tokens, "LOCAL": self.local_experts,
-            "ALIGN": plan.align, "CHUNK": self.max_tokens if kept else _CHUNK, "UNROLL": _UNROLL,
+            "ALIGN": plan.align, **self._walk(kept, _UNROLL, self.hidden * payload.itemsize, words * 4),
         }  # fmt: skip
         tensors = (
-            x, scales, weights,
-            *plan.addresses("sent_row", "recv_row", "expert_row", "sizes", "counts", "offsets"),
+            x, scales, weights, *plan.addresses(*self._sent, "recv_row", "expert_row", "sizes", "counts", "offsets"),
             None if kept else rows, out_scales, out_weights, self._complaints,
         )  # fmt: skip
         name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
         finish = self._run(
-            self._moving, "ep_dispatch", throughput.dispatch, name, _WARPS, constants, tensors, (len(rows),), x.numel(),
-            hook, stream,
+            self._moving, "ep_dispatch", self._kernels.dispatch, name, _WARPS, constants, tensors, (len(rows),),
+            x.numel(), hook, stream,
         )  # fmt: skip
         if words:
             out_scales = out_scales.view(torch.int32 if quant == "fp8_128_ue8m0" else torch.float32)
@@ -324,7 +345,8 @@ class ExpertParallel(Experts):
         h may be `landing`, into which then nothing is copied; fill it after a dispatch, and before any other call.
 
         Sums are fp32, and the same bits in every run: a rank's experts in top-k order, each product rounded, the sum
-        rounded to the dtype; then the biases, and the ranks in rank order, rounded to the dtype.
+        rounded to the dtype; then the biases, and the ranks in rank order, rounded to the dtype. Across nodes the bits
+        are others: the ranks of a node in rank order, rounded to the dtype; then the biases, and the nodes in order.
         """
         self.check()
         if layout not in LAYOUTS:
@@ -348,14 +370,14 @@ class ExpertParallel(Experts):
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
             "BIASES": len(biases), "LAYOUT": "landing" if zero_copy else layout, "TOKENS": self.max_tokens,
-            "CHUNK": self.max_tokens if zero_copy else _CHUNK, "UNROLL": 1 if expert else _UNROLL,
+            **self._walk(zero_copy, 1 if expert else _UNROLL, self.hidden * self.dtype.itemsize),
         }  # fmt: skip
         tensors = (
             h, weights, carry, *(*biases, None, None)[:2],
-            *plan.addresses("sent_row", "recv_row", "expert_row", "sizes"), out, carried,
+            *plan.addresses(*self._sent, "recv_row", "expert_row", "sizes"), out, carried,
         )  # fmt: skip
         finish = self._run(
-            self._moving, "ep_combine", throughput.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),
+            self._moving, "ep_combine", self._kernels.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),
             out.numel(), hook, stream,
         )  # fmt: skip
         result = out if carry is None else (out, carried)
@@ -386,7 +408,28 @@ class ExpertParallel(Experts):
         """Elements of a row's tile: a power of two, and at least four groups."""
         return max(512, power_of_two(self.hidden))
 
+    def _walk(self, at_once: bool, unroll: int, row_bytes: int, scale_bytes: int = 0) -> dict[str, int]:
+        """How a kernel walks tokens: in chunks, and across nodes in records with rows and scales of so many bytes."""
+        if self.nodes == 1:
+            return {"CHUNK": self.max_tokens if at_once else _CHUNK, "UNROLL": unroll}
+        scales = _in_sixteens(row_bytes)
+        weights = scales + _in_sixteens(scale_bytes)
+        record = weights + _in_sixteens(self.top_k * 4)
+        return {"CHUNK": self._chunk, "RECORD": record, "AT_SCALES": scales, "AT_WEIGHTS": weights}
+
     def _row_constants(self) -> dict[str, int]:
         return {
             "WIDTH": self.hidden, "PADDED": self._padded(), "TOP_K": self.top_k, "PLACES": power_of_two(self.top_k),
         }  # fmt: skip
+
+
+def _in_sixteens(nbytes: int) -> int:
+    """Rounded up to a multiple of 16."""
+    return -(-nbytes // 16) * 16
+
+
+def _slot(record: int, blocks: int, nodes: int) -> tuple[int, int]:
+    """(bytes of a slot of the rail, records of so many bytes that it has room for, a power of two)."""
+    room = rails.slot_bytes_within(environment.scratch_bytes(), blocks, nodes)
+    records = 1 << (max(1, min(_CHUNK, room // record)).bit_length() - 1)
+    return -(-records * record // 128) * 128, records

@@ -29,9 +29,8 @@ class Experts:
     ):  # fmt: skip
         """Collective. Raises ArgumentError, on all ranks, unless they have given the same possible sizes."""
         comm.check()
-        if len(comm.topology.nodes) > 1:
-            raise ArgumentError("expert parallelism is for the ranks of one node; take the communicator of split()")
         _check_sizes(comm, max_tokens, hidden, num_experts, top_k, dtype, max_blocks)
+        self.nodes, self._node = len(comm.topology.nodes), comm.topology.node
         self.comm, self.max_tokens, self.hidden, self.top_k, self.dtype = comm, max_tokens, hidden, top_k, dtype
         self.num_experts, self.local_experts = num_experts, num_experts // comm.size
         self.max_rows = comm.size * max_tokens

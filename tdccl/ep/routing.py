@@ -7,6 +7,9 @@ multiple of `align`.
 
 Tokens are cut into ranges: of every source, range b belongs to block b, here and in the kernels that move rows.
 Nothing is counted by atomics, so all places are the same in every run.
+
+Across nodes a token goes once to each node that has one of its experts, to the rank with the same place there, which
+passes it on: that rank finds the rows inside its node of the tokens of all ranks with its place.
 """
 
 import triton
@@ -87,6 +90,90 @@ def _load_routing(pointer, first, last, TILE: tl.constexpr, TOP_K: tl.constexpr,
 
 
 @triton.jit
+def _routing_of(
+    team, buffers, gathered, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, NODES: tl.constexpr
+):
+    """(pointer to the routing of a source, how many tokens it has): of what it told this block, or across nodes of
+    `gathered`. Ordering: plain loads."""
+    if NODES == 1:
+        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
+        size = (team.local + _sizes_offset(buffers, parity, team.size)).to(tl.pointer_type(tl.int32)) + source
+    else:
+        entries: tl.constexpr = (TOKENS * TOP_K + 3) // 4 * 4
+        routing = gathered + source * (entries + 4)
+        size = routing + entries
+    return routing, tl.minimum(tl.maximum(tl.load(size), 0), TOKENS)
+
+
+@triton.jit
+def _count(
+    team, buffers, gathered, parity, node, counts, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """Counts what is in this block's range of every source: tokens for each expert here, and for each rank of the node.
+
+    Ordering: plain loads and stores.
+    """
+    column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
+    local: tl.constexpr = EXPERTS // (team.size * NODES)
+    for source in range(team.size * NODES):  # a loop, as code that runs once costs as much to fetch as to run
+        routing, size = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
+        first, last = range_of_block(size)
+        of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
+        for start in range(first, last, TILE):
+            _, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
+            mine = tl.reshape(local_experts(idx, node * team.size + team.rank, local), [TILE * PLACES])
+            of_expert += tl.sum((mine[:, None] == column[None, :]).to(tl.int32), axis=0)
+            for to in tl.static_range(team.size):
+                of_rank += tl.where(rank == to, tl.sum(going_to(idx, node * team.size + to, local)), 0)
+        row = counts + (tl.program_id(0) * team.size * NODES + source) * (COLUMNS + shmem.MAX_RANKS)
+        tl.store(row + column, of_expert)
+        tl.store(row + COLUMNS + rank, of_rank)
+
+
+@triton.jit
+def _clear(plan, words):
+    """Fills the words of a plan with -1, all blocks together."""
+    for start in range(tl.program_id(0) * 1024, words, tl.num_programs(0) * 1024):
+        word = start + tl.arange(0, 1024)
+        tl.store(plan + word, -1, mask=word < words)
+
+
+@triton.jit
+def write(
+    team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Across nodes, before an all_gather: writes this rank's routing and its size as others are to read them.
+
+    tensors: addresses of the routing (DTYPE [n, TOP_K]), of what is to be gathered (int32: TOKENS * TOP_K words rounded
+    up to fours, then n), of the plan (filled with -1 here) and the complaints. sizes: n, and the words of the plan.
+    """
+    topk, message = at(tensors[0], DTYPE), at(tensors[1], tl.int32)
+    complaints, count = at(tensors[3], tl.int64), sizes[0].to(tl.int32)
+    first, last = range_of_block(count)
+    for start in range(first, last, TILE):
+        token, offset, mask, idx = _load_routing(topk, start, last, TILE, TOP_K, PLACES)
+        tl.store(message + offset, clean(idx, token, complaints, EXPERTS), mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(message + (TOKENS * TOP_K + 3) // 4 * 4, count)
+    _clear(at(tensors[2], tl.int32), sizes[1].to(tl.int32))
+
+
+@triton.jit
+def count(
+    team, buffers, tensors, sizes, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+    PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """Across nodes, after the all_gather: what `exchange` counts. tensors: addresses of what was gathered, and of the
+    counts. sizes: this rank's node."""
+    _count(
+        team, buffers, at(tensors[0], tl.int32), 0, sizes[0].to(tl.int32), at(tensors[1], tl.int32), TOKENS, TOP_K,
+        EXPERTS, TILE, PLACES, COLUMNS, NODES,
+    )  # fmt: skip
+
+
+@triton.jit
 def exchange(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -122,35 +209,10 @@ def exchange(
         tl.store(address.to(tl.pointer_type(tl.int32)), count)
     shmem.signal_all(team, epoch, shmem.DATA, 1)
 
-    words = sizes[1].to(tl.int32)
-    for start in range(tl.program_id(0) * 1024, words, tl.num_programs(0) * 1024):
-        word = start + tl.arange(0, 1024)
-        tl.store(plan + word, -1, mask=word < words)
-
+    _clear(plan, sizes[1].to(tl.int32))
     shmem.wait_all(team, epoch, shmem.DATA, 1)
-    column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
-    local: tl.constexpr = EXPERTS // team.size
-    for source in range(team.size):  # a loop, as code that runs once costs as much to fetch as to run
-        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
-        first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
-        of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
-        for start in range(first, last, TILE):
-            _, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
-            mine = tl.reshape(local_experts(idx, team.rank, local), [TILE * PLACES])
-            of_expert += tl.sum((mine[:, None] == column[None, :]).to(tl.int32), axis=0)
-            for to in tl.static_range(team.size):
-                of_rank += tl.where(rank == to, tl.sum(going_to(idx, to, local)), 0)
-        row = counts + (tl.program_id(0) * team.size + source) * (COLUMNS + shmem.MAX_RANKS)
-        tl.store(row + column, of_expert)
-        tl.store(row + COLUMNS + rank, of_rank)
+    _count(team, buffers, counts, parity, 0, counts, TOKENS, TOP_K, EXPERTS, TILE, PLACES, COLUMNS, 1)
     shmem.end(team, epoch)
-
-
-@triton.jit
-def size_of(team, buffers, parity, source, TOKENS: tl.constexpr):
-    """How many tokens a source has, as it told this block. Ordering: a plain load."""
-    words = (team.local + _sizes_offset(buffers, parity, team.size)).to(tl.pointer_type(tl.int32))
-    return tl.minimum(tl.maximum(tl.load(words + source), 0), TOKENS)
 
 
 @triton.jit
@@ -165,60 +227,61 @@ def _before_and_total(counts, source, FIRST: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def place(
-    team, buffers, tensors, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, ALIGN: tl.constexpr,
-    TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+    team, buffers, tensors, sizes, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before.
+    """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before, or
+    across nodes `count`.
 
-    tensors: addresses of the counts, and of the arrays of a plan in their order (see `Plan`). BLOCKS: a power of two,
-    at least the grid.
+    tensors: addresses of the counts, of what was gathered across nodes, and of the arrays of a plan in their order (see
+    `Plan`). sizes: this rank's node. BLOCKS: a power of two, at least the grid.
     """
-    counts = at(tensors[0], tl.int32)
-    sent_row, recv_row = at(tensors[1], tl.int32), at(tensors[2], tl.int32)
-    topk, expert_row = at(tensors[3], tl.int32), at(tensors[4], tl.int32)
-    source_of_row, source_of_expert_row = at(tensors[5], tl.int32), at(tensors[6], tl.int32)
-    told = at(tensors[7], tl.int32)
-    expert_counts, expert_offsets = at(tensors[8], tl.int32), at(tensors[9], tl.int32)
+    counts, gathered = at(tensors[0], tl.int32), at(tensors[1], tl.int32)
+    sent_row, sent_node, recv_row = at(tensors[2], tl.int32), at(tensors[3], tl.int32), at(tensors[4], tl.int32)
+    topk, expert_row = at(tensors[5], tl.int32), at(tensors[6], tl.int32)
+    source_of_row, source_of_expert_row = at(tensors[7], tl.int32), at(tensors[8], tl.int32)
+    told = at(tensors[9], tl.int32)
+    expert_counts, expert_offsets = at(tensors[10], tl.int32), at(tensors[11], tl.int32)
+    node = sizes[0].to(tl.int32)
     parity = shmem.resume(team) % 2
-    local: tl.constexpr = EXPERTS // team.size
+    ranks: tl.constexpr = team.size * NODES
+    local: tl.constexpr = EXPERTS // ranks
     width: tl.constexpr = COLUMNS + shmem.MAX_RANKS
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
+    me = node * team.size + team.rank
 
     of_experts = tl.zeros([COLUMNS], tl.int32)
-    sent_start = tl.zeros([shmem.MAX_RANKS], tl.int32)
-    sent, received, tokens = sent_start, sent_start, sent_start
-    for source in range(team.size):  # loops, as code that runs once costs as much to fetch as to run
-        _, total = _before_and_total(counts, source, 0, COLUMNS, width, team.size, BLOCKS)
+    for source in range(ranks):  # loops, as code that runs once costs as much to fetch as to run
+        _, total = _before_and_total(counts, source, 0, COLUMNS, width, ranks, BLOCKS)
         of_experts += total
-        before, total = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, team.size, BLOCKS)
-        sent_start += tl.where(source < team.rank, total, tl.where(source == team.rank, before, 0))
-        sent = tl.where(source == team.rank, total, sent)
-        received = tl.where(rank == source, tl.sum(tl.where(rank == team.rank, total, 0)), received)
-        tokens = tl.where(rank == source, size_of(team, buffers, parity, source, TOKENS), tokens)
     aligned = (of_experts + ALIGN - 1) // ALIGN * ALIGN
     ends = tl.cumsum(aligned, axis=0)
     start_of_expert = ends - aligned
     if tl.program_id(0) == 0:
-        tl.store(told + rank, tokens, mask=rank < team.size)
-        tl.store(told + team.size + rank, received, mask=rank < team.size)
-        tl.store(told + 2 * team.size + rank, sent, mask=rank < team.size)
         tl.store(expert_counts + column, of_experts, mask=column < local)
         tl.store(expert_offsets + column, start_of_expert, mask=column < local)
         tl.store(expert_offsets + 1 + column, ends, mask=column == local - 1)
 
-    source_start = tl.zeros([], tl.int32)
-    for source in range(team.size):
-        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
-        first, last = range_of_block(size_of(team, buffers, parity, source, TOKENS))
-        before, total = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, team.size, BLOCKS)
-        row_start = source_start + tl.sum(tl.where(rank == team.rank, before, 0))
-        source_start += tl.sum(tl.where(rank == team.rank, total, 0))
-        before, of_source = _before_and_total(counts, source, 0, COLUMNS, width, team.size, BLOCKS)
+    starts = tl.zeros([shmem.MAX_RANKS], tl.int32)  # of a source's rows on each rank of the node
+    for source in range(ranks):
+        routing, size = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
+        first, last = range_of_block(size)
+        before, to_ranks = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, ranks, BLOCKS)
+        row_starts = starts + before
+        starts += to_ranks
+        row_start = tl.sum(tl.where(rank == team.rank, row_starts, 0))
+        if tl.program_id(0) == 0:
+            tl.store(told + source, size)
+            tl.store(told + ranks + source, tl.sum(tl.where(rank == team.rank, to_ranks, 0)))
+            if NODES == 1:
+                tl.store(told + 2 * ranks + rank, to_ranks, mask=(rank < team.size) & (source == me))
+        before, of_source = _before_and_total(counts, source, 0, COLUMNS, width, ranks, BLOCKS)
         expert_start = start_of_expert + before
         for start in range(first, last, TILE):
             token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
-            mine = local_experts(idx, team.rank, local)
-            comes = going_to(idx, team.rank, local)
+            mine = local_experts(idx, me, local)
+            comes = going_to(idx, me, local)
             row = row_start + tl.cumsum(comes, axis=0) - comes
             here = comes != 0
             tl.store(recv_row + source * TOKENS + token, row, mask=here)
@@ -237,13 +300,16 @@ def place(
             expert_start += tl.sum(chosen.to(tl.int32), axis=0)
             row_start += tl.sum(comes)
         start_of_expert += of_source
-
-    routing = shmem.local_at(team, _routing_offset(buffers, parity, team.rank, TOKENS, TOP_K, team.size), tl.int32)
-    first, last = range_of_block(size_of(team, buffers, parity, team.rank, TOKENS))
-    for start in range(first, last, TILE):
-        token, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
-        for pe in tl.static_range(team.size):
-            goes = going_to(idx, pe, local)
-            row = tl.sum(tl.where(rank == pe, sent_start, 0)) + tl.cumsum(goes, axis=0) - goes
-            tl.store(sent_row + token * team.size + pe, row, mask=goes != 0)
-            sent_start += tl.where(rank == pe, tl.sum(goes), 0)
+        if source % team.size == team.rank:  # its tokens pass through this rank
+            for start in range(first, last, TILE):
+                token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
+                passed = (source // team.size * TOKENS + token) * team.size
+                for pe in tl.static_range(team.size):
+                    goes = going_to(idx, node * team.size + pe, local)
+                    row = tl.sum(tl.where(rank == pe, row_starts, 0)) + tl.cumsum(goes, axis=0) - goes
+                    tl.store(sent_row + passed + pe, row, mask=goes != 0)
+                    row_starts += tl.where(rank == pe, tl.sum(goes), 0)
+                if NODES > 1:
+                    for to in range(NODES):
+                        goes = going_to(idx, to, local * team.size)
+                        tl.store(sent_node + token * NODES + to, goes, mask=(token < last) & (source == me))

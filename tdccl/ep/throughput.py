@@ -21,14 +21,14 @@ def _steps_of_sources(told, CHUNK: tl.constexpr, SIZE):
 
 
 @triton.jit
-def _chunk(told, source, step, CHUNK: tl.constexpr):
+def chunk_of(told, source, step, CHUNK: tl.constexpr):
     """First and last + 1 of the tokens of a source in this block's chunk number `step`; none past its range."""
     first, last = range_of_block(tl.load(told + source))
     return tl.minimum(first + step * CHUNK, last), tl.minimum(first + (step + 1) * CHUNK, last)
 
 
 @triton.jit
-def _push_chunk(
+def push_chunk(
     team, buffers, x, scales, weights, sent_row, first, last, DTYPE: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
     PLACES: tl.constexpr, WEIGHTED: tl.constexpr, UNROLL: tl.constexpr,
@@ -70,7 +70,7 @@ def _push_chunk(
 
 
 @triton.jit
-def _take_chunk(
+def take_chunk(
     team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first, last,
     PAYLOAD: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr,
     TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr, OUT: tl.constexpr, TOKENS: tl.constexpr,
@@ -116,7 +116,7 @@ def _take_chunk(
 
 
 @triton.jit
-def _clear_padding(
+def clear_padding(
     expert_counts, expert_offsets, out, out_scales, capacity, PAYLOAD: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, SCALES: tl.constexpr, SCALE_TILE: tl.constexpr, LOCAL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -173,8 +173,8 @@ def dispatch(
     own_steps = tl.sum(tl.where(rank == team.rank, with_sources, 0)) + tl.zeros_like(rank)  # for all peers
     for step in range(steps + 1):
         if SEND:
-            first, last = _chunk(told, team.rank, step, CHUNK)
-            _push_chunk(
+            first, last = chunk_of(told, team.rank, step, CHUNK)
+            push_chunk(
                 team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES,
                 SCALE_TILE, TOP_K, PLACES, WEIGHTED, UNROLL,
             )  # fmt: skip
@@ -184,15 +184,15 @@ def dispatch(
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_sources)
                 if (OUT != "landing") or WEIGHTED:
                     for source in tl.static_range(team.size):
-                        first, last = _chunk(told, source, step - 1, CHUNK)
-                        _take_chunk(
+                        first, last = chunk_of(told, source, step - 1, CHUNK)
+                        take_chunk(
                             team, buffers, recv_row, expert_row, out, out_scales, out_weights, capacity, source, first,
                             last, PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE, TOP_K, PLACES, WEIGHTED, OUT, TOKENS,
                             UNROLL,
                         )  # fmt: skip
     if RECV and OUT == "expert":
         if ALIGN > 1:
-            _clear_padding(
+            clear_padding(
                 expert_counts, expert_offsets, out, out_scales, capacity, PAYLOAD, WIDTH, PADDED, SCALES, SCALE_TILE,
                 LOCAL, ALIGN,
             )  # fmt: skip
@@ -206,7 +206,7 @@ def dispatch(
 
 
 @triton.jit
-def _stage_chunk(
+def stage_chunk(
     team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE: tl.constexpr,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, WEIGHTED: tl.constexpr,
     CARRY: tl.constexpr, LAYOUT: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
@@ -331,8 +331,8 @@ def combine(
         if SEND:
             if CARRY or LAYOUT != "landing":
                 for source in tl.static_range(team.size):
-                    first, last = _chunk(told, source, step, CHUNK)
-                    _stage_chunk(
+                    first, last = chunk_of(told, source, step, CHUNK)
+                    stage_chunk(
                         team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE,
                         WIDTH, PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
                     )  # fmt: skip
@@ -340,7 +340,7 @@ def combine(
         if RECV:
             if step >= 1:
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < own_steps)
-                first, last = _chunk(told, team.rank, step - 1, CHUNK)
+                first, last = chunk_of(told, team.rank, step - 1, CHUNK)
                 _pull_chunk(
                     team, buffers, bias, more_bias, sent_row, out, out_carried, first, last, DTYPE, WIDTH, PADDED,
                     TOP_K, PLACES, BIASES, CARRY, UNROLL,

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from tdccl import transport
 from tdccl.communicator import Communicator
-from tdccl.decisions import layout
+from tdccl.decisions import layout, rails
 from tdccl.runtime.algorithm import Geometry, team_of
 from tdccl.runtime.launch import Arguments, bind
 from tdccl.runtime.recorder import PLAIN, described
@@ -19,10 +20,13 @@ class Workspace:
     """A team with epochs of its own, so that its calls and the communicator's collectives are in nobody's way.
 
     offsets  bytes from the team's heap to each of the buffers, by name; kernels get them as `buffers`
+
+    Across nodes the team and the buffers are those of this rank's node.
     """
 
-    def __init__(self, comm: Communicator, blocks: int, buffers: dict[str, int]):
-        """Collective. buffers: bytes of each, by name; zeroed."""
+    def __init__(self, comm: Communicator, blocks: int, buffers: dict[str, int], slot_bytes: int = 0):
+        """Collective. buffers: bytes of each, by name; zeroed. slot_bytes: of the slots of lanes to other nodes, for
+        kernels that have a `rail`; 0: without."""
         self.comm, self.blocks = comm, blocks
         team = team_of(comm._context, comm._team.backend)
         self._team = team._replace(blocks=blocks, packets=0, rings=0, ring_bytes=0, channels=0, slot_bytes=0)
@@ -36,13 +40,21 @@ class Workspace:
         self._team = self._team._replace(
             heap=self._memory.peers.data_ptr(),
             local=self._memory.address,
-            rank=comm.rank,
+            rank=comm._node.rank,
             control=comm._team.control,
             timeout=comm._team.timeout,
         )
         self._stop_word = ctypes.c_int64.from_address(self._memory.address + layout.STOP_BYTE.value)
+        self._rail = self._make_rail(slot_bytes) if slot_bytes else None
         self._lane = ("ep", next(_numbers))
         self._launches: dict[tuple, Any] = {}
+
+    def _make_rail(self, slot_bytes: int):
+        comm, nodes = self.comm, len(self.comm.topology.nodes)
+        nbytes = rails.rail_bytes(self.blocks, nodes, slot_bytes)
+        lanes, _ = transport.allocate_across(comm._bootstrap, nbytes, comm.device)
+        comm._add(lanes)
+        return comm._rails[False]._replace(local=lanes.address, slot_bytes=slot_bytes)
 
     def local(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """This rank's buffer of that name, flat."""
@@ -76,7 +88,7 @@ class Workspace:
         counts = {"tensors": (0,) * tensors, "sizes": (0,) * sizes, "buffers": tuple(self.offsets.values())}
         geometry = Geometry(dtype, self.blocks, warps, False, counts, constants)
         with self.comm._on_device():
-            return bind(kernel, Arguments(kernel, geometry, (), None), self._team, geometry, {})
+            return bind(kernel, Arguments(kernel, geometry, (), None, rail=self._rail), self._team, geometry, {})
 
 
 def _address(tensor: torch.Tensor | int | None) -> int:

@@ -4,13 +4,15 @@ The names of the collectives, and the tables of algorithms, are as in `tdccl.col
 whose ranks are on several nodes.
 """
 
-from tdccl.hierarchical import all_gather, all_reduce, all_to_all, barrier, broadcast, reduce_scatter
+from tdccl.hierarchical import all_gather, all_reduce, all_to_all, barrier, broadcast, pairs, reduce_scatter
 
 ALGORITHMS = {
     "all_reduce": all_reduce.ALGORITHMS,
-    "all_gather": all_gather.ALGORITHMS,
+    "all_gather": [*pairs.ALL_GATHER, *all_gather.ALGORITHMS],
     "reduce_scatter": reduce_scatter.ALGORITHMS,
     "broadcast": broadcast.ALGORITHMS,
-    "all_to_all": all_to_all.ALGORITHMS,
+    "all_to_all": [*pairs.ALL_TO_ALL, *all_to_all.ALGORITHMS],
+    "all_to_all_vdev": pairs.ALL_TO_ALL_VDEV,
+    "send_recv": pairs.SEND_RECV,
     "barrier": barrier.ALGORITHMS,
 }

@@ -119,6 +119,16 @@ def wait(team, shards, signals, tile, epoch):
 
 
 @triton.jit
+def is_there(team, shards, signals, tile, epoch):
+    """Whether the tile's owner has told this rank of it: `wait` without waiting, of the same ordering if it has."""
+    pointer = signal_of(shards, signals, tile, team.rank)
+    seen = tl.atomic_add(pointer, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    fence_descriptors(team.backend)
+    return seen - epoch >= 0
+
+
+@triton.jit
 def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.constexpr):
     """Copies a tile of this rank's `shard` (its first row; 16-byte aligned) to its place in `gathered` on rank `pe`.
 
@@ -184,6 +194,19 @@ def from_next_rank(team, position, tiles):
     For producers of a reduce-scatter: what must travel furthest in time leaves first, and no two ranks store to one.
     """
     return ((team.rank + 1) * tiles + position) % (tiles * team.size)
+
+
+@triton.jit
+def from_other_node(team, position, tiles, NODE: tl.constexpr):
+    """The order that starts with the tiles of the next node's ranks and ends with the own node's, the own ones last.
+
+    For producers of a reduce-scatter over nodes of NODE ranks: what crosses the network leaves first, and no two ranks
+    of a node send to one rank at once.
+    """
+    step = position // tiles
+    node = (team.rank // NODE + 1 + step // NODE) % (team.size // NODE)
+    local = (team.rank + 1 + step) % NODE
+    return (node * NODE + local) * tiles + position % tiles
 
 
 @triton.jit

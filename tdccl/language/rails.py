@@ -42,6 +42,7 @@ class Rail(NamedTuple):
     node        i32: this rank's node
     nodes       number of nodes
     slot_bytes  bytes of a slot, a multiple of 128
+    stride      from a rank of the communicator to its like in the next node: 1 where every rank counts as a node
     """
 
     local: object
@@ -49,9 +50,10 @@ class Rail(NamedTuple):
     node: object
     nodes: tl.constexpr
     slot_bytes: tl.constexpr
+    stride: tl.constexpr
 
 
-RAIL_TYPES = Rail("*i8", "*i32", "i32", "constexpr", "constexpr")
+RAIL_TYPES = Rail("*i8", "*i32", "i32", "constexpr", "constexpr", "constexpr")
 
 
 def lane_bytes(slot_bytes: int) -> int:
@@ -68,6 +70,13 @@ def slot_bytes_within(nbytes: int, blocks: int, nodes: int) -> int:
     """The largest slots with which all lanes take no more than `nbytes` bytes, a multiple of 128."""
     lane = nbytes // (blocks * STAGES.value * nodes)
     return max(0, lane - LANE_WORD_BYTES.value) // (2 * LANE_DEPTH.value) // 128 * 128
+
+
+def has_come(words: list[int]) -> bool:
+    """Whether a tile has come that has not been taken in, by the words of its lane. The first block's lane for node n
+    through INPUTS is the n-th in memory."""
+    number = words[RECEIVED.value]
+    return words[ARRIVED_WORD.value + number % LANE_DEPTH.value] > number
 
 
 @triton.jit
@@ -100,7 +109,7 @@ def in_slot(rail, STAGE: tl.constexpr, node, number, DTYPE: tl.constexpr):
 @triton.jit
 def _wait_lane(team, rail, STAGE: tl.constexpr, node, epoch, index, value):
     """Waits until a word of a lane is at least `value`; returns the epoch to go on with, as `wait_peers`."""
-    peer = team.rank + (node - rail.node).to(tl.int64) * team.size
+    peer = team.rank + (node - rail.node).to(tl.int64) * rail.stride
     _, go = wait_word(team, _word(rail, STAGE, node, index), value, peer, RAIL_KIND, epoch)
     return tl.where(go, epoch, epoch - DEAD)
 
@@ -167,6 +176,12 @@ def took(team, rail, STAGE: tl.constexpr, node, number):
 def sent(rail, STAGE: tl.constexpr, node):
     """The number of the next tile for `node`, for whom `next_out` has found a slot. Ordering: none."""
     return tl.load(_word(rail, STAGE, node, SENT))
+
+
+@triton.jit
+def received(rail, STAGE: tl.constexpr, node):
+    """The number of the next tile from `node`, for which `next_in` has waited. Ordering: none."""
+    return tl.load(_word(rail, STAGE, node, RECEIVED))
 
 
 @triton.jit

@@ -1,6 +1,10 @@
 """Communication fused with computation: products, and norms, of matrices that are spread over the ranks."""
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
+from tdccl.overlap.all_gather_grouped_gemm import all_gather_grouped_gemm
 from tdccl.overlap.all_reduce_rms_norm import all_reduce_rms_norm
 from tdccl.overlap.gemm_all_reduce import gemm_all_reduce
 from tdccl.overlap.gemm_reduce_scatter import gemm_reduce_scatter
+from tdccl.overlap.grouped_gemm_reduce_scatter import grouped_gemm_reduce_scatter
+from tdccl.overlap.moe import MoE
+from tdccl.overlap.routing import Routing, route, route_experts

@@ -1,8 +1,8 @@
 """All-gather fused with a product: every rank has a shard of rows of A and its own B, and gets all A times its B.
 
-Two launches: a few blocks push the shard tile by tile into all peers' memory, and tell of each tile; beside them, on
-the caller's stream, a persistent product takes the own rows first, then those of the next rank, whose owner sent them
-here first, and waits for each tile of rows when it comes to it.
+The shard goes into all peers' memory piece by piece, each followed by a signal: by copy engines where it is large, else
+by a few blocks. Beside them, on the caller's stream, a persistent product takes the own rows first, then those of the
+next rank, whose owner sent them here first, and waits for each tile of rows when it comes to it.
 """
 
 import math
@@ -15,6 +15,7 @@ import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
+from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import (
     blocks_of,
     by_descriptors,
@@ -65,19 +66,22 @@ def push_shard(
 
 @triton.jit
 def multiply_gathered(
-    team, epochs, shards, signals, a, gathered, odd_row, b, c, N, K, b_row, b_column,
+    team, epochs, shards, pieces, signals, a, gathered, odd_row, b, c, N, K, b_row, b_column,
     DTYPE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """c [size * shards.rows, N] = all ranks' rows times b; own rows from `a`, others from `gathered` when they come.
 
-    Waits:    for the tile's rows, pushed by a kernel that every rank launches earlier.
+    pieces: the shards again, in tiles of as many rows as one signal tells of.
+
+    Waits:    for the tile's piece, which its owner pushes or copies beside its own product.
     Ordering: acquire at sys scope, block barrier, loads.
-    Reuse:    see `push_shard`.
+    Reuse:    see `push_shard`; copies wait until all ranks' last products are over.
     """
     epoch = overlap.begin(epochs)
     ROWS: tl.constexpr = shards.TILE
     rows = shards.rows
+    whole = team.rank  # the last rank of which all is known to be here
     tiles_down, tiles_across = overlap.tiles_of(shards), (N + COLUMNS - 1) // COLUMNS
     of_rank = tiles_down * tiles_across
     # Two loops have what is in flight in the same shared memory; branches of one loop would take twice as much.
@@ -91,7 +95,12 @@ def multiply_gathered(
         owner = (team.rank + position // of_rank) % team.size
         down, across = grouped(position % of_rank, tiles_down, tiles_across, GROUP)
         tile = owner * tiles_down + down
-        overlap.wait(team, shards, signals, tile, epoch)
+        if owner != whole:
+            first = owner * overlap.tiles_of(pieces)
+            overlap.wait(team, pieces, signals, first + down * ROWS // pieces.TILE, epoch)
+            if COPIED:  # one piece after the other
+                last = first + overlap.tiles_of(pieces) - 1
+                whole = tl.where(overlap.is_there(team, pieces, signals, last, epoch), owner, whole)
         row = (epoch % 2).to(tl.int32) * odd_row + tile * ROWS
         _multiply_tile(
             gathered, row, owner, down, across, b, c, rows, N, K, b_row, b_column,
@@ -153,35 +162,46 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     tiles = comm.size * -(-rows // shape.rows)
-    blocks, pushers = blocks_of(comm.device), _pushers(comm)
+    copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
+    blocks, others = blocks_of(comm.device), COPIERS if copied else _pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
-    space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks)
+    space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)
+    height = shape.rows * (shape.group if copied else 1)
+    pieces = overlap.shards_of(rows, depth, height, space.most)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
     gathered = space.buffer[: odd + elements].view(-1, depth)
+    first = comm.rank * -(-rows // shape.rows) * shape.rows  # row of the own shard in all peers' memory
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
 
+    copies = Copies(comm, space) if copied else None
+
+    def copy():
+        copies.meet()
+        for pe in (*range(comm.rank - 1, -1, -1), *range(comm.size - 1, comm.rank, -1)):
+            for piece, part in enumerate(a_shard.split(height)):
+                copies.send(pe, part, (first + piece * height) * depth, piece)
+
     def push():
-        push_shard[(pushers,)](
+        push_shard[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
             DTYPE=dtype, PIECE=_piece(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(blocks - pushers,)](
-            comm.team, space.epochs[1], shards, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
+        multiply_gathered[(blocks - others,)](
+            comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
             left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
             DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
+            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, COPIED=copied,
+            num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused(
-        "all_gather",
-        "all_gather_gemm",
-        a_shard,
-        lambda: _beside(comm.device, push, multiply) if pushers else multiply(),
-    )
+    def together():
+        beside(comm.device, copy if copied else push, multiply, moving_first=not copied)
+
+    comm.start_fused("all_gather", "all_gather_gemm", a_shard, together if others else multiply)
 
 
 def _pushers(comm: Communicator) -> int:
@@ -193,26 +213,6 @@ def _pushers(comm: Communicator) -> int:
 def _piece() -> int:
     """Elements that a pusher has in flight: 16 times 16 bytes a thread, so that few blocks fill the link."""
     return 1024 if environment.emulated() else PIECE
-
-
-_sides: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def _beside(device: torch.device, push, multiply) -> None:
-    """Runs `push` on a stream of its own, as soon as the current one has come here, and `multiply` on the current one,
-    which then waits for both."""
-    if device.type != "cuda":
-        push()
-        multiply()
-        return
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device, priority=-1)
-    side, current = _sides[device], torch.cuda.current_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        push()
-    multiply()
-    current.wait_stream(side)
 
 
 @torch.library.custom_op("tdccl::all_gather_gemm", mutates_args=())

@@ -185,6 +185,7 @@ class _Packets:
     """A team of its own, with packet slots of so many words."""
 
     def __init__(self, comm: Communicator, slot: int):
+        comm.check_one_node("communication fused with computation")
         constants = {"blocks": blocks_of(comm.device), "packets": slot}
         constants |= dict.fromkeys(("rings", "ring_bytes", "channels", "slot_bytes"), 0)
         memory = comm._allocate(layout.heap_bytes(comm._team._replace(**constants)))

@@ -513,7 +513,7 @@ def _space(comm: Communicator, dtype, shape: Shape, tiles: int, sums: Sums, few:
         elements += tiles * tile
         signals += sums.owned * (shape.rows // sums.height)
     partials = 2 * blocks * tile if few else 0
-    return workspace(comm, _name(few), elements, _UNIT, dtype, signals, blocks, partials)
+    return workspace(comm, _name(few), elements, _UNIT, dtype, signals, blocks, partials=partials)
 
 
 def _one_then_other(device: torch.device, multiply, fold, beside: bool) -> None:

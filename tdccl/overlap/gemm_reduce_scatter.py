@@ -1,8 +1,8 @@
 """A product fused with reduce-scatter: every rank has A and B of its share of K, and gets its rows of the sum.
 
-One launch: a persistent product computes the rows of the next rank first and its own last. What belongs to another rank
-is stored into a slot there, with a signal a tile; on its own rows each block then adds what the same block of all peers
-has stored, in rank order.
+A persistent product computes the rows of the next rank first and its own last. What belongs to another rank goes into a
+slot there: where it is much, copy engines move it piece by piece, as soon as a piece is done, else each tile is stored
+there right away; a signal follows. To its own tiles each block then adds what all peers have sent, in rank order.
 """
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
+from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import (
     blocks_of,
     by_descriptors,
@@ -35,19 +36,22 @@ def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 @triton.jit
 def multiply_scattered(
-    team, epochs, signals, a, b, slots, odd, c, rows, N, width, K, most, b_row, b_column,
+    team, epochs, signals, a, b, slots, odd, staged, told, c, rows, N, width, K, most, b_row, b_column,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, FOLDED: tl.constexpr,
+    COPIED: tl.constexpr,
 ):  # fmt: skip
     """c [rows, N] = the sum over ranks, in rank order, of their rows `rank * rows` .. of a [size * rows, K] times b.
 
-    slots: Symmetric, [size sources, rows, width], in odd epochs from element `odd` on. A block takes the same tiles of
-    every rank's rows.
+    slots: Symmetric, [size sources, rows, width], in odd epochs from element `odd` on. COPIED: what belongs to other
+    ranks is left in `staged` [size owners, rows, width], and `told` (*i64 [size, most]) counts the tiles of each piece
+    of GROUP tiles' rows. Else a block takes the same tiles of every rank's rows, and stores them into their slots.
 
-    Waits:    block b for block b of every peer, once a tile of its own rows.
+    Waits:    for every peer, once a tile of its own rows: for the same tile, or the piece that it is in.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    parities alternate. A rank starts a call when its last one has heard from all peers, who spoke in it only
-              after they had ended the last but one, which read this parity.
+              after they had ended the last but one, which read this parity. Copies wait until all ranks' last products
+              are over.
     """
     epoch = overlap.begin(epochs)
     tiles_down, tiles_across = (rows + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
@@ -56,8 +60,11 @@ def multiply_scattered(
     for distance in range(1, team.size + 1):
         owner = (team.rank + distance) % team.size
         slot = shmem.symm_at(slots, owner, DTYPE) + (start + _slot(team.rank, rows, width))
+        if COPIED and distance < team.size:
+            slot = staged + _slot(owner, rows, width)
         for position in range(tl.program_id(0), tiles, tl.num_programs(0)):
             down, across = grouped(position, tiles_down, tiles_across, GROUP)
+            word = down // GROUP if COPIED else position
             height = tl.minimum(rows - down * ROWS, ROWS)
             total = product(
                 a, owner * rows + down * ROWS, height, b, across * COLUMNS, N, K, b_row, b_column,
@@ -67,7 +74,7 @@ def multiply_scattered(
             place = slot + i.to(tl.int64)[:, None] * width + j[None, :]
             tl.store(place, total.to(DTYPE), mask=(i < rows)[:, None] & (j < width)[None, :])
             if owner == team.rank:
-                _wait_peers(team, signals, position, most, epoch)
+                _wait_peers(team, signals, word, most, epoch)
                 for first in range(0, height, FOLDED):
                     _fold_rows(
                         team, slots, start, c, down * ROWS + first, across * COLUMNS, rows, N, width,
@@ -75,7 +82,10 @@ def multiply_scattered(
                     )  # fmt: skip
             else:
                 shmem.fence()
-                shmem.signal_op(shmem.symm_at(signals, owner, tl.int64, 8) + team.rank * most + position, epoch)
+                if COPIED:
+                    shmem.signal_op(told + owner * most + word, 1, "add")
+                else:
+                    shmem.signal_op(shmem.symm_at(signals, owner, tl.int64, 8) + team.rank * most + word, epoch)
     overlap.end(epochs, epoch)
 
 
@@ -86,10 +96,10 @@ def _slot(source, rows, width):
 
 
 @triton.jit
-def _wait_peers(team, signals, position, most, epoch):
-    """Waits for what all peers store of one tile. Ordering: acquire at sys scope, then a block barrier."""
+def _wait_peers(team, signals, word, most, epoch):
+    """Waits for what all peers send of one tile or piece. Ordering: acquire at sys scope, then a block barrier."""
     ranks = tl.arange(0, shmem.MAX_RANKS)
-    pointers = shmem.symm_at(signals, team.rank, tl.int64, 8) + (ranks * most + position)
+    pointers = shmem.symm_at(signals, team.rank, tl.int64, 8) + (ranks * most + word)
     targets = tl.full([shmem.MAX_RANKS], 0, tl.int64) + epoch
     wanted = (ranks < team.size) & (ranks != team.rank)
     shmem.wait_counters(team, pointers, targets, wanted, shmem.USER, epoch)
@@ -140,22 +150,39 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     descriptors = by_descriptors(depth, columns)
     shape = shape_for(rows, columns, descriptors)
     width = padded(columns, _UNIT)
-    tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
-    blocks = blocks_of(comm.device)
-    space = workspace(comm, "gemm_reduce_scatter", comm.size * rows * width, _UNIT, a.dtype, tiles, blocks)
+    tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
+    blocks, elements = blocks_of(comm.device), comm.size * rows * width
+    copied = comm.size > 1 and rows * width * a.itemsize >= LEAST_BYTES
+    words = -(-tiles_down // shape.group) if copied else tiles_down * tiles_across
+    space = workspace(comm, "gemm_reduce_scatter", elements, _UNIT, a.dtype, words, blocks, copied)
+    staged = a.new_empty(comm.size, rows, width) if copied else a
     of_b = right(b, shape, descriptors)
     dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
 
+    copies = Copies(comm, space) if copied else None
+
+    def copy():
+        copies.meet()
+        for owner in (*range(comm.rank + 1, comm.size), *range(comm.rank)):
+            for piece, part in enumerate(staged[owner].split(shape.group * shape.rows)):
+                copies.await_tiles(owner, piece, -(-len(part) // shape.rows) * tiles_across)
+                first = comm.rank * rows + piece * shape.group * shape.rows
+                copies.send(owner, part, first * width, piece)
+
     def multiply():
-        multiply_scattered[(blocks,)](
+        multiply_scattered[(blocks - COPIERS if copied else blocks,)](
             comm.team, space.epochs[0], space.signals_on_all_ranks, left(a, shape, descriptors), of_b.operand,
-            space.on_all_ranks, space.odd(_UNIT), out, rows, columns, width, depth, space.most, *of_b.strides,
+            space.on_all_ranks, space.odd(_UNIT), staged, space.told if copied else space.epochs, out, rows, columns,
+            width, depth, space.most, *of_b.strides,
             DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
             GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, FOLDED=min(16, shape.rows),
-            num_warps=shape.warps,
+            COPIED=copied, num_warps=shape.warps,
         )  # fmt: skip
 
-    comm.start_fused("reduce_scatter", "gemm_reduce_scatter", a, multiply)
+    def together():
+        beside(comm.device, copy, multiply, moving_first=False)
+
+    comm.start_fused("reduce_scatter", "gemm_reduce_scatter", a, together if copied else multiply)
 
 
 @torch.library.custom_op("tdccl::gemm_reduce_scatter", mutates_args=())

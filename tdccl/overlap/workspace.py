@@ -23,23 +23,36 @@ class Workspace:
     epochs   int64 [2, blocks], this rank's own: a row a kernel, a word a block
     partials  fp32, flat, this rank's own, of any content
     arrivals  int32 [most], this rank's own: zeros between calls
+
+    If it is `copied` (by copy engines), `buffer` has the first half alone, and there are:
+
+    starts   int64 [size], symmetric: the last call that each rank has begun
+    epoch    int64 [1], this rank's own: its last call
+    told     int64 [size, most], this rank's own: how many tiles of each piece are done
     """
 
     def __init__(
-        self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, partials: int
-    ):
-        self.half, self.most = elements, most
-        self.buffer = comm.empty(2 * elements + unit, dtype)
+        self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, copied: bool,
+        partials: int,
+    ):  # fmt: skip
+        comm.check_one_node("communication fused with computation")
+        self.half, self.most, self.copied = elements, most, copied
+        self.buffer = comm.empty(elements if copied else 2 * elements + unit, dtype)
         self.signals = comm.empty((comm.size, most), torch.int64)
         self.epochs = torch.zeros((2, blocks), dtype=torch.int64, device=comm.device)
         self.partials = torch.empty(partials, device=comm.device)
         self.arrivals = torch.zeros(most, dtype=torch.int32, device=comm.device)
         self.on_all_ranks = comm.symmetric(self.buffer)
         self.signals_on_all_ranks = comm.symmetric(self.signals)
+        if copied:
+            self.starts_on_all_ranks = comm.symmetric(comm.empty(comm.size, torch.int64))
+            self.loaded = False
+            self.epoch = torch.zeros(1, dtype=torch.int64, device=comm.device)
+            self.told = torch.zeros((comm.size, most), dtype=torch.int64, device=comm.device)
 
     def odd(self, unit: int) -> int:
         """The element with which odd epochs begin, a multiple of `unit`, past what even ones of any shape use."""
-        return padded(self.half, unit)
+        return 0 if self.copied else padded(self.half, unit)
 
     def holds(self, elements: int, unit: int, most: int, partials: int) -> bool:
         """Whether a call with so many elements, signals a rank, and partial sums fits."""
@@ -55,6 +68,7 @@ def workspace(
     dtype: torch.dtype,
     most: int,
     blocks: int,
+    copied: bool = False,
     partials: int = 0,
 ) -> Workspace:
     """The operator's workspace, of at least that size; a new one where it has outgrown the last, which is collective.
@@ -62,7 +76,7 @@ def workspace(
     Graphs that were captured before go on with the one they had; it is freed with the communicator. Raises
     ArgumentError where it would have to grow while a graph is captured.
     """
-    kept = _kept.setdefault(comm, {}).setdefault((operator, dtype), [])
+    kept = _kept.setdefault(comm, {}).setdefault((operator, dtype, copied), [])
     if kept and kept[-1].holds(elements, unit, most, partials):
         return kept[-1]
     if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -73,7 +87,7 @@ def workspace(
         last = kept[-1]
         elements, most = max(elements, last.half), max(most, last.most)
         partials = max(partials, last.partials.numel())
-    kept.append(Workspace(comm, elements, unit, dtype, most, blocks, partials))
+    kept.append(Workspace(comm, elements, unit, dtype, most, blocks, copied, partials))
     return kept[-1]
 
 

@@ -65,6 +65,7 @@ class Context(NamedTuple):
     ring_bytes    what a block that has rings has of them, for each parity
     nodes         number of nodes
     rail_slot     bytes of a slot in a lane to another node
+    pair_slot     bytes of a slot in a lane to another rank, where there are several nodes; a power of two
     """
 
     size: int
@@ -73,6 +74,7 @@ class Context(NamedTuple):
     multicast: Multicast = Multicast(None, "nobody asked for it")
     nodes: int = 1
     rail_slot: int = 0
+    pair_slot: int = 0
 
 
 def context_of(size: int, scratch: int, rules: Rules) -> Context:
@@ -153,7 +155,8 @@ class Algorithm:
     sent       number of ranks -> bytes that the busiest rank sends, for each byte of a chunk (or message)
     packets    (call, context) -> the most words of a chunk that it takes, if it goes by LL packets
     symmetric  which of send and recv must be symmetric memory; they reach the kernel as `Symmetric`
-    splits     takes all_to_all's split lists
+    splits     takes split lists: False, True, or "only" these
+    pairs      across nodes: to its lanes every rank is a node
     in_place   send and recv may overlap
     multimem   None, or (call) -> why multimem cannot do the call, None if it can
     """
@@ -164,7 +167,8 @@ class Algorithm:
     sent: Callable[[int], float]
     packets: Callable[[Call, Context], int] | None = None
     symmetric: tuple[str, ...] = ()
-    splits: bool = False
+    splits: bool | str = False
+    pairs: bool = False
     in_place: bool = True
     multimem: Callable[[Call], str | None] | None = None
 
@@ -179,6 +183,8 @@ class Algorithm:
         """Why this algorithm cannot take the call, or None if it can."""
         if call.splits is not None and not self.splits:
             return "takes equal splits only"
+        if call.splits is None and self.splits == "only":
+            return "takes split lists only"
         if missing := set(self.symmetric) - call.symmetric:
             return f"{' and '.join(sorted(missing))} not in symmetric memory"
         if call.in_place and not self.in_place:
@@ -296,34 +302,68 @@ def tiles_in(
 
 def split_on_device(call: Call, context: Context, rings: int, depth: int) -> Geometry:
     """Lays chunks out whose sizes only the device knows: in tiles that pass through `rings` rings, on all blocks."""
-    splits, received, *sizes = call.on_device
-    alignment = min(call.alignment, *map(_lowest_bit, sizes))
-    dtype = _UNITS[alignment]
+    dtype, alignment, counts = _counts_on_device(call)
     largest = min(context.rules.tile, context.ring_bytes // (max(1, rings) * depth))
     tile_bytes = 1 << (largest.bit_length() - 1)
-    row, send, recv = (nbytes // ITEMSIZE[dtype] for nbytes in sizes)
     return Geometry(
         dtype=dtype,
         grid=context.rules.blocks,
         warps=max(1, min(context.rules.warps, tile_bytes // 512)),
         aligned=alignment == 16,
-        counts={"splits": splits, "received": received, "row": row, "send_count": send, "recv_count": recv},
+        counts=counts,
         constants={"TILE": tile_bytes // ITEMSIZE[dtype], "TILES": 1, "WHOLE": False},
     )
 
 
+def _counts_on_device(call: Call) -> tuple[str, int, dict[str, int]]:
+    """(element type, the largest power of two that divides all addresses and sizes, the counts) of all_to_all_vdev."""
+    splits, received, *sizes = call.on_device
+    alignment = min(call.alignment, *map(_lowest_bit, sizes))
+    dtype = _UNITS[alignment]
+    row, send, recv = (nbytes // ITEMSIZE[dtype] for nbytes in sizes)
+    counts = {"splits": splits, "received": received, "row": row, "send_count": send, "recv_count": recv}
+    return dtype, alignment, counts
+
+
 def between_pairs(call: Call, context: Context) -> Geometry:
-    """Lays messages between pairs out, in tiles of a channel's slot; addresses and counts come with each call."""
+    """Lays messages between pairs out, in tiles of a channel's slot, across nodes of a lane's; addresses and counts
+    come with each call."""
     dtype = _UNITS[call.alignment]
-    nobody = (0,) * context.size
+    nobody, slot = (0,) * context.size, context.rules.slot_bytes
+    if context.nodes > 1:
+        nobody, slot = nobody * context.nodes, context.pair_slot
     return Geometry(
         dtype=dtype,
         grid=context.rules.channels,
         warps=context.rules.warps,
         aligned=call.alignment == 16,
         counts={"sends": nobody, "recvs": nobody, "send_counts": nobody, "recv_counts": nobody},
-        constants={"TILE": context.rules.slot_bytes // ITEMSIZE[dtype], "ALIGN": call.alignment},
+        constants={"TILE": slot // ITEMSIZE[dtype], "ALIGN": call.alignment, "RANKS": _power_of_two(len(nobody))},
     )
+
+
+def in_pieces(call: Call, context: Context, same: bool = False) -> Geometry:
+    """Lays pieces by split lists, across nodes, out in tiles of a slot of the lanes between pairs; same as in
+    `splitting`."""
+    dtype, itemsize, aligned = _unit(call)
+    geometry = _between_all(context, dtype, 16 if aligned else itemsize)
+    send, recv = (tuple(count * call.itemsize // itemsize for count in counts) for counts in call.splits)
+    return geometry.splitting(send, recv, same)
+
+
+def pieces_on_device(call: Call, context: Context) -> Geometry:
+    """The same by split lists on the device."""
+    dtype, alignment, counts = _counts_on_device(call)
+    return _between_all(context, dtype, 16 if alignment == 16 else ITEMSIZE[dtype]).adding(counts=counts)
+
+
+def _between_all(context: Context, dtype: str, align: int) -> Geometry:
+    constants = {
+        "TILE": context.pair_slot // ITEMSIZE[dtype], "ALIGN": align,
+        "RANKS": _power_of_two(context.size * context.nodes),
+    }  # fmt: skip
+    rules = context.rules
+    return Geometry(dtype, rules.channels, rules.warps, align == 16, {}, constants)
 
 
 def copying(call: Call, context: Context, part_bytes: int | None = None, room: int | None = None) -> Geometry:

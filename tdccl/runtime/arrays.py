@@ -40,18 +40,18 @@ def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
     )
 
 
-def signature(send: Any, recv: Any) -> tuple | None:
-    """Equal for two pairs of arrays exactly if what holds for the one call holds for the other; None: look closer."""
+def signature(collective: str, value: Any, timeout: float | None, send: Any, recv: Any) -> tuple | None:
+    """Equal for two calls exactly if what holds for the one holds for the other; None: look closer at the arrays."""
     if type(send) is not torch.Tensor or type(recv) is not torch.Tensor:
         return None
     dtype = send.dtype
     if dtype.is_complex or send.is_neg() or not send.is_contiguous():
         return None
     if recv is send:
-        return send.data_ptr(), send.shape, dtype
+        return collective, value, timeout, dtype, send.data_ptr(), send.shape
     if recv.dtype is not dtype or recv.is_neg() or not recv.is_contiguous():
         return None
-    return send.data_ptr(), send.shape, dtype, recv.data_ptr(), recv.shape
+    return collective, value, timeout, dtype, send.data_ptr(), send.shape, recv.data_ptr(), recv.shape
 
 
 def like(tensor: torch.Tensor, array: Any) -> Any:

@@ -6,11 +6,13 @@ What is changed, and why:
 - `tl` is patched once a process, not at each launch and each call of a device function.
 - Arguments are not copied: CPU tensors are the device tensors, so a peer's shared mapping can be passed.
 - Contiguous loads and stores are one memmove.
+- Arithmetic of integers and pointers, most of what a kernel does, goes around the checks of types.
 - Kernels that were defined before tdccl was imported are interpreted too.
 """
 
 import ctypes
 import logging
+import operator
 import threading
 from typing import Any
 
@@ -128,7 +130,7 @@ class _Builder(type(_builder)):
         if isinstance(mask, np.ndarray):  # of a tensor descriptor in 3.6
             mask = TensorHandle(mask, tl.int1)
         element = pointers.get_element_ty()
-        dtype = interpreter._get_np_dtype(element)
+        dtype = _numpy_type(element)
         address, run = _contiguous(pointers.data, mask, dtype.itemsize)
         if run is None:
             mask = _full_mask(pointers, mask)
@@ -216,6 +218,130 @@ def _convert(value: Any):
     return interpreter._implicit_cvt(value)
 
 
+_shapes: dict[tuple, tuple] = {}
+_slow_make_tensor = tl.tensor.__init__
+_slow_numpy_type = interpreter._get_np_dtype
+_numpy_types: dict[str, np.dtype] = {}
+
+
+def _numpy_type(kind):
+    """Replaces a function of the interpreter that makes its table anew each time."""
+    name = kind.scalar.name
+    if name not in _numpy_types:
+        _numpy_types[name] = _slow_numpy_type(kind)
+    return _numpy_types[name]
+
+
+def _make_tensor(self, handle, dtype):
+    """Replaces `tl.tensor.__init__`, which makes its shape anew each time."""
+    shape = tuple(dtype.shape) if dtype.is_block() else ()
+    if shape not in _shapes:
+        known = tl.tensor.__new__(tl.tensor)
+        _slow_make_tensor(known, handle, dtype)
+        _shapes[shape] = (known.shape, known.numel)
+    self.shape, self.numel = _shapes[shape]
+    self.handle, self.type, self.dtype = handle, dtype, dtype.scalar
+
+
+def _broadcast(left, right, element):
+    """The type of a result with elements of type `element`, where one is a scalar or both have one shape, else None."""
+    shaped = left if left.is_block() else right
+    if shaped is not left and not shaped.is_block():
+        return element
+    if shaped is left and right.is_block() and right is not left and right.shape.values != left.shape.values:
+        return None
+    return _shaped(shaped, element)
+
+
+def _shaped(block, element):
+    """The block type with another element type."""
+    if block.scalar is element:
+        return block
+    place = (element.name, *block.shape)
+    if place not in _block_types:
+        _block_types[place] = block.with_element_ty(element)
+    return _block_types[place]
+
+
+_block_types: dict[tuple, tl.block_type] = {}
+
+
+def _integers(tensor, other):
+    """(the other operand for NumPy, type of the result) if both are signed integers that broadcast alike, else None."""
+    wide = tensor.dtype is tl.int64
+    if not (wide or tensor.dtype is tl.int32):
+        return None
+    if type(other) is tl.constexpr:
+        other = other.value
+    if type(other) is int:
+        end = 1 << 63 if wide else 1 << 31
+        return (other, tensor.type) if -end <= other < end else None
+    if type(other) is not tl.tensor or not (other.dtype is tl.int64 or other.dtype is tl.int32):
+        return None
+    kind = _broadcast(tensor.type, other.type, tl.int64 if wide else other.dtype)
+    return kind and (other.handle.data, kind)
+
+
+def _quick(name: str, operate, compares: bool = False) -> None:
+    """Replaces a method of `tl.tensor` where both operands are signed integers, which need no checks."""
+    checked = getattr(tl.tensor, name)
+
+    def method(self, other):
+        known = _integers(self, other)
+        if known is None:
+            return checked(self, other)
+        value, kind = known
+        if compares:
+            kind = _shaped(kind, tl.int1) if kind.is_block() else tl.int1
+        return tl.tensor(TensorHandle(operate(self.handle.data, value), kind.scalar), kind)
+
+    setattr(tl.tensor, name, method)
+
+
+def _quick_masks(name: str, operate) -> None:
+    """Replaces a method of `tl.tensor` where both operands are masks of one shape."""
+    checked = getattr(tl.tensor, name)
+
+    def method(self, other):
+        if type(other) is not tl.tensor or self.dtype is not tl.int1 or other.dtype is not tl.int1:
+            return checked(self, other)
+        kind = _broadcast(self.type, other.type, tl.int1)
+        if kind is None:
+            return checked(self, other)
+        return tl.tensor(TensorHandle(operate(self.handle.data, other.handle.data), tl.int1), kind)
+
+    setattr(tl.tensor, name, method)
+
+
+def _quick_pointers() -> None:
+    """Replaces the addition of an integer tensor to a pointer."""
+    checked = tl.tensor.__add__
+
+    def method(self, other):
+        if not self.dtype.is_ptr() or type(other) is not tl.tensor or not other.dtype.is_int():
+            return checked(self, other)
+        kind = _broadcast(self.type, other.type, self.dtype)
+        return tl.tensor(_builder.create_addptr(self.handle, other.handle), kind) if kind else checked(self, other)
+
+    tl.tensor.__add__ = method
+
+
+def _quick_casts() -> None:
+    """Replaces a cast from a type to itself, and one between signed integers."""
+    checked = tl.tensor.to
+
+    def method(self, dtype, *args, **kwargs):
+        dtype = dtype.value if type(dtype) is tl.constexpr else dtype
+        if dtype is self.dtype:
+            return self
+        if not (dtype is tl.int64 and self.dtype is tl.int32):
+            return checked(self, dtype, *args, **kwargs)
+        kind = _shaped(self.type, dtype) if self.type.is_block() else dtype
+        return tl.tensor(TensorHandle(self.handle.data.astype(np.int64), dtype), kind)
+
+    tl.tensor.to = method
+
+
 def _patch() -> None:
     """Makes this process interpret every Triton kernel."""
     try:
@@ -229,6 +355,16 @@ def _patch() -> None:
             if isinstance(value, JITFunction):
                 setattr(owner, name, InterpretedFunction(value.fn))
     interpreter._patch_lang(_patch)  # never restored: it looks at this module's `tl` and `core`
+    interpreter._get_np_dtype = _numpy_type
+    tl.tensor.__init__ = _make_tensor
+    for name in ("add", "radd", "sub", "mul", "rmul"):
+        _quick(f"__{name}__", getattr(operator, name.removeprefix("r")))
+    for name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        _quick(f"__{name}__", getattr(operator, name), compares=True)
+    _quick_masks("__and__", operator.and_)
+    _quick_masks("__or__", operator.or_)
+    _quick_pointers()
+    _quick_casts()
     tl.tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])  # range(tensor) on NumPy >= 2.4
     # A loop variable is a plain int here, and constexpr does not know int % constexpr.
     tl.constexpr.__rmod__ = lambda self, other: other % self.value

@@ -30,12 +30,13 @@ def choose(
     if forced is not None and forced not in {algorithm.name for algorithm in algorithms}:
         names = ", ".join(algorithm.name for algorithm in algorithms)
         raise ArgumentError(f"{call.collective}: there is no algorithm {forced!r}, expected one of {names}")
-    contexts = {algorithm.name: _shaped(algorithm, call, context, table) for algorithm in algorithms}
+    rows = _rows(call, context, table)
+    contexts = {algorithm.name: _shaped(algorithm, context, rows) for algorithm in algorithms}
     unfit = {a.name: reason for a in algorithms if (reason := a.unfit(call, contexts[a.name]))}
     if forced in unfit:
         raise ArgumentError(f"{call.collective}: {forced} cannot take this call: {unfit[forced]}")
     fit = {algorithm.name: algorithm for algorithm in algorithms if algorithm.name not in unfit}
-    named = [row.algorithm for row in _rows(call, context, table) if row.algorithm in fit]
+    named = [row.algorithm for row in rows if row.algorithm in fit]
     if forced:
         chosen, source = fit[forced], "asked for"
     elif named:
@@ -54,9 +55,11 @@ def _rows(call: Call, context: Context, table: Table) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) -> Context:
-    """The context with what the table's row for the algorithm changes of the rules."""
-    changes = next((row.changes for row in _rows(call, context, table) if row.algorithm == algorithm.name), {})
+def _shaped(algorithm: Algorithm, context: Context, rows: list[Row]) -> Context:
+    """The context with what the first row for the algorithm changes of the rules."""
+    changes = next((row.changes for row in rows if row.algorithm == algorithm.name), None)
+    if not changes:
+        return context
     given, rules = context.rules, replace(context.rules, **changes)
     if rules.blocks > given.blocks:  # under a cap, a block needs more bytes under way than the row gives it
         rules = replace(
@@ -68,8 +71,11 @@ def _shaped(algorithm: Algorithm, call: Call, context: Context, table: Table) ->
 class Plan:
     """Launches one kind of call: `launch(*at(send, recv), stream)` with addresses and a raw stream handle."""
 
-    def __init__(self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rail: Rail | None = None):
-        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it."""
+    def __init__(
+        self, choice: Choice, call: Call, team: Team, everywhere: Sequence, rails: dict[bool, Rail] | None = None
+    ):
+        """everywhere: the communicator's symmetric memory, in the order in which all ranks made it. rails: across
+        nodes, by whether every rank is a node to it."""
         self.choice = choice
         segments = dict(zip(("send", "recv"), call.segments))
         symmetric = choice.algorithm.symmetric
@@ -79,7 +85,9 @@ class Plan:
         kernel = choice.algorithm.kernel
         places = [everywhere.index(segments[name]) for name in symmetric]
         signature = _signature(choice.algorithm, call, places)
-        arguments = Arguments(kernel, choice.geometry, symmetric, call.op, signature, rail)
+        arguments = Arguments(
+            kernel, choice.geometry, symmetric, call.op, signature, rails and rails[choice.algorithm.pairs]
+        )
         self.launch = bind(kernel, arguments, team, choice.geometry, tables)
 
     def at(self, send: int, recv: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -37,6 +38,11 @@ class Bootstrap(ABC):
     def barrier(self) -> None:
         """Returns once all ranks have called it."""
         self.exchange(None)
+
+    @abstractmethod
+    def store(self, name: str):
+        """A torch.distributed Store of these ranks' own, for a thread of its own; None where there can be none.
+        Collective."""
 
     @abstractmethod
     def close(self) -> None:
@@ -113,6 +119,11 @@ class StoreBootstrap(Bootstrap):
                 others = [f"{self._prefix}/left/{rank}" for rank in range(1, self.size)]
                 self._store.wait(others, timedelta(seconds=10))
 
+    def store(self, name: str):
+        import torch.distributed as dist
+
+        return dist.PrefixStore(f"{self._prefix}/{name}", self._origin.clone())
+
     def subgroup(self, members: list[int], name: str) -> "StoreBootstrap":
         prefix, rank = f"{self._prefix}/{name}", members.index(self.rank)
         return StoreBootstrap(self._origin, rank, len(members), self._timeout, prefix, self.world_rank)
@@ -159,6 +170,17 @@ class MPIBootstrap(Bootstrap):
         for request in sent:
             request.wait()
         return values
+
+    def store(self, name: str):
+        """At rank 0; the others reach it by its host's name."""
+        store = None
+        if self.rank == 0:
+            store = open_store("localhost", 0, True, self._timeout)
+        host, port = self.exchange((socket.gethostname(), store and store.port))[0]
+        with contextlib.suppress(RuntimeError):
+            store = store or open_store(host, port, False, min(10.0, self._timeout))
+        everywhere = all(self.exchange(store is not None))
+        return store if everywhere else None
 
     def close(self) -> None:
         """Nothing to do: mpirun's processes take leave in MPI_Finalize."""

@@ -88,6 +88,18 @@ class Control:
                 block[1:_WORDS_OF_KERNELS] = self.words[1:_WORDS_OF_KERNELS]
                 word.value = self.abort.value
 
+    def record(self) -> str:
+        """The fault of this rank, for `adopt` on a host that does not share this memory."""
+        return self.words[:_WORDS_OF_KERNELS].numpy().tobytes().hex()
+
+    def adopt(self, record: str) -> None:
+        """Gives a fault of another host to those of the ranks seen from here that have heard of none."""
+        words = torch.frombuffer(bytearray.fromhex(record), dtype=torch.int64)
+        for block, word in zip(self._blocks, self._abort_words):
+            if not word.value:
+                block[1:_WORDS_OF_KERNELS] = words[1:]
+                word.value = int(words[0])
+
     def leave(self) -> None:
         """Tells the peers that this rank uses none of their memory any more; kernels here must have ended."""
         self._unpin()

@@ -79,12 +79,14 @@ class Buffer:
         """Collective.
 
         group: a torch process group of any backend, or a tdccl Communicator, or None and an mpi4py communicator as
-        `comm`. Raises as `tdccl.init`; ValueError without any.
+        `comm`. Raises as `tdccl.init`; ValueError without any; NotImplementedError where ranks are on several nodes.
         """
         if group is None and comm is None:
             raise ArgumentError("Buffer: give a process group, or an mpi4py communicator as comm=")
         self.group = comm if group is None else group
         self._comm = _communicator(group, comm)
+        several = len(self._comm.topology.nodes) > 1
+        _refuse(several, "Buffer: its ranks are on several nodes; tdccl.ep.ExpertParallel goes across")
         self.rank, self.group_size = self._comm.rank, self._comm.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy

@@ -1,0 +1,33 @@
+"""Streams by raw handles, and order between them."""
+
+import functools
+
+import torch
+
+
+@functools.lru_cache(None)
+def stream_of(handle: int, gpu: int) -> torch.cuda.Stream:
+    """torch's stream of a raw handle on the GPU of that number; the default stream's too, where `ExternalStream` makes
+    another one."""
+    return torch.cuda.ExternalStream(handle, gpu) if handle else torch.cuda.default_stream(gpu)
+
+
+def current_stream(gpu: int) -> torch.cuda.Stream:
+    """torch.cuda.current_stream, in a tenth of its time, which is longer than a small collective takes."""
+    return stream_of(torch._C._cuda_getCurrentRawStream(gpu), gpu)
+
+
+class Order:
+    """Makes streams of one GPU wait for others.
+
+    One event serves for all of it, as a wait keeps what the event stood for when it was made; so callers hold a lock.
+    """
+
+    def __init__(self, gpu: int):
+        self._gpu = gpu
+        self._event = torch._C._CudaEventBase()  # torch.cuda.Event, without a layer of Python in every call
+
+    def follow(self, stream: int, before: int) -> None:
+        """What `stream` is given from now on waits for what `before` has been given, raw handles both."""
+        self._event.record(stream_of(before, self._gpu))
+        self._event.wait(stream_of(stream, self._gpu))
