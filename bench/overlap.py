@@ -18,7 +18,9 @@ import tdccl
 from bench import attention, moe
 from bench.output import describe, given
 from tdccl import Communicator, environment
-from tdccl.overlap import all_gather_gemm, gemm_reduce_scatter
+from tdccl.overlap import all_gather_gemm, all_reduce_rms_norm, gemm_all_reduce, gemm_reduce_scatter
+from tdccl.overlap.all_reduce_rms_norm import add_and_normalise_rows
+from tdccl.overlap.all_reduce_rms_norm import reference as all_reduce_rms_norm_reference
 from tdccl.timing import Effort, GpuClock, HostClock, clock_for, slowest
 from tdccl.transport.bootstrap import StoreBootstrap
 
@@ -95,12 +97,61 @@ class Bench(attention.Attention):
         if self.options.torch_fused:
             self._torch_fused("gemm_reduce_scatter", name, lambda group: self._fused_scatter(a, b, group))
 
+    def gemm_all_reduce(self, name: str, intermediate: int, hidden: int) -> None:
+        """The MLP's second product where every rank goes on with all tokens: of a few, as in decoding, and of many."""
+        comm = self.comm
+        b = self._random(hidden, intermediate // comm.size).t()  # as linear layers have their weights
+        for tokens in (*self.options.few, self.options.tokens):
+            a = self._random(tokens, intermediate // comm.size)
+            partial, out, reference = (a.new_empty(tokens, hidden) for _ in range(3))
+
+            def one_after_the_other(a=a, reference=reference):
+                torch.mm(a, b, out=reference)
+                dist.all_reduce(reference)
+
+            ways = {
+                "communication, torch": lambda partial=partial: dist.all_reduce(partial),
+                "communication, tdccl": lambda partial=partial: comm.all_reduce(partial, partial),
+                "product, torch": lambda a=a, partial=partial: torch.mm(a, b, out=partial),
+                "product, tdccl": lambda a=a, partial=partial: gemm_all_reduce(self.alone, a, b, partial),
+                "both, torch": one_after_the_other,
+                "both, tdccl": lambda a=a, out=out: gemm_all_reduce(comm, a, b, out),
+            }
+            self._measure("gemm_all_reduce", name, ways, out, reference, tokens)
+
+    def all_reduce_rms_norm(self, name: str, intermediate: int, hidden: int) -> None:
+        """What follows it: the all-reduce, the residual's addition and the norm, beside a kernel for the latter two."""
+        comm = self.comm
+        weight = self._random(1, hidden)[0] + 1
+        for tokens in self.options.few:
+            x = self._random(tokens, hidden)
+            residual = comm.broadcast(self._random(tokens, hidden))
+            reference = all_reduce_rms_norm_reference(comm, x, residual, weight)[0]
+            out = all_reduce_rms_norm(comm, x, residual, weight)[0]
+            summed, total, normed = (torch.zeros_like(x) for _ in range(3))
+
+            def norm(arrays=(summed, residual, weight, normed, total)):
+                add_and_normalise_rows(*arrays, 1e-6)
+
+            def one_after_the_other(summed=summed, norm=norm):
+                dist.all_reduce(summed)
+                norm()
+
+            ways = {
+                "communication, torch": lambda summed=summed: dist.all_reduce(summed),
+                "communication, tdccl": lambda summed=summed: comm.all_reduce(summed, summed),
+                "norm, torch": norm,
+                "both, torch": one_after_the_other,
+                "both, tdccl": lambda x=x, residual=residual: all_reduce_rms_norm(comm, x, residual, weight),
+            }
+            self._measure("all_reduce_rms_norm", name, ways, out, reference, tokens)
+
     def _random(self, rows: int, columns: int) -> torch.Tensor:
         generator = torch.Generator(self.comm.device).manual_seed(self.comm.rank)
         values = torch.randn(rows, columns, generator=generator, device=self.comm.device, dtype=torch.bfloat16)
         return values * 0.05
 
-    def _measure(self, operator: str, name: str, ways: dict[str, Callable], out, reference) -> None:
+    def _measure(self, operator: str, name: str, ways: dict[str, Callable], out, reference, tokens=None) -> None:
         ways["both, torch"]()
         ways["both, tdccl"]()
         wrong = self._count_wrong(out, reference)
@@ -110,18 +161,19 @@ class Bench(attention.Attention):
         ways["both, torch"]()
         wrong += self._count_wrong(out, reference)  # what the last replay left
         self.wrong += wrong
-        parts = times["communication, torch"], times["product, torch"]
+        parts = [time for way, time in times.items() if way.endswith(", torch") and way != "both, torch"]
         row = {
             "operator": operator,
             "mlp": name,
-            "tokens": self.options.tokens,
+            "tokens": tokens or self.options.tokens,
             "times_us": {way: float(f"{time:.5g}") for way, time in times.items()},
             "speedup": round(times["both, torch"] / times["both, tdccl"], 3),
             "ideal": round(sum(parts) / max(parts), 3),
             "hidden": round((sum(parts) - times["both, tdccl"]) / min(parts), 3),
-            "product_ratio": round(times["product, torch"] / times["product, tdccl"], 3),
             "wrong": wrong,
         }
+        if "product, tdccl" in times:
+            row["product_ratio"] = round(times["product, torch"] / times["product, tdccl"], 3)
         self._add(row)
 
     def _count_wrong(self, out: torch.Tensor, reference: torch.Tensor | Callable[[], torch.Tensor]) -> int:
@@ -191,12 +243,17 @@ def _names(text: str) -> list[str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=__doc__)
     shapes = _EMULATION if environment.emulated() else _GPU
-    operators = ["all_gather_gemm", "gemm_reduce_scatter", *attention.OPERATORS]
+    products = ["all_gather_gemm", "gemm_reduce_scatter", "gemm_all_reduce", "all_reduce_rms_norm"]
+    operators = [*products, *attention.OPERATORS]
     parser.add_argument("--mlp", type=_names, default=list(shapes), help=f"of {','.join(shapes)}")
     parser.add_argument("--operators", type=lambda text: text.split(","), default=operators, help=",".join(operators))
     experts = ",".join(moe.SHAPES)
     parser.add_argument("--moe", type=_names, default=[], help=f"layers of mixtures of experts, of {experts}")
     parser.add_argument("--tokens", type=int, default=48 if environment.emulated() else 8192)
+    few = [1, 5] if environment.emulated() else [1, 8, 32, 64, 128, 256]
+    parser.add_argument(
+        "--few", type=lambda text: [*map(int, text.split(","))], default=few, metavar="TOKENS,..", help="of a decoder"
+    )
     parser.add_argument("--torch-fused", action="store_true", help="also time torch's fused operators")
     parser.add_argument("-J", "--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args()

@@ -82,7 +82,8 @@ def attention(reports: Iterable[dict]) -> str:
 def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
     newest = {}
     for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
-        newest[report["host"], report["world"]] = report
+        operators = sorted({row.get("operator", "") for row in report[kind]})  # of fused ones: each set has a table
+        newest[report["host"], report["world"], tuple(operators)] = report
     return newest.values()
 
 
@@ -115,8 +116,8 @@ def _fused(report: dict) -> str:
     for row in report["fused"]:
         times = (_figure(row["times_us"][name]) if name in row["times_us"] else "" for name in names)
         gains = (f"{row[name]:.2f}" if name in row else "" for name in ("speedup", "ideal"))  # not of torch's own
-        lines.append([f"{row['operator']}, {row['mlp']}", *times, *gains])
-    head = [f"{report['fused'][0]['tokens']} tokens, us", *names, "speedup", "of at most"]
+        lines.append([f"{row['operator']}, {row['mlp']}, {row['tokens']}", *times, *gains])
+    head = ["us, by model and tokens", *names, "speedup", "of at most"]
     return f"{_title(report)}\n\n" + _grid(head, lines)
 
 

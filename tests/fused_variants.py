@@ -76,10 +76,9 @@ def spills_in_loops(sass: str) -> list[int]:
 
 def tell(name: str, kernel) -> None:
     sass = kernel.asm["sass"]
-    facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "shared": kernel.metadata.shared}
+    facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "mma": len(re.findall(r"\bHMMA", sass))}
+    facts |= {"shared": kernel.metadata.shared, "by_descriptors": len(re.findall("UTMALDG", sass))}
     facts["spills_in_loops"] = spills_in_loops(sass)
-    facts["mma"] = len(re.findall(r"\bHMMA", sass))
-    facts["by_descriptors"] = len(re.findall("UTMALDG", sass))
     print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
 
 

@@ -32,6 +32,8 @@ from tdccl.language.packets import (
     fold_words,
     get_words,
     get_words_from,
+    lane_of,
+    lane_word,
     load_words,
     put_words,
     store_words,
@@ -72,6 +74,7 @@ from tdccl.language.team import (
     Team,
     begin,
     end,
+    following,
     resume,
 )
 from tdccl.language.tiles import load_ranks, local_slot, pick, remote_slot, slot_offset, span_start, steps_of

@@ -175,7 +175,13 @@ def begin(team):
     if tl.program_id(0) >= team.blocks:
         tl.store(team.control, tl.full([], GRID_CODE, tl.int64))
     last = tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
-    return tl.where(last == LAST_EPOCH, 2, last + 1)
+    return following(last)
+
+
+@triton.jit
+def following(epoch):
+    """The epoch after this one."""
+    return tl.where(epoch == LAST_EPOCH, 2, epoch + 1)
 
 
 @triton.jit

@@ -1,10 +1,12 @@
-"""Communication fused with computation: products and attention of what is sharded over the ranks."""
+"""Communication fused with computation: products, norms and attention of what is spread over the ranks."""
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
 from tdccl.overlap.all_gather_grouped_gemm import all_gather_grouped_gemm
+from tdccl.overlap.all_reduce_rms_norm import all_reduce_rms_norm
 from tdccl.overlap.all_to_all_gemm import all_to_all_gemm
 from tdccl.overlap.flash_decode import flash_decode
 from tdccl.overlap.gather_kv_attention import gather_kv_attention
+from tdccl.overlap.gemm_all_reduce import gemm_all_reduce
 from tdccl.overlap.gemm_all_to_all import gemm_all_to_all
 from tdccl.overlap.gemm_reduce_scatter import gemm_reduce_scatter
 from tdccl.overlap.grouped_gemm_reduce_scatter import grouped_gemm_reduce_scatter

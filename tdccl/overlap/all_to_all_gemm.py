@@ -85,7 +85,7 @@ def multiply_collected(
         height = tl.minimum(shards.rows - down * ROWS, ROWS)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         total = product_onto(
-            total, a, team.rank * stride + down * ROWS, height, b, team.rank * K, across * COLUMNS, N, K, b_row,
+            total, a, team.rank * stride + down * ROWS, height, b, team.rank * K, across * COLUMNS, N, K, 0, K, b_row,
             b_column, ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         for distance in range(1, team.size):
@@ -93,7 +93,7 @@ def multiply_collected(
             tile = source * tiles_down + down
             overlap.wait(team, shards, signals, tile, epoch)
             total = product_onto(
-                total, gathered, start_row + tile * ROWS, height, b, source * K, across * COLUMNS, N, K, b_row,
+                total, gathered, start_row + tile * ROWS, height, b, source * K, across * COLUMNS, N, K, 0, K, b_row,
                 b_column, ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
             )  # fmt: skip
         i, j = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)

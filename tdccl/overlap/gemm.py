@@ -108,34 +108,35 @@ def product(
     """
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     return product_onto(
-        total, a, row, height, b, 0, column, N, K, b_row, b_column,
+        total, a, row, height, b, 0, column, N, K, 0, K, b_row, b_column,
         ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
     )  # fmt: skip
 
 
 @triton.jit
 def product_onto(
-    total, a, row, height, b, first, column, N, K, b_row, b_column,
+    total, a, row, height, b, b_first, column, N, K, first, last, b_row, b_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """`total` + `product`, where b has more rows, and those that count are K from row `first` on.
+    """`total` + what columns `first` .. `last` of a add to `product`; the K rows of b that count begin with `b_first`.
 
-    By descriptors what is behind them is multiplied by zeros. Ordering: plain loads.
+    `first` is a multiple of DEPTH, `last` too, or K. By descriptors what is behind K is multiplied by zeros. Ordering:
+    plain loads.
     """
     if DESCRIPTORS:
-        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
             of_a = a.load([row, k])
-            of_b = b.load([column, first + k]).T if TRANSPOSED else b.load([first + k, column])
+            of_b = b.load([column, b_first + k]).T if TRANSPOSED else b.load([b_first + k, column])
             total = tl.dot(of_a, of_b, total)
     else:
         i, j, inner = tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
         rows = a + (row + i).to(tl.int64)[:, None] * K
         columns = b + j.to(tl.int64)[None, :] * b_column
-        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
+        for k in tl.range(first, last, DEPTH, num_stages=STAGES):
             depth = k + inner
             of_a = tl.load(rows + depth[None, :], mask=(i < height)[:, None] & (depth < K)[None, :], other=0)
-            at = columns + (first + depth).to(tl.int64)[:, None] * b_row
+            at = columns + (b_first + depth).to(tl.int64)[:, None] * b_row
             of_b = tl.load(at, mask=(depth < K)[:, None] & (j < N)[None, :], other=0)
             total = tl.dot(of_a, of_b, total)
     return total

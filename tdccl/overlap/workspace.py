@@ -21,6 +21,8 @@ class Workspace:
     buffer   flat: `half` elements for calls of even epochs, then as many and a unit more for those of odd ones
     signals  int64 [size, most]: every word is set by one rank alone
     epochs   int64 [2, blocks], this rank's own: a row a kernel, a word a block
+    partials fp32, flat, this rank's own, of any content
+    arrivals int32 [most], this rank's own: zeros between calls
 
     If it is `copied` (by copy engines), `buffer` has the first half alone, and there are:
 
@@ -30,13 +32,16 @@ class Workspace:
     """
 
     def __init__(
-        self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, copied: bool
-    ):
+        self, comm: Communicator, elements: int, unit: int, dtype: torch.dtype, most: int, blocks: int, copied: bool,
+        partials: int,
+    ):  # fmt: skip
         comm.check_one_node("communication fused with computation")
         self.half, self.most, self.copied = elements, most, copied
         self.buffer = comm.empty(elements if copied else 2 * elements + unit, dtype)
         self.signals = comm.empty((comm.size, most), torch.int64)
         self.epochs = torch.zeros((2, blocks), dtype=torch.int64, device=comm.device)
+        self.partials = torch.empty(partials, device=comm.device)
+        self.arrivals = torch.zeros(most, dtype=torch.int32, device=comm.device)
         self.on_all_ranks = comm.symmetric(self.buffer)
         self.signals_on_all_ranks = comm.symmetric(self.signals)
         if copied:
@@ -49,10 +54,10 @@ class Workspace:
         """The element with which odd epochs begin, a multiple of `unit`, past what even ones of any shape use."""
         return 0 if self.copied else padded(self.half, unit)
 
-    def holds(self, elements: int, unit: int, most: int) -> bool:
-        """Whether a call with so many elements and signals a rank fits."""
+    def holds(self, elements: int, unit: int, most: int, partials: int) -> bool:
+        """Whether a call with so many elements, signals a rank, and partial sums fits."""
         fits = elements <= self.half and self.odd(unit) + elements <= self.buffer.numel()
-        return fits and most <= self.most
+        return fits and most <= self.most and partials <= self.partials.numel()
 
 
 def workspace(
@@ -64,22 +69,26 @@ def workspace(
     most: int,
     blocks: int,
     copied: bool = False,
+    partials: int = 0,
 ) -> Workspace:
     """The operator's workspace, of at least that size; a new one where it has outgrown the last, which is collective.
 
     Graphs that were captured before go on with the one they had; it is freed with the communicator. Raises
     ArgumentError where it would have to grow while a graph is captured.
     """
-    kept = _kept.setdefault(comm, {})
-    found = kept.get((operator, dtype, copied))
-    if found is not None and found.holds(elements, unit, most):
-        return found
+    kept = _kept.setdefault(comm, {}).setdefault((operator, dtype, copied), [])
+    if kept and kept[-1].holds(elements, unit, most, partials):
+        return kept[-1]
     if comm.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ArgumentError(
             f"{operator}: its first call of this size allocates, which a graph cannot hold; call it once before capture"
         )
-    kept[operator, dtype, copied] = made = Workspace(comm, elements, unit, dtype, most, blocks, copied)
-    return made
+    if kept:  # calls that are large in different ways must not outgrow each other's for ever
+        last = kept[-1]
+        elements, most = max(elements, last.half), max(most, last.most)
+        partials = max(partials, last.partials.numel())
+    kept.append(Workspace(comm, elements, unit, dtype, most, blocks, copied, partials))
+    return kept[-1]
 
 
 def name_of(comm: Communicator) -> str:
