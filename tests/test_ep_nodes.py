@@ -6,6 +6,7 @@ from unittest import mock
 import pool
 import pytest
 import test_ep
+import torch
 from test_compile import bitcode
 from test_nodes import drawn, eight_ranks, pytestmark  # noqa: F401
 
@@ -13,6 +14,7 @@ import tdccl
 import tdccl.compat.deep_ep as deep_ep
 from tdccl import environment
 from tdccl.ep import LowLatency
+from tdccl.overlap import route
 from tdccl.transport import network
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="TDCCL_LONG=1 runs it")
@@ -51,6 +53,8 @@ def check_refused(comm):
     group = drawn(comm, 1)
     with pytest.raises(tdccl.ArgumentError, match="ranks of one node"):
         LowLatency(group, 4, 64, 2 * comm.size, 2)
+    with pytest.raises(tdccl.ArgumentError, match="ranks of one node"):
+        route(group, torch.zeros(4, 2, dtype=torch.int64, device=comm.device), experts=4)
     draws = mock.patch.dict(os.environ, TDCCL_NODE_SIZE="1")
     with draws, pytest.raises(NotImplementedError, match="several nodes"):
         deep_ep.Buffer(group)

@@ -314,6 +314,8 @@ def _routed(comm: Communicator, topk_idx: torch.Tensor, topk_weights: torch.Tens
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected "
                 f"{' or '.join(map(str, dtypes))} {shape} on {comm.device}"
             )
+    if len(comm.topology.nodes) > 1:
+        raise ArgumentError("products of experts are for the ranks of one node; take the communicator of split()")
     if sizes.experts < 1:
         raise ArgumentError(f"experts is {sizes.experts}, expected a whole number >= 1")
     memory, weights = torch.ops.tdccl.route(topk_idx, topk_weights, name_of(comm), list(sizes))
