@@ -40,7 +40,7 @@ def test_command_of_readme(command, installed):
         variables[f"{layer}_ALLOW_RUN_AS_ROOT"] = variables[f"{layer}_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     if words[0] == "mpirun":
         words.insert(1, "--oversubscribe")
-    training = "examples/" in command
+    training = "examples/train" in command
     if training:
         words.append(f"--compare-with={REFERENCE}")
     run = subprocess.run(words, cwd=installed, env=variables, capture_output=True, text=True, timeout=150)
