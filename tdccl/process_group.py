@@ -257,7 +257,8 @@ class HostLane:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._last = None
         # A daemon, unlike an executor's: a message that never comes must not hold up the end of the process.
-        threading.Thread(target=self._serve, name="tdccl-message", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="tdccl-message", daemon=True)
+        self._thread.start()
 
     def submit(self, call, tensor) -> HostWork:
         self._last = concurrent.futures.Future()
@@ -269,7 +270,10 @@ class HostLane:
 
     def close(self) -> None:
         """Ends the thread once it has made what was submitted."""
+        ends_now = self.idle()
         self._calls.put(None)
+        if ends_now:
+            self._thread.join(1)  # a thread that frees tensors while the interpreter ends takes the process with it
 
     def _serve(self) -> None:
         while (item := self._calls.get()) is not None:
