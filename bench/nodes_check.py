@@ -363,7 +363,7 @@ def main() -> int:
             if what:
                 say(f"--- rank {rank}: {what}")
         if options.json and bootstrap.rank == 0:  # as far as it has come
-            report = {**described, "rows": [result.as_json() for result in results]}
+            report = {**described, "rows": [], "nodes": [result.as_json() for result in results]}
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     say(f"# parts that failed: {failed}")
     return failed

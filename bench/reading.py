@@ -35,13 +35,13 @@ class Setup:
     """What one kind of host measured with one number of ranks: the newest report, and of equal rows the newest.
 
     capped: the rows with a cap on blocks, which are in no table by size
-    figures: of `python -m bench.torch_backend`
+    under_torch: the newest report of `python -m bench.torch_backend`, if there is one
     """
 
     report: dict
     rows: list[dict]
     capped: list[dict]
-    figures: list[dict]
+    under_torch: dict | None
 
     @property
     def title(self) -> str:
@@ -94,17 +94,19 @@ def setups(reports: Iterable[dict]) -> list[Setup]:
     """The reports by kind of host and number of ranks; each row says in "run" which run it is of."""
     newest: dict[tuple, dict] = {}
     rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
-    figures: dict[tuple, list[dict]] = {}
+    under_torch: dict[tuple, dict] = {}
     # The others have tables of their own.
     measured = [report for report in reports if report.get("rows") or report.get("figures")]
     for report in sorted(measured, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
-        newest[kind] = report
-        figures[kind] = report.get("figures") or figures.get(kind, [])
+        if report["rows"] or kind not in newest:
+            newest[kind] = report
+        if report.get("figures"):
+            under_torch[kind] = report
         for row in report["rows"]:
             row = {"max_blocks": None, **row, "run": report["date"]}  # older reports have no caps
             rows[kind][tuple(row[name] for name in _KEY)] = row
-    return [_setup(report, list(rows[kind].values()), figures[kind]) for kind, report in newest.items()]
+    return [_setup(report, list(rows[kind].values()), under_torch.get(kind)) for kind, report in newest.items()]
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
@@ -126,9 +128,9 @@ def _model(gpu: str | None) -> str:
     return word[0] if word else "GPU" if gpu else "CPU"
 
 
-def _setup(report: dict, rows: list[dict], figures: list[dict]) -> Setup:
+def _setup(report: dict, rows: list[dict], under_torch: dict | None) -> Setup:
     capped = [row for row in rows if row["max_blocks"] is not None]
-    return Setup(report, [row for row in rows if row["max_blocks"] is None], capped, figures)
+    return Setup(report, [row for row in rows if row["max_blocks"] is None], capped, under_torch)
 
 
 def _as_peers(rows: list[dict]) -> bool:

@@ -16,12 +16,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE` or bench.faults")
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {_marks('bench')} in this file, and "
-                        "likewise for faults, ep, fused and attention, each if there are files for it")  # fmt: skip
+                        "likewise for faults, ep, fused, attention and nodes, if there are files for them")  # fmt: skip
     options = parser.parse_args()
     reports = reading.read(options.files)
     beside = options.readme and options.readme.parent
     texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
     texts |= {"ep": expert_parallel(reports), "fused": fused(reports), "attention": attention(reports)}
+    texts["nodes"] = across_nodes(reports)
     texts = {name: text for name, text in texts.items() if text}
     if options.readme is None:
         print("\n\n".join(texts.values()))
@@ -79,6 +80,11 @@ def attention(reports: Iterable[dict]) -> str:
     return "\n\n".join(map(_attention, _newest(reports, "attention")))
 
 
+def across_nodes(reports: Iterable[dict]) -> str:
+    """Likewise, the times of each algorithm across nodes."""
+    return "\n\n".join(map(_across_nodes, _newest(reports, "nodes")))
+
+
 def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
     newest = {}
     for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
@@ -133,6 +139,19 @@ def _attention(report: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _across_nodes(report: dict) -> str:
+    times: dict[tuple, dict[str, float]] = {}
+    for row in report["nodes"]:
+        if row["dtype"] == "bfloat16" and not row["in_place"]:
+            times.setdefault((row["collective"], row["algorithm"], row["bytes"]), {})[row["mode"]] = row["time_us"]
+    lines = [
+        [f"{collective}, {algorithm}", reading.size(nbytes)]
+        + [_figure(by_mode[mode]) if mode in by_mode else "" for mode in ("eager", "graph")]
+        for (collective, algorithm, nbytes), by_mode in times.items()
+    ]
+    return f"{_title(report)}\n\n" + _grid(["bfloat16", "size", "eager, us", "in a CUDA graph, us"], lines)
+
+
 def _faults(report: dict) -> str:
     lines = []
     for row in report["faults"]:
@@ -152,7 +171,7 @@ def _section(setup: Setup, beside: Path | None) -> str:
         parts += [f"**{table.title}**", *_picture(setup, table, beside), _by_size(by_size)]
     if points:
         parts += ["**busbw at the largest size, GB/s**", _bandwidths(points)]
-    return "\n\n".join(parts + _blocks(setup, beside) + _under_torch(setup.figures))
+    return "\n\n".join(parts + _blocks(setup, beside) + _under_torch(setup.under_torch))
 
 
 def _shown(points: dict[int, dict[str, dict]]) -> dict[int, dict[str, dict]]:
@@ -217,16 +236,20 @@ def _blocks(setup: Setup, beside: Path | None) -> list[str]:
     return [title, *pictures, _grid(["", "size", *map(str, caps)], lines)]
 
 
-def _under_torch(figures: list[dict]) -> list[str]:
+def _under_torch(report: dict | None) -> list[str]:
     """What was measured of torch.distributed on tdccl and its peers."""
-    if not figures:
+    if report is None:
         return []
+    figures = report["figures"]
     backends = list(dict.fromkeys(figure["impl"] for figure in figures))
     by_what: dict[str, dict[str, dict]] = {}
     for figure in figures:
         by_what.setdefault(f"{figure['what']}, {figure['unit']}", {})[figure["impl"]] = figure
     lines = [[what, *_figures(row, backends, "value")] for what, row in by_what.items()]
-    return ["**under torch.distributed**", _grid(["", *(COLUMNS.get(name, name) for name in backends)], lines)]
+    return [
+        f"**under torch.distributed, {report['date'][:10]}**",
+        _grid(["", *(COLUMNS.get(name, name) for name in backends)], lines),
+    ]
 
 
 def _shares(rows: dict[int, dict], caps: list[int]) -> list[str]:
