@@ -29,7 +29,7 @@ _ASIDE = {"linewidth": 0.9, "markersize": 3, "linestyle": "--"}
 
 
 def main() -> None:
-    """Writes one picture a collective and number of ranks, and one of bandwidth against blocks."""
+    """Writes one picture a collective and number of ranks, one of bandwidth against blocks, one of fused operators."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="written by `python -m bench ... -J FILE`")
     parser.add_argument("--folder", type=Path, default=PICTURES, help=f"where pictures go (default {PICTURES})")
@@ -53,7 +53,7 @@ def draw(reports: Iterable[dict], folder: Path) -> None:
 
 def figures(reports: Iterable[dict]) -> dict[str, Figure]:
     """{file name: picture}. Raises ValueError if two kinds of host would be drawn under one name."""
-    found: dict[str, Figure] = {}
+    reports, found = list(reports), {}
     for setup in reading.setups(reports):
         tables = sorted(setup.tables(), key=lambda table: table.mode == "graph")  # the last of one name counts
         shared = {setup.picture(table): table for table in tables}
@@ -61,7 +61,41 @@ def figures(reports: Iterable[dict]) -> dict[str, Figure]:
         if taken := found.keys() & pictures.keys():
             raise ValueError(f"{min(taken)} would show {setup.title}, and another host too: draw them in two folders")
         found |= pictures
-    return found
+    return found | _overlap_figures(reports)
+
+
+def _overlap_figures(reports: list[dict]) -> dict[str, Figure]:
+    """{file name: picture of how many times faster fused operators are}, one a kind of host."""
+    rows: dict[str, list[dict]] = defaultdict(list)
+    for kind in ("fused", "attention"):
+        for report in reading.newest(reports, kind):
+            rows[reading.overlap_picture(report)] += [row for row in report[kind] if _gain(row)]
+    return {name: overlap_figure(listed) for name, listed in rows.items() if listed}
+
+
+def _gain(row: dict) -> float | None:
+    """How many times faster a fused operator is than what it is measured beside, the fastest of several."""
+    return min(row["speedup_over"].values()) if "speedup_over" in row else row.get("speedup")
+
+
+def overlap_figure(rows: list[dict]) -> Figure:
+    """A bar a row: its speedup over torch with its peer one after the other, beside the most that hiding can give."""
+    picture = Figure(figsize=(9, 1 + 0.2 * len(rows)), layout="constrained")
+    axes = picture.subplots()
+    case = [row.get("mlp") or row["name"] for row in rows]
+    few = [f", {row['tokens']} tokens" if "mlp" in row else "" for row in rows]
+    places = range(len(rows), 0, -1)
+    axes.barh(places, [*map(_gain, rows)], color=_LOOKS["plain"]["color"], height=0.7, label="measured")
+    bounds = [(row["ideal"], place) for row, place in zip(rows, places) if "ideal" in row]
+    axes.scatter(*zip(*bounds), color=_LOOKS["nccl"]["color"], marker="|", s=60, label="all hidden, same kernels")
+    names = [f"{row['operator']}, {of}{tokens}" for row, of, tokens in zip(rows, case, few)]
+    axes.set_yticks(places, names, fontsize=7)
+    axes.axvline(1, color="0.3", linewidth=0.8)
+    axes.set_title("times faster than torch, one after the other", fontsize=9)
+    axes.grid(color="0.9", linewidth=0.6, axis="x")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8)
+    return picture
 
 
 def figure(setup: Setup, table: Table) -> Figure:

@@ -85,33 +85,46 @@ class Setup:
         return self._file("blocks", table.op, table.dtype, table.mode)
 
     def _file(self, subject: str, *details: str | None) -> str:
-        host = f"{self.report['world']}x{_model(self.report['gpu'])}"
         unusual = [detail for detail in details if detail and detail not in _USUAL]
-        return "-".join((host, subject, *unusual)) + ".png"
+        return "-".join((_place(self.report), subject, *unusual)) + ".png"
 
 
 def setups(reports: Iterable[dict]) -> list[Setup]:
     """The reports by kind of host and number of ranks; each row says in "run" which run it is of."""
-    newest: dict[tuple, dict] = {}
+    latest: dict[tuple, dict] = {}
     rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
     under_torch: dict[tuple, dict] = {}
     # The others have tables of their own.
     measured = [report for report in reports if report.get("rows") or report.get("figures")]
     for report in sorted(measured, key=lambda report: report["date"]):
         kind = report["host"], report["world"]
-        if report["rows"] or kind not in newest:
-            newest[kind] = report
+        if report["rows"] or kind not in latest:
+            latest[kind] = report
         if report.get("figures"):
             under_torch[kind] = report
         for row in report["rows"]:
             row = {"max_blocks": None, **row, "run": report["date"]}  # older reports have no caps
             rows[kind][tuple(row[name] for name in _KEY)] = row
-    return [_setup(report, list(rows[kind].values()), under_torch.get(kind)) for kind, report in newest.items()]
+    return [_setup(report, list(rows[kind].values()), under_torch.get(kind)) for kind, report in latest.items()]
+
+
+def newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
+    """The newest report with rows under `kind` for each kind of host, number of ranks and set of fused operators."""
+    found = {}
+    for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
+        operators = sorted({row.get("operator", "") for row in report[kind]})
+        found[report["host"], report["world"], tuple(operators)] = report
+    return found.values()
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
     """The reports in files that `python -m bench ... -J FILE` and `python -m bench.faults -J FILE` wrote."""
     return [json.loads(path.read_text()) for path in paths]
+
+
+def overlap_picture(report: dict) -> str:
+    """The file name of the picture of what fused operators gain on the report's kind of host."""
+    return f"{_place(report)}-overlap.png"
 
 
 def size(nbytes: float) -> str:
@@ -120,6 +133,10 @@ def size(nbytes: float) -> str:
         if nbytes >= 1 << shift:
             return f"{nbytes / (1 << shift):.4g} {unit}"
     return f"{nbytes:g} B"
+
+
+def _place(report: dict) -> str:
+    return f"{report['world']}x{_model(report['gpu'])}"
 
 
 def _model(gpu: str | None) -> str:

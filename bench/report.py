@@ -21,7 +21,7 @@ def main() -> None:
     reports = reading.read(options.files)
     beside = options.readme and options.readme.parent
     texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
-    texts |= {"ep": expert_parallel(reports), "fused": fused(reports), "attention": attention(reports)}
+    texts |= {"ep": expert_parallel(reports), "fused": fused(reports, beside), "attention": attention(reports)}
     texts["nodes"] = across_nodes(reports)
     texts = {name: text for name, text in texts.items() if text}
     if options.readme is None:
@@ -62,35 +62,30 @@ def markdown(reports: Iterable[dict], beside: Path | None = None) -> str:
 
 def faults(reports: Iterable[dict]) -> str:
     """For each kind of host and number of ranks the newest table of faults, "" if there is none."""
-    return "\n\n".join(map(_faults, _newest(reports, "faults")))
+    return "\n\n".join(map(_faults, reading.newest(reports, "faults")))
 
 
 def expert_parallel(reports: Iterable[dict]) -> str:
     """Likewise, the times of dispatch and combine, and of what does the same."""
-    return "\n\n".join(map(_expert_parallel, _newest(reports, "ep")))
+    return "\n\n".join(map(_expert_parallel, reading.newest(reports, "ep")))
 
 
-def fused(reports: Iterable[dict]) -> str:
-    """Likewise, the times of products fused with communication, and of their parts."""
-    return "\n\n".join(map(_fused, _newest(reports, "fused")))
+def fused(reports: Iterable[dict], beside: Path | None = None) -> str:
+    """Likewise, the times of products fused with communication, and of their parts; `beside` as in `markdown`."""
+    newest = reading.newest(reports, "fused")
+    pictures = dict.fromkeys(map(reading.overlap_picture, newest))
+    shown = [line for name in pictures for line in _shows("fused operators", name, beside)]
+    return "\n\n".join([*map(_fused, newest), *shown])
 
 
 def attention(reports: Iterable[dict]) -> str:
     """Likewise, the times of attention over all ranks' keys, and of what does the same."""
-    return "\n\n".join(map(_attention, _newest(reports, "attention")))
+    return "\n\n".join(map(_attention, reading.newest(reports, "attention")))
 
 
 def across_nodes(reports: Iterable[dict]) -> str:
     """Likewise, the times of each algorithm across nodes."""
-    return "\n\n".join(map(_across_nodes, _newest(reports, "nodes")))
-
-
-def _newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
-    newest = {}
-    for report in sorted((report for report in reports if kind in report), key=lambda report: report["date"]):
-        operators = sorted({row.get("operator", "") for row in report[kind]})  # of fused ones: each set has a table
-        newest[report["host"], report["world"], tuple(operators)] = report
-    return newest.values()
+    return "\n\n".join(map(_across_nodes, reading.newest(reports, "nodes")))
 
 
 def _title(report: dict) -> str:
