@@ -379,6 +379,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def generate(options: argparse.Namespace, config: Config, comm: tdccl.Communicator) -> None:
+    """Runs both models, compares and times them. Their graphs end with it: NCCL's groups wait for those that hold them."""
+    context = options.prompt + options.tokens
+    models = [Decoder(config, comm, kinds, options.batch, context) for kinds in (FUSED, PLAIN)]
+    weights = Safetensors(options.weights) if options.weights else Random(comm.device, options.seed)
+    load(models[0], config, weights)
+    models[1].load_state_dict(models[0].state_dict(), assign=True)  # the same memory
+    generator = torch.Generator().manual_seed(options.seed)
+    prompt = torch.randint(config.vocabulary, (options.batch, options.prompt), generator=generator)
+    fused, plain = (Generation(model, prompt.to(comm.device)) for model in models)
+    tokens, said = compare(fused, plain, options.tokens)
+    taken = {
+        what: times({"fused": getattr(fused, what), "plain": getattr(plain, what)}, options.repetitions, comm.device)
+        for what in ("prefill", "decode")
+    }
+    if comm.rank == 0:
+        print(f"Qwen3-{options.size} on {comm.size} ranks, {options.batch} x {options.prompt} tokens: {said}")
+        print(f"the first sequence goes on with {' '.join(map(str, tokens[:, 0].tolist()))}")
+        for what, ms in taken.items():
+            print(f"{what}: {ms['fused']:.3f} ms, plain torch {ms['plain']:.3f}: {ms['plain'] / ms['fused']:.2f}x")
+
+
 def main() -> None:
     options = _options()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -393,26 +415,7 @@ def main() -> None:
     dist.init_process_group("gloo" if environment.emulated() else "nccl")
     store = dist.PrefixStore("qwen3", dist.distributed_c10d._get_default_store())
     with tdccl.init(store=store, rank=rank, size=size) as comm:
-        context = options.prompt + options.tokens
-        models = [Decoder(config, comm, kinds, options.batch, context) for kinds in (FUSED, PLAIN)]
-        weights = Safetensors(options.weights) if options.weights else Random(comm.device, options.seed)
-        load(models[0], config, weights)
-        models[1].load_state_dict(models[0].state_dict(), assign=True)  # the same memory
-        generator = torch.Generator().manual_seed(options.seed)
-        prompt = torch.randint(config.vocabulary, (options.batch, options.prompt), generator=generator)
-        fused, plain = (Generation(model, prompt.to(comm.device)) for model in models)
-        tokens, said = compare(fused, plain, options.tokens)
-        taken = {
-            what: times(
-                {"fused": getattr(fused, what), "plain": getattr(plain, what)}, options.repetitions, comm.device
-            )
-            for what in ("prefill", "decode")
-        }
-        if rank == 0:
-            print(f"Qwen3-{options.size} on {size} ranks, {options.batch} x {options.prompt} tokens: {said}")
-            print(f"the first sequence goes on with {' '.join(map(str, tokens[:, 0].tolist()))}")
-            for what, ms in taken.items():
-                print(f"{what}: {ms['fused']:.3f} ms, plain torch {ms['plain']:.3f}: {ms['plain'] / ms['fused']:.2f}x")
+        generate(options, config, comm)
         dist.barrier()
     dist.destroy_process_group()
 
