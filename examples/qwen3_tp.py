@@ -380,7 +380,7 @@ def _wait(device: torch.device) -> None:
 
 
 def generate(options: argparse.Namespace, config: Config, comm: tdccl.Communicator) -> None:
-    """Runs both models, compares and times them. Their graphs end with it: NCCL's groups wait for those that hold them."""
+    """Runs both models, compares and times them. Their graphs end with it, as NCCL's groups wait for them."""
     context = options.prompt + options.tokens
     models = [Decoder(config, comm, kinds, options.batch, context) for kinds in (FUSED, PLAIN)]
     weights = Safetensors(options.weights) if options.weights else Random(comm.device, options.seed)
