@@ -1,11 +1,11 @@
 """Compiles the fused kernels for sm_90 without a GPU, a JSON line a kernel. Run as a program, as `variants.py` is."""
 
+import concurrent.futures
 import json
 import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["TDCCL_EMULATE"] = "0"
@@ -74,42 +74,64 @@ def spills_in_loops(sass: str) -> list[int]:
     return sorted(len(re.findall(r"\b(?:STL|LDL)\b", "\n".join(lines[slice(*loop)]))) for loop in inner)
 
 
-def tell(name: str, kernel) -> None:
+def told(name: str, kernel) -> str:
+    """The facts of a kernel as a line of JSON."""
     sass = kernel.asm["sass"]
     facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "mma": len(re.findall(r"\bHMMA", sass))}
     facts |= {"shared": kernel.metadata.shared, "by_descriptors": len(re.findall("UTMALDG", sass))}
     facts["spills_in_loops"] = spills_in_loops(sass)
-    print(json.dumps({**facts, **sass_facts(sass)}), flush=True)
+    return json.dumps({**facts, **sass_facts(sass)})
+
+
+def tell(name: str, kernel) -> None:
+    print(told(name, kernel), flush=True)
+
+
+def pushers() -> list[str]:
+    constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
+    lines = []
+    for aligned in ({"columns"}, set()):
+        pushed = compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES})
+        lines.append(told("push_shard", pushed))
+    operands = {"gathered": SYMMETRIC_TYPES, "a": "*bf16"}
+    return [*lines, told("push_rows", compiled(push_rows, constants, {"columns"}, PUSH_WARPS, 128, operands))]
+
+
+# Rows, columns, by descriptors, columns after columns: the first by copy engines, too, and with what goes to all ranks.
+PRODUCTS = [
+    (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
+    (2048, 7168, False, False), (64, 7168, False, False),
+]  # fmt: skip
+
+
+def products(rows: int, columns: int, descriptors: bool, transposed: bool) -> list[str]:
+    shape, lines = shape_for(rows, columns, descriptors), []
+    constants = {
+        "DTYPE": tl.bfloat16, "COLUMNS": shape.columns, "DEPTH": shape.depth, "STAGES": shape.stages,
+        "GROUP": shape.group, "DESCRIPTORS": descriptors, "TRANSPOSED": transposed,
+    }  # fmt: skip
+    aligned = {"odd", "odd_row", "N", "width", "K", "b_row", "columns"} if descriptors else {"odd", "width"}
+    fixed = {"aligned": aligned, "warps": shape.warps, "tile": shape.rows}
+    fixed["operands"] = operands_of(shape, descriptors, transposed)
+    first = (rows, columns, descriptors, transposed) == PRODUCTS[0]
+    for copied in (False, True) if first else (False,):
+        gathering = constants | {"COPIED": copied}
+        lines.append(told("multiply_gathered", compiled(multiply_gathered, gathering, **fixed)))
+        scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
+        lines.append(told("multiply_scattered", compiled(multiply_scattered, scattering, **fixed)))
+    if first:
+        exchanging = constants | {"ROWS": shape.rows}
+        lines.append(told("multiply_exchanged", compiled(multiply_exchanged, exchanging, **fixed)))
+        lines.append(told("multiply_collected", compiled(multiply_collected, constants, **fixed)))
+    return lines
 
 
 def main() -> None:
-    for aligned in ({"columns"}, set()):
-        constants = {"DTYPE": tl.bfloat16, "PIECE": PIECE}
-        tell("push_shard", compiled(push_shard, constants, aligned, PUSH_WARPS, 128, {"gathered": SYMMETRIC_TYPES}))
-    operands = {"gathered": SYMMETRIC_TYPES, "a": "*bf16"}
-    tell("push_rows", compiled(push_rows, constants, {"columns"}, PUSH_WARPS, 128, operands))
-    everything = {"odd", "odd_row", "N", "width", "K", "b_row", "columns"}
-    for rows, columns, descriptors, transposed in [
-        (2048, 7168, True, False), (2048, 7168, True, True), (2048, 128, True, False), (64, 7168, True, False),
-        (2048, 7168, False, False), (64, 7168, False, False),
-    ]:  # fmt: skip
-        shape = shape_for(rows, columns, descriptors)
-        constants = {
-            "DTYPE": tl.bfloat16, "COLUMNS": shape.columns, "DEPTH": shape.depth, "STAGES": shape.stages,
-            "GROUP": shape.group, "DESCRIPTORS": descriptors, "TRANSPOSED": transposed,
-        }  # fmt: skip
-        aligned = everything if descriptors else {"odd", "width"}
-        fixed = SimpleNamespace(aligned=aligned, warps=shape.warps, tile=shape.rows)
-        operands = operands_of(shape, descriptors, transposed)
-        for copied in (False, True):
-            gathering = constants | {"COPIED": copied}
-            tell("multiply_gathered", compiled(multiply_gathered, gathering, **vars(fixed), operands=operands))
-            scattering = gathering | {"ROWS": shape.rows, "FOLDED": 16}
-            tell("multiply_scattered", compiled(multiply_scattered, scattering, **vars(fixed), operands=operands))
-        if (rows, columns, descriptors, transposed) == (2048, 7168, True, False):
-            exchanging = constants | {"ROWS": shape.rows}
-            tell("multiply_exchanged", compiled(multiply_exchanged, exchanging, **vars(fixed), operands=operands))
-            tell("multiply_collected", compiled(multiply_collected, constants, **vars(fixed), operands=operands))
+    """Every kernel, on all cores."""
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
+        running = [workers.submit(products, *each) for each in PRODUCTS] + [workers.submit(pushers)]
+        for each in running:
+            print("\n".join(each.result()), flush=True)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
 
 def main(backend: str, arch: str, warp: str) -> None:
     """Every kernel, on all cores; with TDCCL_LONG=1 for more numbers of ranks."""
-    sizes = (4,) if arch != "90" else (4, 2, 3, 8) if LONG else (4, 3)
+    sizes = (4, 2, 3, 8) if LONG and arch == "90" else (4,)
     names = [(collective, place) for collective, listed in ALGORITHMS.items() for place in range(len(listed))]
     jobs = [(backend, arch, warp, size, *name) for size, name in itertools.product(sizes, names)]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -171,10 +171,16 @@ def forms(backend: str, arch: str, warp: str) -> None:
     listed = [(dtype, op, "switch", True) for dtype, op in kinds] + [("bf16", "sum", "unicast", True)]
     if arch == "100":
         listed += [(dtype, op, "switch", False) for dtype in ("fp8e4nv", "fp8e5") for op in ("sum", "min")]
-    for dtype, op, kind, red in listed:
-        compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target)
-        facts = {"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}
-        print(told(facts, compiled), flush=True)
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
+        for line in workers.map(_form, listed, [target] * len(listed)):
+            print(line, flush=True)
+
+
+def _form(form: tuple, target: GPUTarget) -> str:
+    dtype, op, kind, red = form
+    compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target)
+    facts = {"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}
+    return told(facts, compiled)
 
 
 def across(backend: str, arch: str, warp: str) -> None:
