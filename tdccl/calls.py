@@ -285,7 +285,17 @@ class Calls(Membership):
         self.check()
         nbytes = tensor.numel() * tensor.itemsize
         what = described(collective, kernel, tensor.dtype, None, None, PLAIN, PLAIN, False, tensor.numel(), nbytes)
-        self._start(what, lambda *_: launch(), 0, 0, None, lanes=(kernel, "scratch") if scratch else (kernel,))
+
+        def whole(*_):
+            try:
+                launch()
+            except TdcclError:
+                raise
+            except BaseException:  # some of its kernels may run: this rank is no longer where its peers think
+                self.abort()
+                raise
+
+        self._start(what, whole, 0, 0, None, lanes=(kernel, "scratch") if scratch else (kernel,))
 
     def _interpret(self, launch, send: int, recv: int) -> None:
         """A launch in emulation, which is the call itself. A fault that no wait of it met is for the next call."""

@@ -283,6 +283,8 @@ class Membership:
                     return open_store(host, int(port), False, self.timeout)
                 self._check_alive(members)
                 time.sleep(1e-2)
+        except TdcclError:
+            raise
         except RuntimeError as error:
             raise InitError(f"shrink: the store at which the hosts met is gone ({error})") from error
         raise InitError(f"shrink: rank {members[0]} did not come within {self.timeout:g} s, or excludes other ranks")

@@ -132,6 +132,7 @@ def is_there(team, shards, signals, tile, epoch):
 def push(shards, shard, gathered, tile, pe, DTYPE: tl.constexpr, PIECE: tl.constexpr):
     """Copies a tile of this rank's `shard` (its first row; 16-byte aligned) to its place in `gathered` on rank `pe`.
 
+    A tile of TILE rows is whole 16 bytes, but for the last of a shard.
     gathered: Symmetric. PIECE elements are in flight at once. Ordering: none; `notify` after it.
     """
     source = tl.multiple_of(shard + offset_of(shards, tile % tiles_of(shards)), 16)

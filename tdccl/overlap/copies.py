@@ -6,6 +6,7 @@ its call: it copies the word in which `meet` has left it.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 
 import torch
@@ -63,9 +64,10 @@ class Copies:
     def __init__(self, comm: Communicator, space: Workspace):
         self.comm, self.space = comm, space
         if not space.loaded:  # as a call that copies nothing, because later a product would wait for what is loaded
-            self.meet()
-            self.await_tiles(0, 0, 0)
-            space.epochs += 1
+            with torch.cuda.device(comm.device) if comm.device.type == "cuda" else contextlib.nullcontext():
+                self.meet()
+                self.await_tiles(0, 0, 0)
+                space.epochs += 1
             space.loaded = True
         self._targets = comm.addresses_of(space.buffer)
         self._signals = comm.addresses_of(space.signals)
@@ -98,7 +100,15 @@ def _copy(target: int, source: int, nbytes: int, device: torch.device) -> None:
     check(runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream), "cudaMemcpyAsync")
 
 
-_sides: dict[torch.device, "torch.cuda.Stream"] = {}
+_sides: dict[tuple[torch.device, int], "torch.cuda.Stream"] = {}
+
+
+def side_of(current: "torch.cuda.Stream") -> "torch.cuda.Stream":
+    """The stream beside this one: what waits on it holds up nothing that other streams have there."""
+    place = current.device, current.cuda_stream
+    if place not in _sides:
+        _sides[place] = torch.cuda.Stream(current.device, priority=-1)
+    return _sides[place]
 
 
 def beside(device: torch.device, moving, computing, moving_first: bool) -> None:
@@ -113,15 +123,16 @@ def beside(device: torch.device, moving, computing, moving_first: bool) -> None:
             computing()
         moved.result()
         return
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device, priority=-1)
-    side, current = _sides[device], torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(device)
+    side = side_of(current)
     side.wait_stream(current)
 
     def on_side():
         with torch.cuda.stream(side):
             moving()
 
-    for launch in (on_side, computing) if moving_first else (computing, on_side):
-        launch()
-    current.wait_stream(side)
+    try:
+        for launch in (on_side, computing) if moving_first else (computing, on_side):
+            launch()
+    finally:
+        current.wait_stream(side)

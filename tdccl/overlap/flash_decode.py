@@ -66,8 +66,8 @@ def attend_splits(
     length = tl.minimum(tl.maximum(tl.load(lengths + sequence), 0), room)
     share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
     first, last = split * share, tl.minimum(split * share + share, length)
-    k += sequence.to(tl.int64) * k_batch + head * k_head
-    v += sequence.to(tl.int64) * v_batch + head * v_head
+    k += sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+    v += sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
     top, total, out = no_keys(ROWS, DIM)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         place, there = (start + key).to(tl.int64)[:, None], (start + key < last)[:, None]
@@ -165,6 +165,7 @@ def flash_decode(
 
 
 def _check(comm: Communicator, q, k, v, lengths) -> None:
+    comm.check_one_node("flash_decode")
     if q.dim() != 3:
         raise ArgumentError(f"flash_decode: q is {tuple(q.shape)}, expected [B, heads, dim]")
     check_heads("flash_decode", comm, q, k, v)
@@ -188,7 +189,7 @@ def _check(comm: Communicator, q, k, v, lengths) -> None:
 def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
     if q.numel() == 0:
         return
-    q = q.contiguous()
+    q, lengths = q.contiguous(), lengths.contiguous()
     (batch, heads, dim), kv_heads = q.shape, k.shape[2]
     splits = _splits(comm, batch * kv_heads, k.shape[1])
     partial = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)

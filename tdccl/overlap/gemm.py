@@ -73,12 +73,22 @@ def right(b: torch.Tensor, shape: Shape, descriptors: bool) -> Right:
 
 def dense(a: torch.Tensor) -> torch.Tensor:
     """The matrix with contiguous rows at a 16-byte aligned address."""
-    return _aligned(a.contiguous())
+    return _aligned(_regular(a.contiguous()))
 
 
 def rows_or_columns(b: torch.Tensor) -> torch.Tensor:
     """The matrix with contiguous rows or columns at a 16-byte aligned address."""
-    return _aligned(b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous())
+    if b.t().is_contiguous() and not b.is_contiguous():
+        return _aligned(_regular(b.t())).t()
+    return _aligned(_regular(b.contiguous()))
+
+
+def _regular(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor with the strides of one: torch leaves those of dimensions of one element as they are."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tensor.as_strided(tensor.shape, strides[::-1])
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:

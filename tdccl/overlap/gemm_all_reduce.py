@@ -12,7 +12,6 @@ which ones are its on all ranks, and adds them up itself, in the same launch. Wi
 second kernel runs beside the product on a few multiprocessors.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
+from tdccl.overlap.copies import side_of
 from tdccl.overlap.gemm import (
     Shape,
     blocks_of,
@@ -522,17 +522,15 @@ def _one_then_other(device: torch.device, multiply, fold, beside: bool) -> None:
         multiply()
         fold()
         return
-    side, current = _side(device), torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(device)
+    side = side_of(current)
     side.wait_stream(current)
-    multiply()
-    with torch.cuda.stream(side):
-        fold()
-    current.wait_stream(side)
-
-
-@functools.cache
-def _side(device: torch.device) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device, priority=-1)
+    try:
+        multiply()
+        with torch.cuda.stream(side):
+            fold()
+    finally:
+        current.wait_stream(side)
 
 
 @torch.library.custom_op("tdccl::gemm_all_reduce", mutates_args=())

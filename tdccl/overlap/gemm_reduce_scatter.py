@@ -127,8 +127,9 @@ def gemm_reduce_scatter(
 ) -> torch.Tensor:
     """This rank's rows of the sum over ranks of A times B, communication hidden behind the product; current stream.
 
-    a: [M, K] bfloat16 or float16, M a multiple of the ranks, K this rank's share. b: [K, N] of that dtype, rows or
-    columns contiguous (others are copied). out: [M / size, N], contiguous; None makes a new one, with a gradient.
+    a: [M, K] bfloat16 or float16, M a multiple of the ranks, K this rank's share, as large on every rank. b: [K, N] of
+    that dtype, rows or columns contiguous (others are copied). out: [M / size, N], contiguous; None makes a new one,
+    with a gradient.
     M / size, K and N may be any numbers. Each rank's product is rounded to the dtype, as for reduce_scatter; they are
     added in fp32, in rank order: the same bits in every run. The first call of a larger size allocates symmetric
     memory, twice M x N, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call
@@ -144,6 +145,9 @@ def gemm_reduce_scatter(
 
 def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if out.numel() == 0:
+        return
+    if a.shape[1] == 0:
+        out.zero_()
         return
     a, b = dense(a), rows_or_columns(b)
     (rows, columns), depth = out.shape, a.shape[1]

@@ -6,11 +6,9 @@ puts the operator that does both at once.
 These are the patterns of torch's own micro-pipelined tensor parallelism, for groups of the tdccl backend.
 """
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tdccl.communicator import Communicator
@@ -38,9 +36,8 @@ class FuseProducts(CustomGraphPass):
                 self.fused += _scattered_product(graph, node) or 0
         graph.eliminate_dead_code()
 
-    def uuid(self) -> str:
-        """By which Inductor's cache knows the pass."""
-        return get_hash_for_files((str(Path(__file__)),))
+    def uuid(self) -> None:
+        """Keeps graphs out of Inductor's cache: they name communicators of this process."""
 
 
 def _gathered_product(graph: torch.fx.Graph, product: torch.fx.Node) -> bool:
@@ -105,9 +102,10 @@ def _fits(product: torch.fx.Node) -> bool:
 
 
 def _communicator(group_name: str, node: torch.fx.Node) -> Communicator | None:
-    """The communicator of a group of the tdccl backend."""
+    """The communicator of a group of the tdccl backend, if all its ranks are on one node."""
     group = dist.distributed_c10d._resolve_process_group(group_name)
     if not isinstance(group, ProcessGroup):
         group = group._get_backend(_value(node).device)
     with _disable_current_modes():  # the compiler's fake tensors: it may have to be made
-        return getattr(group, "communicator", None)
+        communicator = getattr(group, "communicator", None)
+    return communicator if communicator is not None and len(communicator.topology.nodes) == 1 else None

@@ -183,7 +183,8 @@ def exchange_choices(
     for token in range(first, last, TILE):
         entry, mask = _entries_of(token, last, TOP_K, PLACES, TILE)
         here = mask & (entry < tokens * TOP_K)
-        tl.store(out + entry, tl.load(idx + entry, mask=here, other=-1).to(tl.int32), mask=mask)
+        choice = tl.load(idx + entry, mask=here, other=-1)
+        tl.store(out + entry, tl.where((choice < 0) | (choice > 1 << 30), -1, choice).to(tl.int32), mask=mask)
         if WEIGHTED:
             factor = tl.load(factors + entry, mask=here, other=0.0)
             tl.store(out + entries + entry, factor.to(tl.int32, bitcast=True), mask=mask)

@@ -332,10 +332,12 @@ def _quick_casts() -> None:
 
     def method(self, dtype, *args, **kwargs):
         dtype = dtype.value if type(dtype) is tl.constexpr else dtype
+        if args or kwargs:
+            return checked(self, dtype, *args, **kwargs)
         if dtype is self.dtype:
             return self
         if not (dtype is tl.int64 and self.dtype is tl.int32):
-            return checked(self, dtype, *args, **kwargs)
+            return checked(self, dtype)
         kind = _shaped(self.type, dtype) if self.type.is_block() else dtype
         return tl.tensor(TensorHandle(self.handle.data.astype(np.int64), dtype), kind)
 

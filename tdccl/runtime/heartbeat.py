@@ -65,6 +65,8 @@ class Heartbeat:
                     continue  # the others hear of it at once
                 self._wake.wait(PERIOD)
                 self._wake.clear()
+            if self._control.abort.value:  # a fault, and then the end, before this thread looked
+                self._store.compare_set("fault", "", self._control.record())
             self._store.set(f"beat/{self._rank}", _LEFT)
         except RuntimeError:
             pass  # the store is gone: from now on faults of other hosts show by deadlines alone

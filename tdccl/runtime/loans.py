@@ -33,7 +33,8 @@ class _Place:
         """Of a place that is free."""
         tensor = self._tensors.get(dtype)
         if tensor is None:
-            tensor = self._tensors[dtype] = self._bytes.view(dtype)
+            with torch.inference_mode(False):  # what is lent there is no inference tensor for ever
+                tensor = self._tensors[dtype] = self._bytes.view(dtype)
             self._uses = torch._C._storage_Use_Count(self._storage)
         return tensor.detach()  # another on the storage, in a tenth of the time that a storage and a tensor take
 
