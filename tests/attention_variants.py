@@ -21,7 +21,7 @@ def main() -> None:
     constants = {
         "DTYPE": tl.bfloat16, "DIM": dim, "WIDTH": _WIDTH, "ROWS": 1, "PARTS": 64
     }  # fmt: skip
-    fused.tell("merge_ranks", fused.compiled(merge_ranks, constants, set(), 4, 0, operands))
+    fused.tell("merge_ranks", fused.compiled(merge_ranks, constants, set(), 2, 0, operands))
 
     cut = {"DTYPE": tl.bfloat16, "PIECES": 2, "CAUSAL": True}
     integers = dict.fromkeys(["odd", "apart", "rows", "batch", "odd_row", "apart_row"], "i32")

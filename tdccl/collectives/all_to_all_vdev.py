@@ -10,6 +10,24 @@ import tdccl.language as shmem
 from tdccl.collectives import exchange
 from tdccl.runtime.algorithm import Algorithm, split_on_device
 
+# Of a message, of which the first four are sent: as many as a block can have threads, for the sake of `get_words`.
+PLACES = tl.constexpr(1024)
+
+
+@triton.jit
+def _message(rows, room):
+    """The words that a rank sends another: its rows for it, and how many it has room for, each in two halves."""
+    place = tl.arange(0, PLACES)
+    return (tl.where(place < 2, rows, room) >> (place % 2 * 32)).to(tl.int32)
+
+
+@triton.jit
+def _said(words, FIRST: tl.constexpr):
+    """The number whose halves are the words FIRST and FIRST + 1."""
+    place = tl.arange(0, PLACES)
+    half = words.to(tl.int64) & 0xFFFFFFFF
+    return tl.sum(tl.where(place == FIRST, half, 0) + tl.where(place == FIRST + 1, half << 32, 0))
+
 
 @triton.jit
 def _counts_and_offsets(counts, room):
@@ -42,17 +60,17 @@ def staged(
     send_counts, send_offsets = _counts_and_offsets(wanted, send_count)
     # In rows, because ranks may go by different elements; and how many there is room for, so that the two agree on
     # their steps by numbers of which each has checked its own.
-    place = tl.arange(0, 2)
+    place = tl.arange(0, PLACES)
+    sent_places = place < 4
     for distance in tl.static_range(1, team.size):
         pe = (team.rank + distance) % team.size
-        message = tl.where(place == 0, shmem.pick(send_counts, pe), recv_count) // row
-        shmem.put_words(team, epoch, message, place, place >= 0, pe)
-    own = tl.where(place == 0, shmem.pick(send_counts, team.rank), recv_count) // row
-    words = shmem.get_words(team, epoch, own, place, place >= 0)
+        message = _message(shmem.pick(send_counts, pe) // row, recv_count // row)
+        shmem.put_words(team, epoch, message, place, sent_places, pe)
+    own = _message(shmem.pick(send_counts, team.rank) // row, recv_count // row)
+    words = shmem.get_words(team, epoch, own, place, sent_places)
     told, sent, taken = (), (), ()
     for rank in tl.static_range(team.size):
-        rows = tl.sum(tl.where(place == 0, words[rank], 0))
-        room = tl.sum(tl.where(place == 1, words[rank], 0))
+        rows, room = _said(words[rank], 0), _said(words[rank], 2)
         told = told + (tl.maximum(rows, 0) * row,)
         sent = sent + (tl.minimum(send_counts[rank], tl.maximum(room, 0) * row),)
         taken = taken + (tl.minimum(tl.maximum(rows * row, 0), recv_count),)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tdccl.language.reduce import accumulate, settle, widen
 from tdccl.language.signals import heap_at, local_at, may_go_on, record_fault
+from tdccl.language.target import threads_of
 from tdccl.language.team import PACKET_KIND, packet_offset
 
 
@@ -109,6 +110,8 @@ def _missing(packets, epoch):
 
 @triton.jit
 def _receive(team, epoch, own, slot_index, mask, SOURCES: tl.constexpr, first):
+    # Of fewer, each warp would have a look of its own, and go on past the barriers of the block when it has seen them.
+    tl.static_assert(own.numel >= threads_of(team.backend), "packets: fewer places than the block has threads")
     packets = _poll(team, epoch, own, slot_index, mask, SOURCES, first)
     go = True
     polls = 0
@@ -143,6 +146,7 @@ def _record_missing(team, epoch, packets, SOURCES: tl.constexpr, first):
 def get_words(team, epoch, own, slot_index, mask):
     """Waits for the words of all ranks; returns them as a tuple in rank order, `own` at this rank's place.
 
+    There must be as many places as the block has threads, or more; `mask` leaves out those that hold no packet.
     Ordering: the packets' data only; nothing else that a peer wrote is made visible. Bounded as
     `signal_wait`: after a timeout the words of a late peer are whatever its slot held.
     """

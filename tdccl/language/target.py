@@ -9,7 +9,7 @@ import time
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import globaltimer, num_warps
 from triton.language.extra.hip import memrealtime
 
 from tdccl.environment import emulated
@@ -26,6 +26,10 @@ def device(twin):
 
 def _host_clock(BACKEND):
     return time.monotonic_ns()
+
+
+def _host_threads(BACKEND):
+    return 1
 
 
 def _host_pause(polls):
@@ -46,6 +50,12 @@ def clock_of(BACKEND: tl.constexpr):
 def clock(team):
     """Nanoseconds since some fixed moment, the same for all blocks of this rank."""
     return clock_of(team.backend)
+
+
+@device(_host_threads)
+def threads_of(BACKEND: tl.constexpr):
+    """Threads of a block."""
+    return num_warps() * (64 if BACKEND == "hip" else 32)
 
 
 @device(_host_pause)

@@ -226,7 +226,8 @@ def shots_for(rows: int, width: int, itemsize: int, size: int) -> Shots | None:
     nbytes = rows * width * itemsize
     words = -(-width * itemsize // 4)
     part = -(-words // (16 * size)) * 16  # whole 64 bytes
-    tile, tile_of_part = triton.next_power_of_2(words), triton.next_power_of_2(part)
+    # No fewer places than one warp has threads, 64 at most: see `get_words`.
+    tile, tile_of_part = (max(64, triton.next_power_of_2(count)) for count in (words, part))
     one, two = Shots(one_shot, words, tile, tile), Shots(two_shot, part, tile_of_part, 2 * tile_of_part)
     more = 2 * (size - 1) * (size - 2) // size
     fits = [shots for shots in (one, two) if shots.slot * size <= WORDS_UPTO]

@@ -96,18 +96,21 @@ def merge_ranks(
         row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         head, at = unit // ACROSS * ROWS + row, unit % ACROSS * WIDTH + column
         mean_here, log_here = _merge_splits(partial, logs, head, heads, splits, at, DIM, WIDTH, ROWS, PARTS)
-        words, log_words = mean_here.to(tl.int32, bitcast=True), log_here.to(tl.int32, bitcast=True)
-        place, log_place = row[:, None] * WIDTH + column[None, :], ROWS * WIDTH + row
-        everywhere, always = (place >= 0) & (head < heads)[:, None], head < heads
+        words = mean_here.to(tl.int32, bitcast=True)
+        log_words = log_here.to(tl.int32, bitcast=True)[:, None] + column * 0
+        place = row[:, None] * WIDTH + column[None, :]
+        everywhere = (place >= 0) & (head < heads)[:, None]
+        log_place, once = ROWS * WIDTH + row[:, None] + column * 0, everywhere & (column == 0)[None, :]
         for distance in tl.static_range(1, team.size):  # rank + 1 first: no two ranks on one target
             pe = (team.rank + distance) % team.size
             shmem.put_words(team, epoch, words, place, everywhere, pe)
-            shmem.put_words(team, epoch, log_words, log_place, always, pe)
-        log_words = shmem.get_words(team, epoch, log_words, log_place, always)
+            shmem.put_words(team, epoch, log_words, log_place, once, pe)
+        log_words = shmem.get_words(team, epoch, log_words, log_place, once)
         words = shmem.get_words(team, epoch, words, place, everywhere)
         found = ()
         for rank in tl.static_range(team.size):
-            found = found + (log_words[rank].to(tl.float32, bitcast=True),)
+            of_row = tl.sum(tl.where(column == 0, log_words[rank], 0), axis=1)
+            found = found + (of_row.to(tl.float32, bitcast=True),)
         weights = weights_of(found)
         total = tl.zeros([ROWS, WIDTH], tl.float32)
         for rank in tl.static_range(team.size):
@@ -207,6 +210,7 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
         merge_ranks[(blocks,)](
             comm.team, partial, logs, out, batch * heads, splits,
             DTYPE=dtype, DIM=dim, WIDTH=_WIDTH, ROWS=rows, PARTS=_parts(splits, rows),
+            num_warps=min(4, 2 * rows),
         )  # fmt: skip
 
     comm.start_fused("all_gather", "flash_decode", q, decode, scratch=True)
