@@ -177,7 +177,7 @@ class LowLatency(Experts):
     def _given(self, plan: BatchedPlan) -> dict[str, int]:
         return {
             "IDX": plan.topk_idx.itemsize * 8, "TOP_K": self.top_k, "PLACES": self._places, "TOKENS": self.max_tokens,
-            "EXPERTS": self.num_experts, "TILE": _TILE,
+            "EXPERTS": self.num_experts, "RANKS": power_of_two(self.comm.size), "TILE": _TILE,
         }  # fmt: skip
 
     def _slicing(self, unit: int, payload: torch.dtype) -> dict[str, int]:

@@ -3,8 +3,9 @@
 Every (source, token, place in top-k) has a slot of its own on every rank, so nothing has to be agreed on before a row
 is sent: how many rows go to which expert travels beside the rows. Slots are doubled by the parity of the epoch.
 
-A row is cut into SLICES. Block b has slice b % SLICES of the tokens g, g + G, ... of every source, where g is its group
-b // SLICES, and G the number of groups. Several tokens are under way at once.
+A row is cut into SLICES. Block b has slice b % SLICES of the tokens g, g + G, ... of every source; G is the number
+of groups of blocks; g is the group b // SLICES for source 0, another for each other one, so that few tokens of several
+sources fall to different blocks. Tokens of several sources are under way at once.
 """
 
 import triton
@@ -16,17 +17,24 @@ from tdccl.ep.rows import quantise, wide
 
 
 @triton.jit
-def _my_tokens(start, count, TILE: tl.constexpr, SLICES: tl.constexpr):
-    """The TILE tokens of this block's group from number `start` on, and which of them there are."""
-    token = tl.program_id(0) // SLICES + (start + tl.arange(0, TILE)) * (tl.num_programs(0) // SLICES)
-    return token, token < count
+def _my_token(team, rank, number, SLICES: tl.constexpr):
+    """Token `number` of those of `rank` that are this block's."""
+    groups = tl.num_programs(0) // SLICES
+    return (tl.program_id(0) // SLICES + rank * (groups // team.size)) % groups + number * groups
 
 
 @triton.jit
-def _tokens_of_group(count, SLICES: tl.constexpr):
-    """How many of the `count` tokens of a source are this block's."""
+def _my_tokens(team, rank, count, SLICES: tl.constexpr):
+    """How many of the `count` tokens of `rank` are this block's."""
     groups = tl.num_programs(0) // SLICES
-    return tl.cdiv(tl.maximum(count - tl.program_id(0) // SLICES, 0), groups)
+    return tl.cdiv(tl.maximum(count - _my_token(team, rank, 0, SLICES), 0), groups)
+
+
+@triton.jit
+def _in_turn(number, counts):
+    """Of things in one row, counts[r] of them of rank r: of which rank number `number` is, and its number there."""
+    passed = number[:, None] >= tl.cumsum(counts, 0)[None, :]
+    return tl.sum(passed.to(tl.int32), axis=1), number - tl.sum(tl.where(passed, counts[None, :], 0), axis=1)
 
 
 @triton.jit
@@ -98,33 +106,21 @@ def _send_rows(
     team, buffers, parity, x, topk, complaints, count, DTYPE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr,
     SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    EXPERTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Stores this block's slices of all rows, what they are, and how many, on the ranks of their experts.
+    """Stores this block's slices of all rows, and what they are, on the ranks of their experts.
 
     Ordering: plain stores; signal the peers after it.
     """
     local: tl.constexpr = EXPERTS // team.size
     PAYLOAD: tl.constexpr = DTYPE if QUANT == "" else tl.uint8
-    expert = tl.arange(0, EXPERT_TILE)
-    rows = tl.zeros([EXPERT_TILE], tl.int32)
-    for start in range(0, count, CHUNK):
-        flat = _chunk_of_routing(topk, start, count, complaints, TOP_K, PLACES, EXPERTS, CHUNK)
-        rows += tl.histogram(tl.maximum(flat, 0), EXPERT_TILE, mask=flat >= 0)
-    to = tl.load(team.heap + expert // local, mask=expert < EXPERTS, other=0)
-    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + expert % local * 4
-    tl.store(to.to(tl.pointer_type(tl.int32)), rows, mask=expert < EXPERTS)
-    rank = tl.arange(0, shmem.MAX_RANKS)
-    to = tl.load(team.heap + rank, mask=rank < team.size, other=0)
-    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + COLUMNS * 4
-    tl.store(to.to(tl.pointer_type(tl.int32)), tl.zeros_like(rank) + count, mask=rank < team.size)
-
     column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
     word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
     place, number = tl.arange(0, PLACES), tl.arange(0, CHUNK * PLACES)
     row_slots, scale_slots = _slots_offsets(buffers, parity, DTYPE, WIDTH, TOKENS, TOP_K, team.size)
-    for start in range(0, _tokens_of_group(count, SLICES), TILE):
-        token, live = _my_tokens(start, count, TILE, SLICES)
+    for start in range(0, _my_tokens(team, team.rank, count, SLICES), TILE):
+        token = _my_token(team, team.rank, start + tl.arange(0, TILE), SLICES)
+        live = token < count
         tile = tl.load(
             x + wide(token)[:, None] * WIDTH + column[None, :], mask=live[:, None] & in_slice[None, :], other=0
         )
@@ -162,37 +158,82 @@ def _send_rows(
 
 
 @triton.jit
+def _send_counts(
+    team, buffers, parity, topk, complaints, count, TOP_K: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Tells this block of every rank how many rows each expert there gets from here, and how many tokens there are.
+
+    Ordering: plain stores; signal the peers after it.
+    """
+    local: tl.constexpr = EXPERTS // team.size
+    expert = tl.arange(0, EXPERT_TILE)
+    rows = tl.zeros([EXPERT_TILE], tl.int32)
+    for start in range(0, count, CHUNK):
+        flat = _chunk_of_routing(topk, start, count, complaints, TOP_K, PLACES, EXPERTS, CHUNK)
+        rows += tl.histogram(tl.maximum(flat, 0), EXPERT_TILE, mask=flat >= 0)
+    to = tl.load(team.heap + expert // local, mask=expert < EXPERTS, other=0)
+    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + expert % local * 4
+    tl.store(to.to(tl.pointer_type(tl.int32)), rows, mask=expert < EXPERTS)
+    rank = tl.arange(0, shmem.MAX_RANKS)
+    to = tl.load(team.heap + rank, mask=rank < team.size, other=0)
+    to += _counts_offset(buffers, parity, team.rank, COLUMNS, team.size) + COLUMNS * 4
+    tl.store(to.to(tl.pointer_type(tl.int32)), tl.zeros_like(rank) + count, mask=rank < team.size)
+
+
+@triton.jit
+def _told(team, buffers, parity, LOCAL: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):
+    """What the sources said: rows [RANKS, COLUMNS] for each expert here, and tokens [RANKS]. No more than fit.
+
+    Ordering: wait for the sources first.
+    """
+    source, expert = tl.arange(0, RANKS), tl.arange(0, COLUMNS)
+    there = source < team.size
+    words = shmem.local_at(team, _counts_offset(buffers, parity, source, COLUMNS, team.size), tl.int32)
+    rows = tl.load(words[:, None] + expert[None, :], mask=there[:, None] & (expert < LOCAL)[None, :], other=0)
+    tokens = tl.load(words + COLUMNS, mask=there, other=0)
+    return tl.minimum(tl.maximum(rows, 0), TOKENS), tl.minimum(tl.maximum(tokens, 0), TOKENS)
+
+
+@triton.jit
 def _take_rows(
-    team, buffers, parity, source, count, first_rows, out, out_scales, placed, sources, DTYPE: tl.constexpr,
+    team, buffers, parity, found, tokens, out, out_scales, placed, sources, DTYPE: tl.constexpr,
     PAYLOAD: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr,
     SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr, SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr,
-    PLACES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LOCAL: tl.constexpr, TILE: tl.constexpr,
+    PLACES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, LOCAL: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Copies this block's slices of what a source sent here to their places. Ordering: wait for the source first."""
+    """Copies this block's slices of what all ranks sent here to their places. found, tokens: as of `_told`.
+
+    Ordering: wait for the sources first.
+    """
     column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
     word, in_words = _scale_tile(SCALES, SCALE_SLICE, SLICES, SCALE_TILE)
-    place, expert = tl.arange(0, PLACES), tl.arange(0, COLUMNS)
+    place, pair = tl.arange(0, PLACES), tl.arange(0, RANKS * COLUMNS)
+    first_rows = tl.reshape(tl.cumsum(found, 0) - found, [RANKS * COLUMNS])
     room: tl.constexpr = team.size * TOKENS
     row_slots, scale_slots = _slots_offsets(buffers, parity, DTYPE, WIDTH, TOKENS, TOP_K, team.size)
-    for start in range(0, _tokens_of_group(count, SLICES), TILE):
-        token, live = _my_tokens(start, count, TILE, SLICES)
-        entry = token[:, None] * TOP_K + place[None, :]
+    mine = _my_tokens(team, tl.arange(0, RANKS), tokens, SLICES)
+    total = tl.sum(mine)
+    for start in range(0, total, TILE):
+        number = start + tl.arange(0, TILE)
+        live = number < total
+        source, number = _in_turn(number, mine)
+        token = _my_token(team, source, number, SLICES)
         mask = live[:, None] & (place < TOP_K)[None, :]
         notes = _notes_offset(buffers, parity, source, SLICES, TOKENS, TOP_K, team.size)
-        note = tl.load(shmem.local_at(team, notes, tl.int32) + entry, mask=mask, other=-1)
-        note, entry = tl.reshape(note, [TILE * PLACES]), tl.reshape(entry, [TILE * PLACES])
-        chosen = (note // TOKENS)[:, None] == expert[None, :]
+        said = shmem.local_at(team, notes, tl.int32) + token * TOP_K
+        note = tl.reshape(tl.load(said[:, None] + place[None, :], mask=mask, other=-1), [TILE * PLACES])
+        entry = ((source * TOKENS + token) * TOP_K)[:, None] + place[None, :]
+        entry, mask = tl.reshape(entry, [TILE * PLACES]), tl.reshape(mask, [TILE * PLACES])
+        chosen = (entry // (TOKENS * TOP_K) * COLUMNS + note // TOKENS)[:, None] == pair[None, :]
         row = tl.sum(tl.where(chosen, first_rows[None, :], 0), axis=1) + note % TOKENS
         here = (note >= 0) & (note < LOCAL * TOKENS) & (row < room)
         row += note // TOKENS * room
         if tl.program_id(0) % SLICES == 0:
-            tl.store(
-                placed + source * TOKENS * TOP_K + entry,
-                tl.where(here, row, -1),
-                mask=tl.reshape(mask, [TILE * PLACES]),
-            )
-            tl.store(sources + row, source * TOKENS + entry // TOP_K, mask=here)
-        slot = wide(source * TOKENS * TOP_K + entry)
+            tl.store(placed + entry, tl.where(here, row, -1), mask=mask)
+            tl.store(sources + row, entry // TOP_K, mask=here)
+        slot = wide(entry)
         landed = shmem.heap_at(team, row_slots, team.rank, PAYLOAD) + slot[:, None] * WIDTH + column[None, :]
         tile = tl.load(landed, mask=here[:, None] & in_slice[None, :])
         tl.store(out + wide(row)[:, None] * WIDTH + column[None, :], tile, mask=here[:, None] & in_slice[None, :])
@@ -209,8 +250,8 @@ def dispatch(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, IDX: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, PADDED: tl.constexpr, QUANT: tl.constexpr, SCALES: tl.constexpr, SCALE_SLICE: tl.constexpr,
     SCALE_TILE: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
-    TAKEN: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERT_TILE: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, ALIGN: tl.constexpr,
+    TILE: tl.constexpr, TAKEN: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
 ):  # fmt: skip
     """Each block sends its slices of its tokens, then takes its slices of what came from all ranks.
 
@@ -233,40 +274,67 @@ def dispatch(
         topk = at(tensors[1], tl.int64 if IDX == 64 else tl.int32)
         _send_rows(
             team, buffers, epoch % 2, at(tensors[0], DTYPE), topk, complaints, count, DTYPE, WIDTH, SLICE, SLICES,
-            PADDED, QUANT, SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, CHUNK, EXPERTS, EXPERT_TILE, COLUMNS,
-            ALIGN, TILE,
+            PADDED, QUANT, SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, CHUNK, EXPERTS, ALIGN, TILE,
         )  # fmt: skip
+        # Last, while the rows are on their way.
+        _send_counts(
+            team, buffers, epoch % 2, topk, complaints, count, TOP_K, PLACES, CHUNK, EXPERTS, EXPERT_TILE, COLUMNS
+        )
         shmem.signal_all(team, epoch, shmem.DATA, 1)
     else:
         epoch = shmem.resume(team)
     if RECV:
         parity = epoch % 2
         epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
-        told, tokens = at(tensors[6], tl.int32), at(tensors[7], tl.int32)
-        expert = tl.arange(0, COLUMNS)
-        rows = tl.zeros([COLUMNS], tl.int32)
-        for source in range(team.size):  # a loop, as code that runs once costs as much to fetch as to run
-            words = shmem.local_at(team, _counts_offset(buffers, parity, source, COLUMNS, team.size), tl.int32)
-            found = tl.load(words + expert, mask=expert < local, other=0)
-            size = tl.minimum(tl.maximum(tl.load(words + COLUMNS), 0), TOKENS)
-            if tl.program_id(0) == 0:
-                tl.store(tokens + source, size)
-            _take_rows(
-                team, buffers, parity, source, size, rows, at(tensors[2], PAYLOAD), at(tensors[3], tl.int32),
-                at(tensors[4], tl.int32), at(tensors[5], tl.int32), DTYPE, PAYLOAD, WIDTH, SLICE, SLICES, PADDED,
-                SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, COLUMNS, local, TAKEN,
-            )  # fmt: skip
-            rows += tl.minimum(tl.maximum(found, 0), TOKENS)
+        found, tokens = _told(team, buffers, parity, local, TOKENS, COLUMNS, RANKS)
+        _take_rows(
+            team, buffers, parity, found, tokens, at(tensors[2], PAYLOAD), at(tensors[3], tl.int32),
+            at(tensors[4], tl.int32), at(tensors[5], tl.int32), DTYPE, PAYLOAD, WIDTH, SLICE, SLICES, PADDED,
+            SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, COLUMNS, RANKS, local, TAKEN,
+        )  # fmt: skip
         if tl.program_id(0) == 0:
-            tl.store(told + expert, rows, mask=expert < local)
+            expert, rank = tl.arange(0, COLUMNS), tl.arange(0, RANKS)
+            tl.store(at(tensors[6], tl.int32) + expert, tl.sum(found, axis=0), mask=expert < local)
+            tl.store(at(tensors[7], tl.int32) + rank, tokens, mask=rank < team.size)
     shmem.end(team, epoch)
+
+
+@triton.jit
+def _send_back(
+    team, buffers, parity, h, placed, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    SLICES: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr,
+    RANKS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores this block's slices of the rows of h where their tokens came from. Ordering: as `_send_rows`."""
+    column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
+    place, turn = tl.arange(0, PLACES), tl.arange(0, RANKS)
+    peers = (team.rank + 1 + turn) % team.size  # rank + 1 first: no two ranks on one target
+    tokens = tl.load(sizes + peers, mask=turn < team.size, other=0)
+    mine = _my_tokens(team, peers, tokens, SLICES)
+    total = tl.sum(mine)
+    for start in range(0, total, TILE):
+        number = start + tl.arange(0, TILE)
+        live = number < total
+        turn_of, number = _in_turn(number, mine)
+        pe = (team.rank + 1 + turn_of) % team.size
+        token = _my_token(team, pe, number, SLICES)
+        entry = tl.reshape(((pe * TOKENS + token) * TOP_K)[:, None] + place[None, :], [TILE * PLACES])
+        mask = tl.reshape(live[:, None] & (place < TOP_K)[None, :], [TILE * PLACES])
+        row = tl.load(placed + entry, mask=mask, other=-1)
+        there = (row >= 0)[:, None] & in_slice[None, :]
+        tile = tl.load(h + wide(row)[:, None] * WIDTH + column[None, :], mask=there)
+        owner = tl.where(mask, entry // (TOKENS * TOP_K), team.rank)
+        slot = wide(parity * TOKENS * TOP_K + entry % (TOKENS * TOP_K))
+        target = shmem.heap_at(team, buffers[0], owner, DTYPE)[:, None] + slot[:, None] * WIDTH
+        tl.store(target + column[None, :], tile, mask=there)
 
 
 @triton.jit
 def combine(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, IDX: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr,
-    EXPERTS: tl.constexpr, TILE: tl.constexpr, TAKEN: tl.constexpr, SEND: tl.constexpr, RECV: tl.constexpr,
+    EXPERTS: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, TAKEN: tl.constexpr, SEND: tl.constexpr,
+    RECV: tl.constexpr,
 ):  # fmt: skip
     """Each block sends its slices of the rows that its experts made to where their tokens came from, and adds up its
     slices of its own tokens: fp32, in top-k order, each row times its weight, rounded to DTYPE at the end.
@@ -278,37 +346,27 @@ def combine(
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    slots alternate by the parity of the epoch; each rank hears from all in each call.
     """
-    column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
-    place = tl.arange(0, PLACES)
     if SEND:
         epoch = shmem.begin(team)
-        parity = epoch % 2
-        h, placed, tokens = at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32)
-        for distance in range(1, team.size + 1):  # rank + 1 first: no two ranks on one target
-            pe = (team.rank + distance) % team.size
-            size = tl.load(tokens + pe)
-            slots = shmem.heap_at(team, buffers[0], pe, DTYPE)
-            for start in range(0, _tokens_of_group(size, SLICES), TAKEN):
-                token, live = _my_tokens(start, size, TAKEN, SLICES)
-                entry = tl.reshape(token[:, None] * TOP_K + place[None, :], [TAKEN * PLACES])
-                mask = tl.reshape(live[:, None] & (place < TOP_K)[None, :], [TAKEN * PLACES])
-                row = tl.load(placed + pe * TOKENS * TOP_K + entry, mask=mask, other=-1)
-                there = (row >= 0)[:, None] & in_slice[None, :]
-                tile = tl.load(h + wide(row)[:, None] * WIDTH + column[None, :], mask=there)
-                slot = wide(parity * TOKENS * TOP_K + entry)
-                tl.store(slots + slot[:, None] * WIDTH + column[None, :], tile, mask=there)
+        _send_back(
+            team, buffers, epoch % 2, at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32), DTYPE,
+            WIDTH, SLICE, SLICES, PADDED, TOP_K, PLACES, TOKENS, RANKS, TAKEN,
+        )  # fmt: skip
         shmem.signal_all(team, epoch, shmem.DATA, 1)
     else:
         epoch = shmem.resume(team)
     if RECV:
         parity = epoch % 2
         epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
+        column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
+        place = tl.arange(0, PLACES)
         topk = at(tensors[3], tl.int64 if IDX == 64 else tl.int32)
         weights, out = at(tensors[4], tl.float32), at(tensors[5], DTYPE)
         complaints, count = at(tensors[6], tl.int64), sizes[0].to(tl.int32)
         slots = shmem.heap_at(team, buffers[0], team.rank, DTYPE)
-        for start in range(0, _tokens_of_group(count, SLICES), TILE):
-            token, live = _my_tokens(start, count, TILE, SLICES)
+        for start in range(0, _my_tokens(team, team.rank, count, SLICES), TILE):
+            token = _my_token(team, team.rank, start + tl.arange(0, TILE), SLICES)
+            live = token < count
             idx = _routing_of(topk, token, live, complaints, TOP_K, PLACES, EXPERTS)
             values, factors = (), ()
             for k in tl.static_range(TOP_K):  # all loads are under way before the first sum
