@@ -220,7 +220,9 @@ def told(facts: dict, compiled) -> str:
     if "hsaco" in compiled.asm:
         facts["code"] = len(compiled.asm["hsaco"])
     else:
-        facts |= sass_facts(compiled.asm["sass"]) | {"divergent": divergent_branches(compiled.asm["ptx"])}
+        facts |= sass_facts(compiled.asm["sass"])
+        if "nvshmem" not in compiled.asm["ptx"]:  # whose threads have waits of their own
+            facts["divergent"] = divergent_branches(compiled.asm["ptx"])
         if facts["multimem"] is not None:
             facts |= multimem_facts(compiled)
     return json.dumps(facts)
