@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["TDCCL_EMULATE"] = "0"
 
 import triton.language as tl
+from divergence import divergent_branches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from variants import context_of, sass_facts
@@ -79,7 +80,7 @@ def told(name: str, kernel) -> str:
     sass = kernel.asm["sass"]
     facts = {"name": name, "wgmma": len(re.findall("HGMMA", sass)), "mma": len(re.findall(r"\bHMMA", sass))}
     facts |= {"shared": kernel.metadata.shared, "by_descriptors": len(re.findall("UTMALDG", sass))}
-    facts["spills_in_loops"] = spills_in_loops(sass)
+    facts |= {"spills_in_loops": spills_in_loops(sass), "divergent": divergent_branches(kernel.asm["ptx"])}
     return json.dumps({**facts, **sass_facts(sass)})
 
 

@@ -271,6 +271,7 @@ def test_kernels_multiply_on_tensor_cores():
     assert kernels.keys() == {"attend_splits", "merge_ranks", "push_pairs", "attend_gathered"}
     for kernel in itertools.chain(*kernels.values()):
         assert kernel["shared"] <= 227 << 10, kernel
+        assert not kernel["divergent"], kernel
         assert not kernel["spills"] or kernel["name"] == "attend_gathered", kernel
     for kernel in kernels["attend_gathered"]:
         assert kernel["wgmma"] and kernel["by_descriptors"], kernel

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import variants
+from divergence import divergent_branches
 
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import ACROSS_NODES
@@ -36,7 +37,7 @@ def test_cuda_kernels_access_16_bytes(target):
     kernels = compiled("kernels", *target)
     assert {kernel["name"] for kernel in kernels} == names()
     for kernel in kernels:
-        assert not kernel["narrow"], kernel
+        assert not kernel["narrow"] and not kernel["divergent"], kernel
         if not kernel["name"].startswith("barrier."):
             assert kernel["aligned"], kernel
             assert "128" in kernel["loads"] or kernel.get("reduced_loads"), kernel
@@ -116,6 +117,29 @@ LBB0:
 def test_an_instruction_that_lost_its_guard_is_found():
     (line,) = variants.unguarded(UNGUARDED.splitlines())
     assert "STG" in line and "R12" in line
+
+
+# A wait in which each warp looks for itself: what it sees of 16 words reaches its own lanes alone.
+APART = """
+.reqntid 128
+$L__BB0_1:
+	@%p1 ld.volatile.global.v2.b64 { %rd1, %rd2 }, [ %rd3 + 0 ];
+	setp.eq.b64 	%p2, %rd2, %rd4;
+	selp.b32 	%r1, 0, 1, %p2;
+	shfl.sync.bfly.b32 	%r2, %r1, 8, 31, -1;
+	bar.sync 	0;
+	setp.ne.b32 	%p3, %r2, 0;
+	@%p3 bra 	$L__BB0_1;
+"""
+
+
+def test_a_wait_in_which_warps_decide_apart_is_found():
+    (line,) = divergent_branches(APART)
+    assert line.startswith("@%p3 bra")
+    together = "\tst.shared.b32 [ %r3 + 0 ], %r2;\n\tbar.sync 0;\n\tld.shared.b32 %r2, [%r4];\n"
+    through_shared = APART.replace("\tbar.sync", together + "\tbar.sync").replace("bfly.b32 \t%r2", "bfly.b32 \t%r5")
+    assert divergent_branches(through_shared) == []
+    assert divergent_branches(APART.replace("128", "32")) == []  # one warp decides for itself
 
 
 def bitcode(arch: int) -> str | None:

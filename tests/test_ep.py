@@ -480,6 +480,7 @@ def compiled(nodes, width, target) -> list[dict]:
 def check_accesses(kernels):
     for kernel in kernels:
         assert not kernel["narrow"], kernel
+        assert not kernel.get("divergent"), kernel
         if kernel["moves"]:
             assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
 

@@ -352,6 +352,7 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
     }  # fmt: skip
     for kernel in kernels:
         assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        assert not kernel["divergent"], kernel
         if kernel["name"] in ("push_tokens", "reduce_rows"):
             assert "128" in kernel["loads"] and "128" in kernel["stores"] and not kernel["narrow"], kernel
         if kernel["name"].startswith("multiply"):

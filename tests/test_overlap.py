@@ -238,6 +238,7 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
     assert {kernel["name"] for kernel in kernels} == pushing | {f"multiply_{name}" for name in multiplying}
     for kernel in kernels:
         assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        assert not kernel["divergent"], kernel
         if kernel["name"] in pushing:
             assert "128" in kernel["loads"] and "128" in kernel["stores"], kernel
         else:

@@ -189,6 +189,7 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
     assert {kernel["name"] for kernel in kernels} == products | folds | norms
     for kernel in kernels:
         assert not kernel["spills"] and kernel["shared"] <= 227 << 10, kernel
+        assert not kernel["divergent"], kernel
         assert bool(kernel["wgmma"] or kernel["mma"]) == (kernel["name"] in products), kernel
         assert "128" in kernel["stores"] or kernel["narrow"], kernel  # no 16-byte access fits every other one
 

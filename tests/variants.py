@@ -16,6 +16,7 @@ if __name__ == "__main__":
     os.environ["TDCCL_EMULATE"] = "0"
 
 import multimem_kernels
+from divergence import divergent_branches
 from triton.backends.compiler import GPUTarget
 
 from tdccl import tuning
@@ -54,7 +55,8 @@ def compile_call(algorithm, call: Call, context: Context, target: GPUTarget):
 
 
 def calls_of(collective: str, algorithm):
-    """An aligned call of the size that the algorithm is for, with each dtype and op that makes another kernel."""
+    """An aligned call of the size that the algorithm is for, with each dtype and op that makes another kernel, and one
+    with a ragged end where that makes another."""
     nbytes = 4096 if algorithm.path == "packets" else 1 << 24
     kinds = [("u8", None)]
     if "reduce" in collective:
@@ -63,6 +65,8 @@ def calls_of(collective: str, algorithm):
         itemsize = ITEMSIZE[dtype]
         on_device = (1 << 20, 1 << 21, 64, 6400, 6400) if collective == "all_to_all_vdev" else None
         yield Call(collective, nbytes // itemsize, dtype, op, 0, 16, None, (object(), object()), False, on_device)
+    if collective in ("all_reduce", "reduce") and algorithm.path != "packets" and algorithm.multimem is None:
+        yield Call(collective, nbytes // 4 + 1, "fp32", "sum", 0, 16, None, (object(), object()), False)  # a ragged end
 
 
 def sass_facts(sass: str) -> dict:
@@ -217,6 +221,8 @@ def told(facts: dict, compiled) -> str:
         facts["code"] = len(compiled.asm["hsaco"])
     else:
         facts |= sass_facts(compiled.asm["sass"])
+        if "nvshmem" not in compiled.asm["ptx"]:  # whose threads have waits of their own
+            facts["divergent"] = divergent_branches(compiled.asm["ptx"])
         if facts["multimem"] is not None:
             facts |= multimem_facts(compiled)
     return json.dumps(facts)

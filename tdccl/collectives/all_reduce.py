@@ -67,7 +67,6 @@ def two_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
               go out in full, also where a part lies past the end, so each rank hears from all in each call.
     """
     epoch = shmem.begin(team)
-    PLANES: tl.constexpr = 2 if DTYPE.primitive_bitwidth == 64 else 1
     place = tl.arange(0, TILE)
     words = shmem.words_in(count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
@@ -77,7 +76,7 @@ def two_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
     index = _of_part(team.rank, place, TILE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     result = shmem.fold_words(shmem.get_words(team, epoch, own, place, index < words), OP, DTYPE)
-    place += PLANES * TILE
+    place += TILE
     everywhere = place >= 0
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, result, place, everywhere, (team.rank + distance) % team.size)
@@ -100,7 +99,8 @@ def _reduce_tail(
 ):
     """Block 0 all-reduces the last `tail` elements, fewer than fill 16 bytes, by packets."""
     if tl.program_id(0) == 0:
-        index = tl.arange(0, 16).to(tl.int64)
+        THREADS: tl.constexpr = shmem.threads_of(team.backend)
+        index = tl.arange(0, THREADS if THREADS > 16 else 16).to(tl.int64)  # for the sake of `get_words`
         written = tl.where(team.rank == root, tail, 0) if ROOTED else tail
         _one_shot(team, epoch, send + count, recv + count, index, tail, written, OP, DTYPE, False)
 

@@ -67,6 +67,7 @@ def through_rails(team, rail, send, recv, count, part, root, DTYPE: tl.constexpr
         if (turn % nodes == 0) & (step >= 0) & (step < steps):
             index, mask = stages.tile_of(team, rail.node, team.rank, step, part, count, TILE)
             if rail.node == roots:
+                shmem.fence()  # a thread may read what another has stored
                 tile = tl.load(recv + index, mask=mask)
             else:
                 epoch, number = rails.next_in(team, rail, rails.INPUTS, roots, epoch)

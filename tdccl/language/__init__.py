@@ -62,7 +62,7 @@ from tdccl.language.signals import (
     wait_peers,
     wait_word,
 )
-from tdccl.language.target import clock
+from tdccl.language.target import clock, threads_of
 from tdccl.language.team import (
     BARRIER,
     CHANNEL_DEPTH,

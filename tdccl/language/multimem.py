@@ -372,9 +372,9 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     start = (block_of(team) * STATE_BYTES).to(tl.int64)
     arrived = local_at(team, start + _ARRIVED, tl.int64)
     passed = local_at(team, start + _PASSED, tl.int64)
-    before = tl.load(passed)
     one = tl.full([], 1, tl.int64)
     _count_arrival(team, start + _ARRIVED, one << (team.rank * 8).to(tl.int64), MULTIMEM)
+    before = tl.load(passed)  # behind a block barrier: one thread stored it in the barrier before
     arrivals = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - before
     late = _not_here(team, arrivals)
     go = tl.full([], 1, tl.int1)

@@ -3,7 +3,7 @@
 A packet holds 32 bits of data below 32 bits of flag; the flag is the epoch. The receiver polls the packet
 itself: when the flag is this call's, the data beside it is too, because 8 aligned bytes are written at
 once. No fence, no signal, no barrier. It costs half the bandwidth, so it is for small messages.
-(NCCL's LL protocol.) Types of 8 bytes travel as two packets, in two planes of a slot.
+(NCCL's LL protocol.) Types of 8 bytes travel as two packets, in the two halves of a slot.
 
 The data of a call is cut into *words*: int32, or int64 for 8-byte types. LANES elements make a word.
 """
@@ -74,14 +74,14 @@ def _pack(half, epoch):
 
 @triton.jit
 def put_words(team, epoch, words, slot_index, mask, pe):
-    """Sends `words` to this block's slot on rank `pe`, at places `slot_index` (0 .. their number - 1).
+    """Sends `words` to this block's slot on rank `pe`, at places `slot_index`: below team.packets, half of it if int64.
 
     Ordering: none is needed and none is given; each packet carries its own flag.
     """
     slot = heap_at(team, packet_offset(team, epoch, team.rank), pe, tl.int64)
     tl.store(slot + slot_index, _pack(words, epoch), mask=mask)
     if words.dtype == tl.int64:
-        tl.store(slot + words.numel + slot_index, _pack(words >> 32, epoch), mask=mask)
+        tl.store(slot + team.packets // 2 + slot_index, _pack(words >> 32, epoch), mask=mask)
 
 
 @triton.jit
@@ -93,7 +93,8 @@ def _poll(team, epoch, own, slot_index, mask, SOURCES: tl.constexpr, first):
         wanted = mask & (first + source != team.rank)
         packets = packets + (tl.load(slot + slot_index, mask=wanted, other=_pack(own, epoch), volatile=True),)
         if own.dtype == tl.int64:
-            high = tl.load(slot + own.numel + slot_index, mask=wanted, other=_pack(own >> 32, epoch), volatile=True)
+            upper = slot + team.packets // 2 + slot_index
+            high = tl.load(upper, mask=wanted, other=_pack(own >> 32, epoch), volatile=True)
             packets = packets + (high,)
     return packets
 

@@ -9,7 +9,7 @@ import time
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer, num_warps
+from triton.language.extra.cuda import globaltimer
 from triton.language.extra.hip import memrealtime
 
 from tdccl.environment import emulated
@@ -26,10 +26,6 @@ def device(twin):
 
 def _host_clock(BACKEND):
     return time.monotonic_ns()
-
-
-def _host_threads(BACKEND):
-    return 1
 
 
 def _host_pause(polls):
@@ -52,10 +48,13 @@ def clock(team):
     return clock_of(team.backend)
 
 
-@device(_host_threads)
-def threads_of(BACKEND: tl.constexpr):
-    """Threads of a block."""
-    return num_warps() * (64 if BACKEND == "hip" else 32)
+@tl.core.builtin
+def _threads_of(BACKEND, _semantic=None):
+    """Threads of a block, a constant. (What a Triton function returns is none in Triton 3.6.)"""
+    return tl.constexpr(_semantic.builder.options.num_warps * (64 if BACKEND == "hip" else 32))
+
+
+threads_of = (lambda BACKEND: tl.constexpr(1)) if emulated() else _threads_of
 
 
 @device(_host_pause)
