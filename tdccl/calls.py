@@ -367,5 +367,6 @@ def shown(what: bytes, launch):
 
 
 def overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two contiguous tensors have a byte in common."""
     start, other = left.data_ptr(), right.data_ptr()
     return start < other + right.numel() * right.itemsize and other < start + left.numel() * left.itemsize

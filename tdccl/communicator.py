@@ -472,9 +472,8 @@ class Communicator(Calls):
             index = self._recorder.note(what, 0, collectives=0)
         if profiler._is_profiler_enabled:
             launch = shown(what, launch)
-        self._interpret(
-            launch, 0, 0
-        )  # without the lock: it may wait for a peer that waits for another lane of this rank
+        # Without the lock: it may wait for a peer that waits for another lane of this rank.
+        self._interpret(launch, 0, 0)
         self._recorder.end(index)
 
     def _described_messages(self, out: dict[int, torch.Tensor], into: dict[int, torch.Tensor], nbytes: int) -> bytes:
@@ -593,13 +592,16 @@ class Communicator(Calls):
         return Communicator(subgroup, self.device, self.timeout, self.max_blocks, self._scratch)
 
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
-        """Which algorithm, grid, workspace and path a call with these arrays would take, and why."""
+        """Which algorithm, grid, workspace and path a call with these arrays would take, and why; not collective.
+
+        collective: a method's name. send, recv, op, root: as the method takes them. Raises ArgumentError.
+        """
         self.check()
         if collective not in self._algorithms:
             raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
-        chunk = {"reduce_scatter": target, "all_to_all": source}.get(collective, source)
+        chunk = target if collective == "reduce_scatter" else source
         pieces = self.size if collective == "all_to_all" or (collective == "reduce_scatter" and recv is None) else 1
         reduces = "reduce" in collective
         if reduces:

@@ -76,6 +76,7 @@ def table_across() -> tuning.Table:
 
 
 def forced_algorithms() -> dict[str, str]:
+    """The algorithms that TDCCL_ALGO asks for, by collective. Raises InitError for unknown names."""
     forced = environment.forced_algorithms()
     for collective, name in forced.items():
         known = [a.name for table in (ALGORITHMS, ACROSS_NODES) for a in table.get(collective, ())]

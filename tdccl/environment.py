@@ -98,7 +98,7 @@ def network_seed() -> int:
 
 
 def rendezvous_address() -> str | None:
-    """`TDCCL_INIT=tcp://host:port`: where the ranks meet when neither torchrun nor mpirun started them."""
+    """`TDCCL_INIT=tcp://host:port`: where the ranks meet, whatever launcher started them."""
     return os.environ.get("TDCCL_INIT")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pool
 import pytest
 import torch
+from waiting import check_told
 
 import tdccl
 from tdccl import environment
@@ -179,28 +180,14 @@ def test_torch_compile_sees_the_operators(ranks):
 
 
 def check_absent(comm):
-    """Rank 0 never calls: the others are told, within the timeout."""
-    for call in range(2):
-        group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"absent{call}"), comm.device, 2.0)
-        q, shards = decode_problem(comm, DECODES[0], torch.bfloat16, 1)
-        prefill = prefill_problem(comm, (1, 8, 1, 1, 64), torch.bfloat16, 1)[comm.rank]
-        calls = [
-            lambda q=q, shard=shards[comm.rank], group=group: flash_decode(group, q, *shard),
-            lambda prefill=prefill, group=group: gather_kv_attention(group, *prefill),
-        ]
-        calls[call]()  # all have come once: the memory is there
-        if comm.rank:
-            with pytest.raises(tdccl.TdcclError):
-                calls[call]()
-                torch.cuda.synchronize() if comm.device.type == "cuda" else None
-                group.check()
-        comm._bootstrap.barrier()
-        group.destroy()
+    q, shards = decode_problem(comm, DECODES[0], torch.bfloat16, 1)
+    prefill = prefill_problem(comm, (1, 8, 1, 1, 64), torch.bfloat16, 1)[comm.rank]
+    check_told(comm, "decode", lambda group: lambda: flash_decode(group, q, *shards[comm.rank]))
+    check_told(comm, "prefill", lambda group: lambda: gather_kv_attention(group, *prefill))
 
 
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 def test_a_rank_that_never_comes_is_told(ranks):
-    if pool.LARGEST_WORLD < 2:
-        pytest.skip("needs 2 ranks")
     ranks.run(check_absent, 2)
 
 

@@ -7,6 +7,7 @@ import cases
 import pytest
 import reference
 import torch
+from waiting import settle_all
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -41,14 +42,6 @@ class Buffers:
         return room[:nbytes].view(dtype)[shift:]
 
 
-def settle(comm):
-    """Waits for this rank's work, and for the others to be done with looking at their buffers."""
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize()
-    comm._bootstrap.barrier()
-    comm.check()
-
-
 def check_reduction(comm, collective, dtype, symmetric):
     buffers = Buffers(comm, symmetric)
     for algorithm in cases.algorithms_of(collective, symmetric):
@@ -69,9 +62,9 @@ def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in
     send = buffers.new("send", everyone[0].numel(), dtype, shift=shift)
     send.copy_(everyone[comm.rank])
     recv = send[mine] if in_place else buffers.new("recv", count, dtype, shift=seed % 3)
-    settle(comm)
+    settle_all(comm)
     getattr(comm, collective)(send, recv, op)
-    settle(comm)
+    settle_all(comm)
     pieces = [values[mine] for values in everyone]
     where = f"{collective} {algorithm} {op} {dtype} count {count} seed {seed} in_place {in_place}"
     result = recv
@@ -81,7 +74,7 @@ def reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in
     if dtype.is_floating_point and count:
         exact = reference.exact(pieces, op)
         assert torch.allclose(result.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 8), where
-    settle(comm)
+    settle_all(comm)
 
 
 @pytest.mark.parametrize("dtype", cases.REDUCED, ids=str)
@@ -118,15 +111,15 @@ def move_once(comm, buffers, collective, algorithm, dtype, count, seed, in_place
         expected = torch.cat([values[mine] for values in everyone])
     if collective != "broadcast" or rank == root:
         send.copy_(everyone[rank])
-    settle(comm)
+    settle_all(comm)
     if collective == "broadcast":
         comm.broadcast(recv, root)
     else:
         getattr(comm, collective)(send, recv)
-    settle(comm)
+    settle_all(comm)
     where = f"{collective} {algorithm} {dtype} count {count} seed {seed} in_place {in_place} root {root}"
     assert reference.same_bits(recv, expected), where
-    settle(comm)
+    settle_all(comm)
 
 
 @pytest.mark.parametrize("dtype", cases.MOVED, ids=str)
@@ -154,7 +147,7 @@ def check_splits(comm, seed):
         expected = torch.cat([pieces[rank][comm.rank] for rank in everyone])
         send_splits, recv_splits = rows[comm.rank], matrix[:, comm.rank].tolist()
         result = comm.all_to_all(sends[comm.rank].to(comm.device), None, send_splits, recv_splits)
-        settle(comm)
+        settle_all(comm)
         assert reference.same_bits(result.cpu(), expected), f"splits {rows} {dtype} seed {seed}"
 
 
@@ -183,13 +176,13 @@ def check_device_splits(comm, seed):
         expected = torch.cat([pieces[rank][comm.rank] for rank in range(comm.size)])[:room]
         recv.view(torch.uint8).fill_(0x5A)
         splits.copy_(torch.tensor(asked[comm.rank]))
-        settle(comm)
+        settle_all(comm)
         send = torch.empty(room * width + shift, dtype=dtype, device=comm.device)[shift:].view(-1, width)
         send.copy_(sends[comm.rank])
         if comm.rank == (seed + scale) % comm.size:
             time.sleep(0.01)  # the others look at their packets many times
         comm.all_to_all_vdev(send, recv, splits, answer)
-        settle(comm)
+        settle_all(comm)
         where = f"splits {asked} {dtype} seed {seed}"
         counts = [rows[rank][comm.rank] for rank in range(comm.size)]
         assert answer[0].tolist() == counts, where

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from waiting import settle
 
 import tdccl
 import tdccl.language as shmem
@@ -150,8 +151,7 @@ def check_large_grid(comm):
     with pytest.raises(tdccl.TdcclError, match=r"more than team\.blocks"):
         for _ in range(3):
             lonely[(blocks + 1,)](group.team, x)
-            torch.cuda.synchronize() if comm.device.type == "cuda" else None
-            group.check()
+            settle(group)
 
 
 @triton.jit

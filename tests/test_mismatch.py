@@ -14,6 +14,7 @@ import torch
 from test_collectives import only
 from test_process_group import CHECKOUT, run
 from test_training import LONG
+from waiting import settle
 
 import tdccl
 from tdccl.collectives import ALGORITHMS
@@ -41,12 +42,6 @@ def another(comm, timeout, debug=False):
         if any(comm._bootstrap.exchange(other._abort_word.value)):
             other._abort_word.value = layout.ABORTED  # destroying it waits for nobody, on no rank
         other.destroy()
-
-
-def settle(comm):
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize()
-    comm.check()
 
 
 # ---- every kind of mismatch, with and without TDCCL_DEBUG ------------------------------------------------------------

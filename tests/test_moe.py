@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pool
 import pytest
 import torch
+from waiting import check_told
 
 import tdccl
 from tdccl import environment
@@ -281,24 +282,16 @@ def test_what_cannot_be_multiplied_is_refused(ranks):
 
 
 def check_absent(comm):
-    """Rank 0 never multiplies: the others are told, within the timeout."""
-    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], "moe"), comm.device, 2.0)
-    problem = problem_of(comm, 1, "random", (8, 1, 16, 16))
-    routing = routing_of(group, problem)
-    inputs = problem.x[comm.rank], problem.up[comm.rank], routing
-    all_gather_grouped_gemm(*inputs)  # all have come once: the memory is there
-    if comm.rank:
-        with pytest.raises(tdccl.TdcclError):
-            all_gather_grouped_gemm(*inputs)
-            torch.cuda.synchronize() if comm.device.type == "cuda" else None
-            group.check()
-    comm._bootstrap.barrier()
-    group.destroy()
+    def prepare(group):
+        problem = problem_of(comm, 1, "random", (8, 1, 16, 16))
+        inputs = problem.x[comm.rank], problem.up[comm.rank], routing_of(group, problem)
+        return lambda: all_gather_grouped_gemm(*inputs)
+
+    check_told(comm, "moe", prepare)
 
 
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 def test_a_rank_that_never_comes_is_told(ranks):
-    if pool.LARGEST_WORLD < 2:
-        pytest.skip("needs 2 ranks")
     ranks.run(check_absent, 2)
 
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from test_collectives import only
 from test_process_group import MPIRUN
+from waiting import settle
 
 import tdccl
 import tdccl.language as shmem
@@ -88,12 +89,6 @@ def by_nodes(values, op, size):
         total = total + each.to(total.dtype)
     divisor = torch.full_like(total, len(values))
     return (total / divisor if dtype.is_floating_point else torch.div(total, divisor, rounding_mode="trunc")).to(dtype)
-
-
-def settle(comm):
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize()
-    comm.check()
 
 
 # ---- topology ----------------------------------------------------------------------------------------------

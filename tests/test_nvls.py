@@ -21,9 +21,10 @@ import test_races
 import torch
 import torch.distributed as dist
 import triton.language as tl
-from test_collectives import Buffers, only, settle
+from test_collectives import Buffers, only
 from test_process_group import run
 from test_training import LONG
+from waiting import settle, settle_all
 
 import tdccl
 from bench import implementations
@@ -229,11 +230,11 @@ def check_forms(comm, kind):
             buffer.copy_(everyone[comm.rank])
             result = torch.zeros(count, dtype=dtype, device=comm.device)
             source = (everyone[comm.rank] + 1)[:count].contiguous()
-            settle(comm)
+            settle_all(comm)
             comm.barrier()
             arguments = (comm.team, comm.symmetric(buffer), result, source, quads)
             multimem_kernels.every_form[(1,)](*arguments, DTYPE=DTYPES[dtype], OP=op, RED=True, MULTIMEM=kind)
-            settle(comm)
+            settle_all(comm)
             where = f"{kind} {dtype} {op}"
             expected = reference.ordered([values[:count] for values in everyone], op)
             assert alike(comm, result, expected), where
@@ -248,7 +249,7 @@ def check_forms(comm, kind):
                 assert torch.allclose(buffer[last].double(), exact, rtol=4e-2, atol=0.2), where
             else:
                 assert reference.same_bits(buffer[last], reference.ordered(everything, op)), where
-            settle(comm)
+            settle_all(comm)
 
 
 def alike(comm, result, expected) -> bool:
@@ -319,13 +320,13 @@ def check_once(comm, buffers, collective, algorithm, dtype, op, count, seed):
         recv = send[mine]
     if collective != "broadcast" or comm.rank == root:
         send.copy_(everyone[comm.rank])
-    settle(comm)
+    settle_all(comm)
     with only(comm, collective, algorithm.name):
         if collective == "broadcast":
             comm.broadcast(recv, root)
         else:
             getattr(comm, collective)(send, recv, **({"op": op} if op else {}))
-    settle(comm)
+    settle_all(comm)
     if collective == "all_gather":
         expected = torch.cat(everyone)
     elif collective == "broadcast":
@@ -334,7 +335,7 @@ def check_once(comm, buffers, collective, algorithm, dtype, op, count, seed):
         expected = summed([values[mine] if pieces > 1 else values for values in everyone], op)
     where = f"{collective} {algorithm.name} {op} {dtype} count {count} seed {seed} in_place {in_place} root {root}"
     assert alike(comm, recv, expected), f"{where}: {(recv != expected).sum().item()} wrong"
-    settle(comm)
+    settle_all(comm)
 
 
 def summed(values, op):
@@ -397,7 +398,7 @@ def check_symmetric_storm(comm):
             expected = sum(step + rank for rank in range(comm.size))
             assert comm.device.type == "cuda" or (y[: count * comm.size] == expected).all(), step
             totals = [totals[1], expected]
-        settle(comm)
+        settle_all(comm)
         assert (y[: count * comm.size] == expected).all()
     finally:
         comm.use_table(before)
@@ -511,13 +512,11 @@ def check_late(comm):
     with only(group, "barrier", "nvls_red"):
         for _ in range(3):
             group.barrier()
-        settle(group)
+        settle_all(group)
         if comm.rank != comm.size - 1:
             with pytest.raises(tdccl.Timeout, match=rf"for rank {comm.size - 1}: block 0, barrier"):
                 group.barrier()
-                if comm.device.type == "cuda":
-                    torch.cuda.synchronize()
-                group.check()
+                settle(group)
         else:
             group._abort_word.value = 1  # it waits for nobody when it leaves
     comm._bootstrap.barrier()
@@ -534,7 +533,7 @@ def check_many_barriers(comm):
     with only(comm, "barrier", "nvls_red"):
         for _ in range(300 if comm.size == 2 else 20):
             comm.barrier()
-    settle(comm)
+    settle_all(comm)
 
 
 def test_barriers_go_on_past_a_byte(ranks, world):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from waiting import check_told
 
 import tdccl
 from tdccl import environment
@@ -247,24 +248,14 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
 
 
 def check_absent(comm, operator, shape):
-    """Rank 0 never calls: the others are told, within the timeout."""
-    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"{operator}{shape[0]}"), comm.device, 2.0)
     a, b = matrices(comm, operator, shape, torch.bfloat16, False, 1)[comm.rank]
-    OPERATORS[operator](group, a, b)  # all have come once: the memory is there
-    if comm.rank:
-        with pytest.raises(tdccl.TdcclError):
-            OPERATORS[operator](group, a, b)
-            torch.cuda.synchronize() if comm.device.type == "cuda" else None
-            group.check()
-    comm._bootstrap.barrier()
-    group.destroy()
+    check_told(comm, f"{operator}{shape[0]}", lambda group: lambda: OPERATORS[operator](group, a, b))
 
 
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 @pytest.mark.parametrize("shape", [(20, 16, 16), COPIED], ids=["pushed", "copied"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_rank_that_never_comes_is_told(ranks, operator, shape):
-    if pool.LARGEST_WORLD < 2:
-        pytest.skip("needs 2 ranks")
     ranks.run(check_absent, 2, operator=operator, shape=shape)
 
 
@@ -288,9 +279,8 @@ def test_torch_compile_sees_the_operators(ranks):
     ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
 
 
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 def test_a_pass_of_the_compiler_finds_the_patterns():
-    if pool.LARGEST_WORLD < 2:
-        pytest.skip("needs 2 ranks")
     program = str(Path(__file__).with_name("compiled_products.py"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, program], capture_output=True, text=True, timeout=200)

@@ -6,17 +6,11 @@ import time
 import pytest
 import reference
 import torch
+from waiting import settle, settle_all
 
 import tdccl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.complex128, torch.float8_e4m3fn]
-
-
-def settle(comm):
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize()
-    comm._bootstrap.barrier()
-    comm.check()
 
 
 def message(comm, seed, source, count, dtype):
@@ -38,7 +32,7 @@ def check_ring(comm):
         else:
             comm.recv(into[1:-1], left) if comm.rank + 1 < comm.size or comm.size % 2 == 0 else comm.send(mine, right)
             comm.send(mine, right) if comm.rank + 1 < comm.size or comm.size % 2 == 0 else comm.recv(into[1:-1], left)
-        settle(comm)
+        settle_all(comm)
         assert reference.same_bits(into[1:-1], expected), (dtype, count)
         assert reference.same_bits(into[:1], before[:1]) and reference.same_bits(into[-1:], before[-1:])
 
@@ -60,9 +54,7 @@ def check_pair_alone(comm):
                 time.sleep(0.2)
             got = comm.recv(torch.empty(count, device=comm.device), 0)
             assert reference.same_bits(got, message(comm, number, 0, count, torch.float32)), number
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize()
-    comm.check()
+    settle(comm)
 
 
 def test_a_pair_needs_nobody_else(ranks, world):

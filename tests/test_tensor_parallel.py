@@ -12,6 +12,7 @@ import pool
 import pytest
 import torch
 from test_training import LONG, torchrun
+from waiting import check_told
 
 import tdccl
 from tdccl import environment
@@ -195,27 +196,17 @@ def test_kernels_multiply_on_tensor_cores_without_spills():
 
 
 def check_absent(comm, norm):
-    """Rank 0 never calls: the others are told, within the timeout."""
-    group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], f"absent{norm}"), comm.device, 2.0)
     a, b = matrices(comm, (20, 16, 16), torch.bfloat16, False, 1)[comm.rank]
 
-    def call():
-        return all_reduce_rms_norm(group, a, a, a[0]) if norm else gemm_all_reduce(group, a, b)
+    def prepare(group):
+        return lambda: all_reduce_rms_norm(group, a, a, a[0]) if norm else gemm_all_reduce(group, a, b)
 
-    call()  # all have come once: the memory is there
-    if comm.rank:
-        with pytest.raises(tdccl.TdcclError):
-            call()
-            torch.cuda.synchronize() if comm.device.type == "cuda" else None
-            group.check()
-    comm._bootstrap.barrier()
-    group.destroy()
+    check_told(comm, f"absent{norm}", prepare)
 
 
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 @pytest.mark.parametrize("norm", [False, True], ids=["product", "norm"])
 def test_a_rank_that_never_comes_is_told(ranks, norm):
-    if pool.LARGEST_WORLD < 2:
-        pytest.skip("needs 2 ranks")
     ranks.run(check_absent, 2, norm=norm)
 
 

@@ -278,9 +278,7 @@ class ExpertParallel(Experts):
         words = scales.shape[1] if scales is not None else self._scale_words(quant)
         kept = layout == "compact" and out is None
         if kept:
-            rows = self._moving.local("rows", torch.uint8)[: self.max_rows * self.hidden * payload.itemsize]
-            rows = rows.view(payload).view(self.max_rows, self.hidden)
-            out_scales = self._moving.local("scales", torch.int32)[: self.max_rows * words].view(-1, max(words, 1))
+            rows, out_scales = self._landed(payload, words)
         else:
             if out is None:
                 rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
@@ -382,6 +380,12 @@ class ExpertParallel(Experts):
         )  # fmt: skip
         result = out if carry is None else (out, carried)
         return (result, finish) if hook else result
+
+    def _landed(self, dtype: torch.dtype, words: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The landing buffer as rows of a dtype [max_rows, hidden] and as int32 scales, so many words a row."""
+        rows = self._moving.local("rows", torch.uint8)[: self.max_rows * self.hidden * dtype.itemsize]
+        scales = self._moving.local("scales", torch.int32)[: self.max_rows * words]
+        return rows.view(dtype).view(self.max_rows, self.hidden), scales.view(-1, max(words, 1))
 
     def _checked_input(self, x, plan: Plan, quant: str | None):
         """(x, its scales as int32 or None, dtype of the rows that arrive)."""

@@ -15,19 +15,9 @@ import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
-from tdccl.overlap.gemm import (
-    blocks_of,
-    by_descriptors,
-    dense,
-    grouped,
-    left,
-    product,
-    right,
-    rows_or_columns,
-    shape_for,
-)
+from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
-from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, workspace
+from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, keep_operands, name_of, workspace
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -151,10 +141,9 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     if a_shard.shape[1] == 0:
         out.zero_()
         return
-    a_shard, b = dense(a_shard), rows_or_columns(b)
     (rows, depth), columns = a_shard.shape, b.shape[1]
-    descriptors = by_descriptors(depth, columns)
-    shape = shape_for(rows, columns, descriptors)
+    operands = prepare(a_shard, b, rows, columns)
+    a_shard, shape = operands.a, operands.shape
     tiles = comm.size * -(-rows // shape.rows)
     copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
     blocks, others = blocks_of(comm.device), COPIERS if copied else pushers(comm)
@@ -166,8 +155,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
     gathered = space.buffer[: odd + elements].view(-1, depth)
     first = comm.rank * -(-rows // shape.rows) * shape.rows  # row of the own shard in all peers' memory
-    of_b = right(b, shape, descriptors)
-    dtype = tl.bfloat16 if a_shard.dtype is torch.bfloat16 else tl.float16
+    constants = operands.constants()
 
     copies = Copies(comm, space) if copied else None
 
@@ -180,16 +168,14 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     def push():
         push_shard[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=in_flight(), num_warps=PUSH_WARPS,
+            DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
         multiply_gathered[(blocks - others,)](
-            comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, left(a_shard, shape, descriptors),
-            left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
-            DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, COPIED=copied,
-            num_warps=shape.warps,
+            comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, operands.left(a_shard),
+            operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
+            COPIED=copied, **constants,
         )  # fmt: skip
 
     def together():
@@ -212,11 +198,6 @@ def _fake(a_shard, b, comm):
     return a_shard.new_empty((communicator_of(comm).size * a_shard.shape[0], b.shape[1]))
 
 
-def _keep(ctx, inputs, output):
-    a_shard, b, ctx.comm = inputs
-    ctx.save_for_backward(a_shard, b)
-
-
 def _gradients(ctx, gradient):
     """Of the shard: the product's, reduced and scattered. Of b: all rows, gathered again, times the gradient."""
     a_shard, b = ctx.saved_tensors
@@ -228,4 +209,4 @@ def _gradients(ctx, gradient):
     return of_shard, of_b, None
 
 
-_operator.register_autograd(_gradients, setup_context=_keep)
+_operator.register_autograd(_gradients, setup_context=keep_operands)

@@ -14,10 +14,9 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
-from tdccl.communicator import Communicator
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import blocks_of, dense
+from tdccl.overlap.gemm import DTYPES, blocks_of, dense
 from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
@@ -30,11 +29,10 @@ from tdccl.overlap.grouped import (
     tile_at,
 )
 from tdccl.overlap.grouped_gradient import grouped_gradient
+from tdccl.overlap.pushers import pushers
 from tdccl.overlap.routing import Routing, Sizes, padded_tokens
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
 
-# Blocks that push: they fill the link, and the product takes longer than they do.
-PUSHERS = 8
 PUSH_WARPS = 16
 # Tokens and elements of each that a pusher has in flight.
 PUSH_TOKENS, PUSH_COLUMNS = (8, 64) if environment.emulated() else (16, 2048)
@@ -185,26 +183,24 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     depth, columns = b.shape[1:]
     descriptors = by_descriptors(b)
     shape = shape_of_tiles(routing.height, columns, descriptors)
-    blocks, pushers = blocks_of(comm.device), _pushers(comm)
+    blocks, pushing = blocks_of(comm.device), pushers(comm)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     elements = comm.size * sizes.most * depth
     space = workspace(comm, "all_gather_grouped_gemm", elements, unit, x.dtype, 1, blocks)
     odd, of_b = space.odd(unit), stack(b, shape, descriptors)
-    dtype = tl.bfloat16 if x.dtype is torch.bfloat16 else tl.float16
-    constants = routing.constants()
 
     def push():
-        push_tokens[(pushers,)](
+        push_tokens[(pushing,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, x, space.on_all_ranks, odd,
-            sizes.tokens, sizes.most, space.most, depth, DTYPE=dtype, **constants, SHARDED=bool(sizes.sharded),
-            TOKENS=PUSH_TOKENS, COLUMNS=PUSH_COLUMNS, num_warps=PUSH_WARPS,
+            sizes.tokens, sizes.most, space.most, depth, DTYPE=DTYPES[x.dtype], **routing.constants(),
+            SHARDED=bool(sizes.sharded), TOKENS=PUSH_TOKENS, COLUMNS=PUSH_COLUMNS, num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_arriving[(blocks - pushers,)](
+        multiply_arriving[(blocks - pushing,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, x, space.buffer, odd,
-            of_b.right.operand, of_b.step, out, pushers, sizes.most, space.most, columns, depth, *of_b.right.strides,
-            DTYPE=dtype, TOP_K=sizes.top_k, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
+            of_b.right.operand, of_b.step, out, pushing, sizes.most, space.most, columns, depth, *of_b.right.strides,
+            DTYPE=DTYPES[x.dtype], TOP_K=sizes.top_k, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
             STAGES=shape.stages, DESCRIPTORS=descriptors, TRANSPOSED=of_b.right.transposed, num_warps=shape.warps,
         )  # fmt: skip
 
@@ -212,14 +208,8 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         "all_gather",
         "all_gather_grouped_gemm",
         x,
-        lambda: beside(comm.device, push, multiply, moving_first=True) if pushers else multiply(),
+        lambda: beside(comm.device, push, multiply, moving_first=True) if pushing else multiply(),
     )
-
-
-def _pushers(comm: Communicator) -> int:
-    if comm.size == 1:
-        return 0
-    return 1 if environment.emulated() else PUSHERS
 
 
 @torch.library.custom_op("tdccl::all_gather_grouped_gemm", mutates_args=())

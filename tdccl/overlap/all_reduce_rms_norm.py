@@ -20,7 +20,7 @@ from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError
-from tdccl.overlap.gemm import blocks_of
+from tdccl.overlap.gemm import DTYPES, blocks_of
 from tdccl.overlap.workspace import communicator_of, name_of
 
 # Bytes of all rows up to which they go as packets, and what one shot may send more than two.
@@ -28,7 +28,6 @@ PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
 ONE_SHOT_MORE = 1 << 9 if environment.emulated() else 9 << 15
 WORDS_UPTO = 1 << 14  # of all ranks, that a block holds in registers
 WARPS = 16
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def reference(
@@ -241,7 +240,7 @@ def add_and_normalise_rows(summed, residual, weight, normed, total, eps: float) 
     width = summed.shape[-1]
     add_and_normalise[(summed.numel() // width,)](
         summed, residual, weight, normed, total, width, eps,
-        DTYPE=_DTYPES[summed.dtype], TILE=min(triton.next_power_of_2(width), 4096),
+        DTYPE=DTYPES[summed.dtype], TILE=min(triton.next_power_of_2(width), 4096),
     )  # fmt: skip
 
 
@@ -258,7 +257,7 @@ def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total)
     def launch():
         shots.kernel[(min(rows, packets.team.blocks.value),)](
             packets.team, x, residual, weight, normed, total, rows, width, shots.part, eps,
-            DTYPE=_DTYPES[x.dtype], WORDS=shots.tile, WIDE=wide, num_warps=max(1, min(WARPS, shots.tile // 64)),
+            DTYPE=DTYPES[x.dtype], WORDS=shots.tile, WIDE=wide, num_warps=max(1, min(WARPS, shots.tile // 64)),
         )  # fmt: skip
 
     comm.start_fused("all_reduce", "all_reduce_rms_norm", x, launch)
@@ -268,7 +267,7 @@ def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total)
 
 def _check(comm: Communicator, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises ArgumentError unless the three go together."""
-    if x.dtype not in _DTYPES or x.device != comm.device or not x.is_contiguous() or x.dim() == 0:
+    if x.dtype not in DTYPES or x.device != comm.device or not x.is_contiguous() or x.dim() == 0:
         raise ArgumentError(
             f"all_reduce_rms_norm: x is {x.dtype} {tuple(x.shape)}, strides {x.stride()}, on {x.device}; expected "
             f"bfloat16, float16 or float32 [.., width], contiguous, on {comm.device}"

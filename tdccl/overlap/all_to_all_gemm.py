@@ -16,19 +16,17 @@ from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import (
-    blocks_of,
-    by_descriptors,
-    dense,
-    grouped,
-    left,
-    product_onto,
-    right,
-    rows_or_columns,
-    shape_for,
-)
+from tdccl.overlap.gemm import blocks_of, grouped, prepare, product_onto
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
-from tdccl.overlap.workspace import check_operands, check_out, communicator_of, name_of, padded, workspace
+from tdccl.overlap.workspace import (
+    check_operands,
+    check_out,
+    communicator_of,
+    keep_operands,
+    name_of,
+    padded,
+    workspace,
+)
 
 
 def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -138,31 +136,28 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     rows, columns = out.shape
-    a, stride = _aligned_shards(dense(a), comm.size)
-    b = rows_or_columns(b)
-    descriptors = by_descriptors(depth, columns)
-    shape = shape_for(rows, columns, descriptors)
+    operands = prepare(a, b, rows, columns)
+    shape = operands.shape
+    a, stride = _aligned_shards(operands.a, comm.size)
     tiles = -(-rows // shape.rows)
     blocks, pushing = blocks_of(comm.device), pushers(comm)
     elements, unit = comm.size * tiles * shape.rows * depth, math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_to_all_gemm", elements, unit, a.dtype, tiles, blocks)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
     gathered = space.buffer[: odd + elements].view(-1, depth)
-    of_b = right(b, shape, descriptors)
-    dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
+    constants = operands.constants()
 
     def push():
         push_rows[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a, stride, space.on_all_ranks, odd,
-            DTYPE=dtype, PIECE=in_flight(), num_warps=PUSH_WARPS,
+            DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
         multiply_collected[(blocks - pushing,)](
-            comm.team, space.epochs[1], shards, space.signals_on_all_ranks, left(a, shape, descriptors), stride,
-            left(gathered, shape, descriptors), odd // depth, of_b.operand, out, columns, depth, *of_b.strides,
-            DTYPE=dtype, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages, GROUP=shape.group,
-            DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
+            comm.team, space.epochs[1], shards, space.signals_on_all_ranks, operands.left(a), stride,
+            operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
+            **constants,
         )  # fmt: skip
 
     def together():
@@ -195,11 +190,6 @@ def _fake(a, b, comm):
     return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
 
 
-def _keep(ctx, inputs, output):
-    a, b, ctx.comm = inputs
-    ctx.save_for_backward(a, b)
-
-
 def _gradients(ctx, gradient):
     """Of a: all ranks' gradients times the transposed b, its columns sent to who has them. Of b: the rows of A that
     this rank has used, brought together again, times the gradient."""
@@ -213,4 +203,4 @@ def _gradients(ctx, gradient):
     return of_a, of_b, None
 
 
-_operator.register_autograd(_gradients, setup_context=_keep)
+_operator.register_autograd(_gradients, setup_context=keep_operands)

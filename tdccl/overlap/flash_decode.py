@@ -22,7 +22,7 @@ from tdccl.overlap.attention import (
     see,
     weights_of,
 )
-from tdccl.overlap.gemm import blocks_of
+from tdccl.overlap.gemm import DTYPES, blocks_of
 from tdccl.overlap.workspace import check_out, communicator_of, name_of
 
 # Rows of a tile of queries: the smallest that tensor cores take; the heads of a group are in it.
@@ -200,7 +200,6 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
     units = batch * heads * (dim // _WIDTH)
     rows = _rows(comm, units)
     blocks = min(_most_blocks(comm), -(-batch * heads // rows) * (dim // _WIDTH))
-    dtype = tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16
 
     def decode():
         attend_splits[(batch * kv_heads * splits,)](
@@ -209,7 +208,7 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
         )  # fmt: skip
         merge_ranks[(blocks,)](
             comm.team, partial, logs, out, batch * heads, splits,
-            DTYPE=dtype, DIM=dim, WIDTH=_WIDTH, ROWS=rows, PARTS=_parts(splits, rows),
+            DTYPE=DTYPES[q.dtype], DIM=dim, WIDTH=_WIDTH, ROWS=rows, PARTS=_parts(splits, rows),
             num_warps=min(4, 2 * rows),
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.attention import LOG2_E, attend, check_heads, mean, no_keys, scale_of, see
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import blocks_of, dense
+from tdccl.overlap.gemm import DTYPES, blocks_of, dense
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
 
@@ -278,8 +278,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     space = workspace(comm, f"gather_kv_attention of {dim}", 2 * apart, width, k.dtype, of_rank, blocks + 2)
     odd, shards = space.odd(width), overlap.shards_of(of_rank * shape.told, width, shape.told, space.most)
     gathered = space.buffer[: odd + 2 * apart].view(-1, width)
-    dtype = tl.bfloat16 if q.dtype is torch.bfloat16 else tl.float16
-    cut = {"DTYPE": dtype, "PIECES": pieces, "CAUSAL": causal}
+    cut = {"DTYPE": DTYPES[q.dtype], "PIECES": pieces, "CAUSAL": causal}
 
     def push():
         push_pairs[(pushing,)](

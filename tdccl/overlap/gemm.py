@@ -9,6 +9,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdccl import environment
 
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
 
 class Shape(NamedTuple):
     """Rows and columns of a tile of the result, the depth of a step, steps in flight, warps of a block, and how many
@@ -69,6 +71,45 @@ def right(b: torch.Tensor, shape: Shape, descriptors: bool) -> Right:
     if transposed:
         return Right(TensorDescriptor.from_tensor(b.t(), [shape.columns, shape.depth]), b.stride(), True)
     return Right(TensorDescriptor.from_tensor(b, [shape.depth, shape.columns]), b.stride(), False)
+
+
+class Operands(NamedTuple):
+    """What one call multiplies, and in which tiles.
+
+    a            [M, K], rows contiguous at a 16-byte aligned address
+    b            [K, N] as kernels take it
+    shape        of the tiles of the result
+    descriptors  whether tensor descriptors load both
+    """
+
+    a: torch.Tensor
+    b: Right
+    shape: Shape
+    descriptors: bool
+
+    def left(self, rows: torch.Tensor):
+        """Rows of `a`, here or gathered, as the left operand of `product`."""
+        return left(rows, self.shape, self.descriptors)
+
+    def constants(self) -> dict:
+        """What every kernel that multiplies them is compiled for, and its warps."""
+        shape = self.shape
+        return {
+            "DTYPE": DTYPES[self.a.dtype], "COLUMNS": shape.columns, "DEPTH": shape.depth, "STAGES": shape.stages,
+            "GROUP": shape.group, "DESCRIPTORS": self.descriptors, "TRANSPOSED": self.b.transposed,
+            "num_warps": shape.warps,
+        }  # fmt: skip
+
+
+def prepare(a: torch.Tensor, b: torch.Tensor, rows: int, columns: int, shape_of=shape_for) -> Operands:
+    """a [M, K] and b [K, N], laid out for a product whose shards have so many rows and columns of the result.
+
+    shape_of: chooses tiles as `shape_for` does, from the same arguments.
+    """
+    a, b = dense(a), rows_or_columns(b)
+    descriptors = by_descriptors(a.shape[1], b.shape[1])
+    shape = shape_of(rows, columns, descriptors)
+    return Operands(a, right(b, shape, descriptors), shape, descriptors)
 
 
 def dense(a: torch.Tensor) -> torch.Tensor:

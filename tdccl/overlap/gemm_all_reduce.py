@@ -26,17 +26,21 @@ from tdccl.overlap.copies import side_of
 from tdccl.overlap.gemm import (
     Shape,
     blocks_of,
-    by_descriptors,
-    dense,
     grouped,
-    left,
+    prepare,
     product,
     product_onto,
-    right,
-    rows_or_columns,
     shape_for,
 )
-from tdccl.overlap.workspace import Workspace, check_matrices, check_out, communicator_of, name_of, workspace
+from tdccl.overlap.workspace import (
+    Workspace,
+    check_matrices,
+    check_out,
+    communicator_of,
+    keep_operands,
+    name_of,
+    workspace,
+)
 
 FEW_ROWS = 32 if environment.emulated() else 256
 # What one shot may send more than two: bytes that pass the link while two shots wait for each other once more.
@@ -454,23 +458,17 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     if a.shape[1] == 0:
         out.zero_()
         return
-    a, b = dense(a), rows_or_columns(b)
     (rows, columns), depth = out.shape, a.shape[1]
-    few, descriptors, blocks = rows <= FEW_ROWS, by_descriptors(depth, columns), blocks_of(comm.device)
-    shape = (shape_of_few if few else shape_for)(rows, columns, descriptors)
+    few, blocks = rows <= FEW_ROWS, blocks_of(comm.device)
+    operands = prepare(a, b, rows, columns, shape_of_few if few else shape_for)
+    shape = operands.shape
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
     one_shot = in_one_shot(rows, columns, a.itemsize, comm.size)
     sums = Sums.of(shape, tiles, few, one_shot, comm.size, blocks)
     space = _space(comm, a.dtype, shape, tiles, sums, few, blocks)
-    of_b = right(b, shape, descriptors)
-    dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
     slots = (space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT))
-    operands, layout = (left(a, shape, descriptors), of_b.operand), (space.most, *of_b.strides)
-    tiling = {"DTYPE": dtype, "ROWS": shape.rows, "COLUMNS": shape.columns, "GROUP": shape.group}
-    how = {
-        "DEPTH": shape.depth, "STAGES": shape.stages, "DESCRIPTORS": descriptors, "TRANSPOSED": of_b.transposed,
-        "num_warps": shape.warps,
-    }  # fmt: skip
+    pair, layout = (operands.left(operands.a), operands.b.operand), (space.most, *operands.b.strides)
+    how = operands.constants() | {"ROWS": shape.rows}
     steps = -(-depth // shape.depth)
     share = share_of(tiles, steps, blocks)
     whole = one_shot and share % steps == 0  # then there is no second launch
@@ -478,20 +476,20 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     def multiply():
         if few:
             multiply_shares[(blocks,)](
-                comm.team, space.epochs[0], *slots, *operands, out, space.partials, space.arrivals,
-                rows, columns, depth, share, *layout, **tiling, **how, ONE_SHOT=one_shot,
-                FOLDED=sums.folded if whole else 0,
+                comm.team, space.epochs[0], *slots, *pair, out, space.partials, space.arrivals, rows, columns, depth,
+                share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0, **how,
             )  # fmt: skip
         else:
             multiply_tiles[(blocks - FOLDERS,)](
-                comm.team, space.epochs[0], *slots, *operands, rows, columns, depth, *layout, **tiling, **how
+                comm.team, space.epochs[0], *slots, *pair, rows, columns, depth, *layout, **how
             )  # fmt: skip
 
     def fold():
-        summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
-        summing = {**tiling, "FOLDED": sums.folded, "num_warps": FOLD_WARPS[not few]}
         if whole:
             return
+        summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
+        tiling = {name: how[name] for name in ("DTYPE", "ROWS", "COLUMNS", "GROUP")}
+        summing = {**tiling, "FOLDED": sums.folded, "num_warps": FOLD_WARPS[not few]}
         if one_shot:
             fold_everywhere[(blocks,)](*summed, **summing)
         else:
@@ -547,11 +545,6 @@ def _fake(a, b, comm):
     return a.new_empty((a.shape[0], b.shape[1]))
 
 
-def _keep(ctx, inputs, output):
-    a, b, _ = inputs
-    ctx.save_for_backward(a, b)
-
-
 def _gradients(ctx, gradient):
     """Those of the product: the result's gradient is that of every rank's summand."""
     a, b = ctx.saved_tensors
@@ -560,4 +553,4 @@ def _gradients(ctx, gradient):
     return of_a, of_b, None
 
 
-_operator.register_autograd(_gradients, setup_context=_keep)
+_operator.register_autograd(_gradients, setup_context=keep_operands)

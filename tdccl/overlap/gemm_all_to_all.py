@@ -12,19 +12,17 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
-from tdccl.overlap.gemm import (
-    blocks_of,
-    by_descriptors,
-    dense,
-    grouped,
-    left,
-    product,
-    right,
-    rows_or_columns,
-    shape_for,
-)
+from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
 from tdccl.overlap.gemm_reduce_scatter import slot_of, wait_peers
-from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, padded, workspace
+from tdccl.overlap.workspace import (
+    check_matrices,
+    check_out,
+    communicator_of,
+    keep_operands,
+    name_of,
+    padded,
+    workspace,
+)
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -123,23 +121,19 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     if a.shape[1] == 0:
         out.zero_()
         return
-    a, b = dense(a), rows_or_columns(b)
     (rows, depth), columns = a.shape, out.shape[1]
-    descriptors = by_descriptors(depth, b.shape[1])
-    shape = shape_for(rows, columns, descriptors)
+    operands = prepare(a, b, rows, columns)
+    shape = operands.shape
     width = padded(columns, _UNIT)
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
     blocks = blocks_of(comm.device)
     space = workspace(comm, "gemm_all_to_all", comm.size * rows * width, _UNIT, a.dtype, tiles, blocks)
-    of_b = right(b, shape, descriptors)
-    dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
 
     def multiply():
         multiply_exchanged[(blocks,)](
-            comm.team, space.epochs[0], space.signals_on_all_ranks, left(a, shape, descriptors), of_b.operand,
-            space.on_all_ranks, space.odd(_UNIT), out, rows, b.shape[1], columns, width, depth, space.most,
-            *of_b.strides, DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, num_warps=shape.warps,
+            comm.team, space.epochs[0], space.signals_on_all_ranks, operands.left(operands.a),
+            operands.b.operand, space.on_all_ranks, space.odd(_UNIT), out, rows, b.shape[1], columns, width, depth,
+            space.most, *operands.b.strides, ROWS=shape.rows, **operands.constants(),
         )  # fmt: skip
 
     comm.start_fused("all_to_all", "gemm_all_to_all", a, multiply)
@@ -160,11 +154,6 @@ def _fake(a, b, comm):
     return a.new_empty((size * a.shape[0], b.shape[1] // size))
 
 
-def _keep(ctx, inputs, output):
-    a, b, ctx.comm = inputs
-    ctx.save_for_backward(a, b)
-
-
 def _gradients(ctx, gradient):
     """Of a: all columns' gradients, brought back to its rows, times the transposed b. Of b: a times these gradients."""
     a, b = ctx.saved_tensors
@@ -177,4 +166,4 @@ def _gradients(ctx, gradient):
     return of_a, of_b, None
 
 
-_operator.register_autograd(_gradients, setup_context=_keep)
+_operator.register_autograd(_gradients, setup_context=keep_operands)

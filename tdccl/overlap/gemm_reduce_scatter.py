@@ -13,18 +13,16 @@ import tdccl.language as shmem
 from tdccl.communicator import Communicator
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
-from tdccl.overlap.gemm import (
-    blocks_of,
-    by_descriptors,
-    dense,
-    grouped,
-    left,
-    product,
-    right,
-    rows_or_columns,
-    shape_for,
+from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
+from tdccl.overlap.workspace import (
+    check_matrices,
+    check_out,
+    communicator_of,
+    keep_operands,
+    name_of,
+    padded,
+    workspace,
 )
-from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, name_of, padded, workspace
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -149,10 +147,9 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     if a.shape[1] == 0:
         out.zero_()
         return
-    a, b = dense(a), rows_or_columns(b)
     (rows, columns), depth = out.shape, a.shape[1]
-    descriptors = by_descriptors(depth, columns)
-    shape = shape_for(rows, columns, descriptors)
+    operands = prepare(a, b, rows, columns)
+    a, shape = operands.a, operands.shape
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
     blocks, elements = blocks_of(comm.device), comm.size * rows * width
@@ -160,8 +157,6 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     words = -(-tiles_down // shape.group) if copied else tiles_down * tiles_across
     space = workspace(comm, "gemm_reduce_scatter", elements, _UNIT, a.dtype, words, blocks, copied)
     staged = a.new_empty(comm.size, rows, width) if copied else a
-    of_b = right(b, shape, descriptors)
-    dtype = tl.bfloat16 if a.dtype is torch.bfloat16 else tl.float16
 
     copies = Copies(comm, space) if copied else None
 
@@ -175,12 +170,10 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
     def multiply():
         multiply_scattered[(blocks - COPIERS if copied else blocks,)](
-            comm.team, space.epochs[0], space.signals_on_all_ranks, left(a, shape, descriptors), of_b.operand,
+            comm.team, space.epochs[0], space.signals_on_all_ranks, operands.left(a), operands.b.operand,
             space.on_all_ranks, space.odd(_UNIT), staged, space.told if copied else space.epochs, out, rows, columns,
-            width, depth, space.most, *of_b.strides,
-            DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
-            GROUP=shape.group, DESCRIPTORS=descriptors, TRANSPOSED=of_b.transposed, FOLDED=min(16, shape.rows),
-            COPIED=copied, num_warps=shape.warps,
+            width, depth, space.most, *operands.b.strides,
+            ROWS=shape.rows, FOLDED=min(16, shape.rows), COPIED=copied, **operands.constants(),
         )  # fmt: skip
 
     def together():
@@ -203,11 +196,6 @@ def _fake(a, b, comm):
     return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
 
 
-def _keep(ctx, inputs, output):
-    a, b, ctx.comm = inputs
-    ctx.save_for_backward(a, b)
-
-
 def _gradients(ctx, gradient):
     """Of a: all ranks' gradients times the transposed b, gathered on the way. Of b: a times the gathered gradient."""
     a, b = ctx.saved_tensors
@@ -219,4 +207,4 @@ def _gradients(ctx, gradient):
     return of_a, of_b, None
 
 
-_operator.register_autograd(_gradients, setup_context=_keep)
+_operator.register_autograd(_gradients, setup_context=keep_operands)

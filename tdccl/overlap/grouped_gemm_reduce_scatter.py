@@ -16,7 +16,7 @@ import tdccl.language as shmem
 from tdccl import environment
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import blocks_of, dense, left
+from tdccl.overlap.gemm import DTYPES, blocks_of, dense, left
 from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
@@ -294,13 +294,12 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     words = space.most // max(reducers, comm.size) * comm.size
     of_b = stack(b, shape, descriptors)
     partial = h.new_empty(routing.rows, width)
-    dtype = tl.bfloat16 if h.dtype is torch.bfloat16 else tl.float16
 
     def multiply():
         multiply_backwards[(multipliers,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, left(h, shape, descriptors),
             of_b.right.operand, of_b.step, partial, columns, width, depth, *of_b.right.strides, space.most, words,
-            DTYPE=dtype, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
+            DTYPE=DTYPES[h.dtype], ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
             ACROSS=_ACROSS, DESCRIPTORS=descriptors, TRANSPOSED=of_b.right.transposed,
             WORDS=triton.next_power_of_2(words), num_warps=shape.warps,
         )  # fmt: skip
@@ -309,7 +308,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         reduce_rows[(reducers,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, partial, routing.weights,
             space.on_all_ranks, space.odd(_UNIT), out, sizes.tokens, sizes.most, columns, width, space.most,
-            multipliers, DTYPE=dtype, **routing.constants(), SHARDED=bool(sizes.sharded),
+            multipliers, DTYPE=DTYPES[h.dtype], **routing.constants(), SHARDED=bool(sizes.sharded),
             WEIGHTED=routing.weights is not None, TOKENS=REDUCE_TOKENS, COLUMNS=REDUCE_COLUMNS, CHUNK=chunk,
             num_warps=REDUCE_WARPS,
         )  # fmt: skip

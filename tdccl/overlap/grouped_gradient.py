@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from tdccl import environment
-from tdccl.overlap.gemm import dense
+from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.routing import Routing, Sizes, local_of, padded_tokens
 from tdccl.overlap.workspace import communicator_of
 
@@ -63,7 +63,7 @@ def grouped_gradient(
     if out.numel():
         multiply_rows[grid](
             routing.tables, left, right, out, depth, columns,
-            DTYPE=tl.bfloat16 if out.dtype is torch.bfloat16 else tl.float16, TOP_K=routing.sizes.top_k,
+            DTYPE=DTYPES[out.dtype], TOP_K=routing.sizes.top_k,
             LEFT_BY_TOKEN=tokens_first, ROWS=_ROWS, TILE=_TILE, num_warps=8,
         )  # fmt: skip
     return out

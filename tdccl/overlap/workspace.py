@@ -104,6 +104,12 @@ def communicator_of(name: str) -> Communicator:
     return _named[name]
 
 
+def keep_operands(ctx, inputs, output) -> None:
+    """What the gradients of an operator of (a, b, communicator's name) need: `setup_context` of register_autograd."""
+    a, b, ctx.comm = inputs
+    ctx.save_for_backward(a, b)
+
+
 def check_operands(operator: str, comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> None:
     """Raises ArgumentError unless a and b are matrices of a dtype that tensor cores multiply, on this rank's device."""
     for name, tensor in (("a", a), ("b", b)):
