@@ -161,7 +161,7 @@ class Calls(Membership):
         """Repeats a call on the same arrays, whose checks and plan are known: returns AGAIN, else the key to keep it
         under, None for arrays that are to be checked anew.
 
-        value: the op or the root.
+        value: the op or the root, or the shape if it has to be the same.
         """
         key = arrays.signature(collective, value, timeout, send, recv)
         try:
@@ -205,7 +205,7 @@ class Calls(Membership):
                 *self._places(call, source, target), uneven, elements, elements * source.itemsize,
             )  # fmt: skip
             ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and not self._debug:
+            if key is not None and not self._debug and not source.dtype.is_complex:
                 if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
                     self._calls, self._calls_on = {}, self._regions.table
                 self._calls[key] = ready

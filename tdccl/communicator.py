@@ -192,7 +192,7 @@ class Communicator(Calls):
         rank, where rank i's send_splits[j] is rank j's recv_splits[i]. recv may be send if all pieces are equal.
         """
         if send_splits is None and recv_splits is None:
-            key = self._again("all_to_all", None, timeout, send, recv, stream)
+            key = self._again("all_to_all", getattr(send, "shape", None), timeout, send, recv, stream)
             if key is AGAIN:
                 return recv
         source = self._checked("all_to_all", "send", arrays.as_tensor(send, "send"))

@@ -1,6 +1,8 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
+import collections
 import concurrent.futures
+import contextlib
 import queue
 import threading
 import time
@@ -18,7 +20,7 @@ from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
-from tdccl.runtime.streams import Order, current_stream
+from tdccl.runtime.streams import current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
 # By hash, which of a ReduceOp is its number: it takes half as long to ask as the number itself.
@@ -67,7 +69,7 @@ class Beside:
         self.handle = self.stream.cuda_stream
         self._index, self._lock = device.index, threading.Lock()
         self._last = _nobody
-        self._order = Order(device.index)
+        self._event = _Event()  # one for all, as a wait keeps what it stood for when it was made
 
     def follow(self) -> None:
         """What it is given from now on waits for what the caller's current stream has been given."""
@@ -75,7 +77,8 @@ class Beside:
         if last is not None:
             last.mark_end()
         with self._lock:
-            self._order.follow(self.handle, torch._C._cuda_getCurrentRawStream(self._index))
+            self._event.record(current_stream(self._index))
+            self._event.wait(self.stream)
 
     def ends_with(self, work: "Work") -> None:
         """Until it is given more, and so is told to follow, the end of `work` is where this stream is."""
@@ -84,6 +87,10 @@ class Beside:
 
 def _nobody() -> None:
     """Like the weak reference to a Work that is gone."""
+
+
+# By GPU, events of Works that are gone: to make and destroy one takes CUDA microseconds.
+_spare: dict[int, list] = collections.defaultdict(list)
 
 
 class Work(dist.Work):
@@ -105,10 +112,17 @@ class Work(dist.Work):
     def mark_end(self):
         """The event at its end."""
         if self._event is None:
-            event = _Event()
+            try:
+                event = _spare[self._stream.device_index].pop()
+            except IndexError:
+                event = _Event()
             event.record(self._stream)
             self._event = event
         return self._event
+
+    def __del__(self, spare=_spare):  # at the end of the process the module has no names any more
+        if self._event is not None:  # who waits for it waits for what it stood for when told so
+            spare[self._stream.device_index].append(self._event)
 
     def wait(self, timeout=None) -> bool:
         """Makes the current stream wait; the host only if there is a timeout, and for no longer than that.
@@ -429,8 +443,9 @@ class ProcessGroup(dist.ProcessGroup):
         if tensor.is_sparse:
             return self._allreduce_sparse(tensor, opts)
         source, op = _reduced("all_reduce", opts, tensor)
-        inputs = tensors if source is tensor else [source]
-        return self._run(opts, inputs, tensors, Communicator.all_reduce, source, tensor, op)
+        comm, stream, timeout = self._begin(opts, tensor)
+        comm.all_reduce(source, tensor, op, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, tensors if source is tensor else [source], tensors)
 
     def _allreduce_sparse(self, tensor, opts):
         """The union of all ranks' elements, those at the same place added in rank order. Always on the current stream:
@@ -464,13 +479,16 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().broadcast(tensors, opts)
-        root = opts.rootRank
-        return self._run(opts, tensors, tensors, Communicator.broadcast, tensor, root)
+        comm, stream, timeout = self._begin(opts, tensor)
+        comm.broadcast(tensor, opts.rootRank, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, tensors, tensors)
 
     def _allgather_base(self, output, input, opts=_ALLGATHER):
         if self._gpu and input.is_cpu:
             return self._gloo()._allgather_base(output, input, opts)
-        return self._run(opts, [input], [output], Communicator.all_gather, input, output)
+        comm, stream, timeout = self._begin(opts, input)
+        comm.all_gather(input, output, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, [input], [output])
 
     def allgather_into_tensor_coalesced(self, outputs, inputs, opts=_ALLGATHER):
         if self._gpu and inputs[0].is_cpu:
@@ -526,7 +544,9 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and input.is_cpu:
             return self._gloo()._reduce_scatter_base(output, input, opts)
         source, op = _reduced("reduce_scatter", opts, input)
-        return self._run(opts, [source], [output], Communicator.reduce_scatter, source, output, op)
+        comm, stream, timeout = self._begin(opts, input)
+        comm.reduce_scatter(source, output, op, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, [source], [output])
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
         if self._gpu and inputs[0].is_cpu:
@@ -561,11 +581,13 @@ class ProcessGroup(dist.ProcessGroup):
     def alltoall_base(self, output, input, output_splits=(), input_splits=(), opts=_ALL_TO_ALL):
         if self._gpu and input.is_cpu:
             return self._gloo().alltoall_base(output, input, output_splits, input_splits, opts)
-        if not (output_splits or input_splits):
-            return self._run(opts, [input], [output], Communicator.all_to_all, input, output)
-        sends, receives = (list(splits) or self._equal_rows(t) for splits, t in
-                           ((input_splits, input), (output_splits, output)))  # fmt: skip
-        return self._run(opts, [input], [output], Communicator.all_to_all, input, output, sends, receives)
+        sends = receives = None
+        if output_splits or input_splits:
+            sends, receives = (list(splits) or self._equal_rows(t) for splits, t in
+                               ((input_splits, input), (output_splits, output)))  # fmt: skip
+        comm, stream, timeout = self._begin(opts, input)
+        comm.all_to_all(input, output, sends, receives, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, [input], [output])
 
     def alltoall(self, outputs, inputs, opts=_ALL_TO_ALL):
         if self._gpu and inputs[0].is_cpu:
@@ -589,7 +611,9 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and tensor.is_cpu:
             return self._gloo().reduce(tensors, opts)
         source, op = _reduced("reduce", opts, tensor)
-        return self._run(opts, [source], tensors, Communicator.reduce, source, tensor, op, opts.rootRank)
+        comm, stream, timeout = self._begin(opts, tensor)
+        comm.reduce(source, tensor, op, opts.rootRank, stream=stream, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, [source], tensors)
 
     def gather(self, outputs, inputs, opts=_GATHER):
         (shard,), root = inputs, opts.rootRank
@@ -740,20 +764,24 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- how a call is run ---------------------------------------------------------------------------
 
-    def _run(self, opts, inputs, outputs, call, *arguments):
-        """Runs `call(communicator, *arguments)`, a method, where `opts` says: on the current stream, or the group's."""
-        communicator = self._communicator or self._connect(inputs[0].device)
+    def _begin(self, opts, tensor) -> tuple[Communicator, int | None, float | None]:
+        """(communicator, stream, timeout) of a call on `tensor`; a synchronous one goes where the caller is: None."""
+        communicator = self._communicator or self._connect(tensor.device)
         given = opts.timeout
         timeout = given.total_seconds() if given > _NONE else None
         if not opts.asyncOp:
-            call(communicator, *arguments, timeout=timeout)
-            return _DONE
+            return communicator, None, timeout
         beside = self._beside
         if beside is None:
-            call(communicator, *arguments, timeout=timeout)
-            return Work(list(outputs))  # it has ended, and well: what befalls a rank later is not its matter
+            return communicator, 0, timeout  # emulation knows no streams
         beside.follow()
-        call(communicator, *arguments, stream=beside.handle, timeout=timeout)
+        return communicator, beside.handle, timeout
+
+    def _work(self, communicator, inputs, outputs) -> Work:
+        """Of an asynchronous call that has been launched."""
+        beside = self._beside
+        if beside is None:
+            return Work(list(outputs))  # it has ended, and well: what befalls a rank later is not its matter
         stream = beside.stream
         for tensor in outputs if inputs is outputs else (*inputs, *outputs):
             tensor.record_stream(stream)  # its memory may be freed, but not reused, before the stream is there
@@ -762,14 +790,11 @@ class ProcessGroup(dist.ProcessGroup):
         return work
 
     def _compose(self, opts, inputs, outputs, call):
-        """The same of a `call(communicator)` of several steps, which go where torch's current stream is."""
-
-        def on_group_stream(communicator, *, stream, **options):
-            with OnStream(self._beside.stream):
-                call(communicator, **options)
-
-        beside = opts.asyncOp and self._gpu
-        return self._run(opts, inputs, outputs, on_group_stream if beside else call)
+        """A `call(communicator, timeout=)` of several steps, which go where torch's current stream is."""
+        comm, stream, timeout = self._begin(opts, inputs[0])
+        with OnStream(self._beside.stream) if stream else contextlib.nullcontext():
+            call(comm, timeout=timeout)
+        return _DONE if stream is None else self._work(comm, inputs, outputs)
 
     def _connect(self, device: torch.device | None) -> Communicator:
         """The communicator, made at the first call: only then is the device known."""

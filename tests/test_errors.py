@@ -1,5 +1,6 @@
 """Bad input is refused before anything is launched, says what is wrong, and leaves the communicator usable."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def check_bad_input(comm):
 
 def test_bad_input_is_refused(ranks, world):
     ranks.run(check_bad_input, world)
+
+
+def check_other_views(comm):
+    size = comm.size
+    x, y = (torch.ones(size, size + 1, device=comm.device) for _ in range(2))
+    z, gathered = (torch.ones(count, dtype=torch.complex64, device=comm.device) for count in (3, 3 * size))
+    for _ in range(2):
+        comm.all_reduce(x, y)
+        comm.all_to_all(x, y)
+        comm.all_gather(z, gathered)
+    for call, words in [
+        (lambda: comm.all_reduce(torch._neg_view(x), y), "lazy view"),
+        (lambda: comm.all_reduce(x, torch._neg_view(y)), "lazy view"),
+        (lambda: comm.all_gather(z.conj(), gathered), "lazy view"),
+        (lambda: comm.all_gather(z, gathered.conj()), "lazy view"),
+        (lambda: comm.all_reduce(x.view(torch.int32), y), "equal dtypes"),
+        (lambda: comm.all_reduce(x[:, :1], y[:, :1]), "not contiguous" if size > 1 else None),
+        (lambda: comm.all_reduce(x, y[:-1]), "elements"),
+        (lambda: comm.all_to_all(x.view(size + 1, size), y), "multiple of the" if size > 1 else None),
+    ]:
+        with pytest.raises(tdccl.ArgumentError, match=words) if words else contextlib.nullcontext():
+            call()
+
+
+def test_other_views_of_memory_on_which_a_call_was_right_are_refused(ranks, world):
+    ranks.run(check_other_views, world)
 
 
 def check_sizes_of_empty(comm):

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -93,6 +95,20 @@ def test_tensors_in_the_value_of_a_future_are_found(value):
     a, b = torch.ones(2), torch.ones(3)
     found = torch._jit_internal._extract_tensors(eval(value, {"a": a, "b": b}))
     assert len(found) == 2 and found[0] is a and found[1] is b
+
+
+def test_event_of_a_work_serves_another_once_that_is_gone(monkeypatch):
+    from tdccl import process_group
+
+    monkeypatch.setattr(process_group, "_Event", mock.Mock)
+    stream = SimpleNamespace(device_index="a GPU that no other test has")
+    first, second = (process_group.Work([], None, stream) for _ in range(2))
+    events = [work.mark_end() for work in (first, second)]
+    assert events[0] is not events[1] and first.mark_end() is events[0]
+    del first
+    third = process_group.Work([], None, stream)
+    assert third.mark_end() is events[0]
+    assert events[0].record.call_args_list == [mock.call(stream)] * 2
 
 
 LONG_EXCHANGE = """

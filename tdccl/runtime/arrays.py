@@ -41,17 +41,21 @@ def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
 
 
 def signature(collective: str, value: Any, timeout: float | None, send: Any, recv: Any) -> tuple | None:
-    """Equal for two calls exactly if what holds for the one holds for the other; None: look closer at the arrays."""
+    """Equal for two calls exactly if what holds for the one holds for the other, unless they are of complex tensors,
+    which may be conjugate; None: look closer at the arrays.
+
+    Of shapes only the number of elements counts; where more does, it is in `value`.
+    """
     if type(send) is not torch.Tensor or type(recv) is not torch.Tensor:
         return None
     dtype = send.dtype
-    if dtype.is_complex or send.is_neg() or not send.is_contiguous():
+    if send.is_neg() or not send.is_contiguous():
         return None
     if recv is send:
-        return collective, value, timeout, dtype, send.data_ptr(), send.shape
+        return collective, value, timeout, dtype, send.data_ptr(), send.numel()
     if recv.dtype is not dtype or recv.is_neg() or not recv.is_contiguous():
         return None
-    return collective, value, timeout, dtype, send.data_ptr(), send.shape, recv.data_ptr(), recv.shape
+    return collective, value, timeout, dtype, send.data_ptr(), send.numel(), recv.data_ptr(), recv.numel()
 
 
 def like(tensor: torch.Tensor, array: Any) -> Any:
