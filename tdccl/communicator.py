@@ -670,7 +670,7 @@ class Communicator(Calls):
             self._control.leave()
         self._end_watch()
         if self._heartbeat is not None:
-            self._heartbeat.end()
+            self._heartbeat.leave()
         if bootstrap is not None:
             bootstrap.close()
         self._bootstrap = self._arenas = self._loans = self._store = None  # a store may end with its last user
