@@ -393,8 +393,8 @@ def _end_watches(watches: list) -> None:
 
 @atexit.register
 def _take_leave() -> None:
-    """Tells the peers if this process ends without `destroy`, where they do not see that: on other hosts, and under MPI,
-    which would keep it waiting for those that wait for it."""
+    """Tells the peers if this process ends without `destroy`, where they do not see that: on other hosts, and under
+    MPI, which would keep it waiting for those that wait for it."""
     mpi = "mpi4py.MPI" in sys.modules
     left = [each for each in _alive if not each._destroyed and (mpi or each._heartbeat is not None)]
     if left:

@@ -9,6 +9,7 @@ import time
 import pool
 import pytest
 import torch.distributed as dist
+from test_process_group import MPIRUN
 
 from tdccl import environment
 from tdccl.runtime import heartbeat
@@ -141,3 +142,29 @@ def test_an_exception_is_heard_of_on_other_hosts(raises):
     finally:
         for process in processes:
             process.kill()
+
+
+DEAF = """
+import sys
+from mpi4py import MPI
+from tdccl.transport import bootstrap
+
+def refuse(*_):
+    raise RuntimeError("cannot listen")
+
+mpi = bootstrap.discover(mpi=MPI.COMM_WORLD, timeout=100)
+if mpi.rank == 0:
+    bootstrap.open_store = refuse
+before = MPI.Wtime()
+assert mpi.store("beats") is None and MPI.Wtime() - before < 10
+print("knows")
+"""
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install tdccl[mpi]")
+def test_all_know_at_once_that_rank_0_cannot_listen():
+    pytest.importorskip("mpi4py")
+    command = [MPIRUN, "--oversubscribe", "-n", "2", sys.executable, "-c", DEAF]
+    variables = os.environ | {"PYTHONPATH": str(pool.ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.count("knows") == 2, done.stdout + done.stderr
