@@ -651,14 +651,19 @@ class Communicator(Calls):
                 return
             self._destroyed = _DESTROYED
             self._interpreted.wait_for(lambda: not self._interpreting)
-        if not self._emulated:
-            torch.cuda.synchronize(self.device)
-        bootstrap = None if self._abort_word.value else self._bootstrap
+        bootstrap = self._bootstrap
         try:
-            if bootstrap is not None:
+            if not self._emulated:
+                torch.cuda.synchronize(self.device)
+            if self._abort_word.value:
+                bootstrap = None
+            else:
                 bootstrap.barrier()  # no peer's kernel writes here any more
         except TdcclError:
             bootstrap = None
+        except BaseException:  # KeyboardInterrupt, or a kernel's: the others need not wait for this rank
+            self._control.fail(layout.ABORTED, self.rank)
+            raise
         self._plans.clear()
         self._calls.clear()
         self._recorder.close()

@@ -281,7 +281,10 @@ class Membership:
             while time.monotonic() < deadline:
                 if self._store.check([key]):
                     host, _, port = self._store.get(key).decode().rpartition(":")
-                    return open_store(host, int(port), False, self.timeout)
+                    with contextlib.suppress(RuntimeError):  # of an earlier attempt, which failed
+                        store = open_store(host, int(port), False, min(2.0, self.timeout))
+                        store.set_timeout(timedelta(seconds=self.timeout))
+                        return store
                 self._check_alive(members)
                 time.sleep(1e-2)
         except TdcclError:
