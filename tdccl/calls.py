@@ -19,7 +19,7 @@ from tdccl.runtime import agreement, arrays
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.runtime.recorder import PLAIN, ROOTED, described, name_of, place_of, placed
-from tdccl.runtime.streams import Order, stream_of
+from tdccl.runtime.streams import Order, is_capturing, stream_of
 
 _MOST_PLANS = 4096
 AGAIN = object()  # what `_again` returns of a call that it has made
@@ -36,7 +36,8 @@ class Calls(Membership):
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
         self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
-        self._streams: dict[Any, int] = {}  # where each lane's last call went
+        self._streams: dict[Any, int] = {}  # where each lane's last call went, if it was no graph's; else
+        self._captured: dict[Any, tuple[int, int | None]] = {}  # where it went, and the last that was none
         self._index = self.device.index
         self._order = None if self._emulated else Order(self._index)
         self._interpreting: list[int] = []  # threads, in emulation
@@ -329,12 +330,19 @@ class Calls(Membership):
         return torch.cuda.stream(stream_of(arrays.stream_handle(stream), self._index))
 
     def _follow(self, lane, handle: int) -> None:
-        """A call on a new stream waits for those on the last one in its lane."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # a graph is ordered with other work where it is replayed
+        """A call on a new stream waits for those on the last one in its lane: in a graph, which is ordered with other
+        work where it is replayed, for those of that graph."""
         last = self._streams.get(lane)
-        if last is not None:
+        captured, last = self._captured.get(lane, (last, last))
+        if is_capturing(handle):
+            if captured not in (None, handle) and is_capturing(captured):
+                self._order.follow(handle, captured)
+            self._captured[lane] = handle, last
+            self._streams.pop(lane, None)
+            return
+        if last not in (None, handle):
             self._order.follow(handle, last)
+        self._captured.pop(lane, None)
         self._streams[lane] = handle
 
     def limit_blocks(self, max_blocks: int | None) -> None:

@@ -653,14 +653,19 @@ class Communicator(Calls):
                 return
             self._destroyed = _DESTROYED
             self._interpreted.wait_for(lambda: not self._interpreting)
-        if not self._emulated:
-            torch.cuda.synchronize(self.device)
-        bootstrap = None if self._abort_word.value else self._bootstrap
+        bootstrap = self._bootstrap
         try:
-            if bootstrap is not None:
+            if not self._emulated:
+                torch.cuda.synchronize(self.device)
+            if self._abort_word.value:
+                bootstrap = None
+            else:
                 bootstrap.barrier()  # no peer's kernel writes here any more
         except TdcclError:
             bootstrap = None
+        except BaseException:  # KeyboardInterrupt, or a kernel's: the others need not wait for this rank
+            self._control.fail(layout.ABORTED, self.rank)
+            raise
         self._plans.clear()
         self._calls.clear()
         self._recorder.close()
@@ -672,7 +677,7 @@ class Communicator(Calls):
             self._control.leave()
         self._end_watch()
         if self._heartbeat is not None:
-            self._heartbeat.end()
+            self._heartbeat.leave()
         if bootstrap is not None:
             bootstrap.close()
         self._bootstrap = self._arenas = self._loans = self._store = None  # a store may end with its last user

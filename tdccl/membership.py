@@ -27,7 +27,7 @@ from tdccl.decisions import (
     table_for,
 )
 from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
-from tdccl.runtime import watcher
+from tdccl.runtime import heartbeat, watcher
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.heartbeat import Heartbeat
 from tdccl.runtime.recorder import Recorder, account
@@ -207,8 +207,9 @@ class Membership:
         if store is None:
             return None, None  # the deadlines of waits remain
         died = functools.partial(_peer_died, weakref.ref(self))
-        beats = Heartbeat(store.clone(), self.rank, unseen[0] if unseen else None, self._control, died)
-        weakref.finalize(self, beats.end_soon)
+        keeps, watched = 0 in (self.rank, self._bootstrap.world_rank), unseen[0] if unseen else None
+        beats = Heartbeat(store.clone(), self.rank, self.size, watched, keeps, self._control, died)
+        weakref.finalize(self, beats.end_soon).atexit = False  # `_take_leave` has more to say
         return store, beats
 
     def _share_memory(self) -> None:
@@ -280,7 +281,10 @@ class Membership:
             while time.monotonic() < deadline:
                 if self._store.check([key]):
                     host, _, port = self._store.get(key).decode().rpartition(":")
-                    return open_store(host, int(port), False, self.timeout)
+                    with contextlib.suppress(RuntimeError):  # of an earlier attempt, which failed
+                        store = open_store(host, int(port), False, min(2.0, self.timeout))
+                        store.set_timeout(timedelta(seconds=self.timeout))
+                        return store
                 self._check_alive(members)
                 time.sleep(1e-2)
         except TdcclError:
@@ -392,12 +396,15 @@ def _end_watches(watches: list) -> None:
 
 @atexit.register
 def _take_leave() -> None:
-    """Tells the peers if this process ends without `destroy`: MPI would keep it waiting for those that wait for it."""
-    left = [communicator for communicator in _alive if not communicator._destroyed]
-    if left and "mpi4py.MPI" in sys.modules:
+    """Tells the peers if this process ends without `destroy`, where they do not see that: on other hosts, and under
+    MPI, which would keep it waiting for those that wait for it."""
+    mpi = "mpi4py.MPI" in sys.modules
+    left = [each for each in _alive if not each._destroyed and (mpi or each._heartbeat is not None)]
+    if left:
         time.sleep(watcher.GRACE)  # what they still wait for may have been sent
         for communicator in left:
             communicator._control.fail(layout.PEER_DIED, communicator.rank)
+    heartbeat.end_all()
 
 
 def _disown() -> None:

@@ -1,10 +1,12 @@
 """Bad input is refused before anything is launched, says what is wrong, and leaves the communicator usable."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pool
@@ -311,3 +313,26 @@ def test_init_by_a_tcp_address():
     ]
     for rank in ranks:
         assert rank.communicate(timeout=100)[0].count("[2.0, 2.0, 2.0, 2.0]") == 2
+
+
+def check_short(comm):
+    """Memory is short on the last rank: all are told, and all go on."""
+    if comm.device.type == "cuda":
+        from tdccl.transport import p2p as provider
+
+        refused = provider.runtime.cudaError_t.cudaErrorMemoryAllocation, 0
+        short = mock.patch.object(provider.runtime, "cudaMalloc", return_value=refused)
+    else:
+        from tdccl.transport import host as provider
+
+        short = mock.patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    start, last = time.monotonic(), comm.size - 1
+    with short if comm.rank == last else contextlib.nullcontext(), pytest.raises(tdccl.InitError) as told:
+        provider.allocate(comm._node, 1 << 20, comm.device)
+    assert time.monotonic() - start < 10
+    assert str(told.value).startswith(f"rank {last}: ") == (comm.rank != last)
+    assert comm.empty(10).eq(0).all()
+
+
+def test_memory_that_is_short_on_one_rank_is_told_to_all(ranks, world):
+    ranks.run(check_short, world)

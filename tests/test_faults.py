@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pool
 import pytest
@@ -113,6 +114,22 @@ def bad_timeouts(comm):
 
 def test_a_refused_timeout_or_shrink_changes_nothing(ranks, world):
     ranks.run(bad_timeouts, world)
+
+
+def interrupted(comm):
+    group, last = comm.split(0), comm.rank == comm.size - 1
+    stopped = mock.patch.object(group._bootstrap, "barrier", side_effect=KeyboardInterrupt)
+    start = time.monotonic()
+    if last:
+        with stopped, pytest.raises(KeyboardInterrupt):
+            group.destroy()
+    else:
+        group.destroy()
+    assert time.monotonic() - start < 10
+
+
+def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world):
+    ranks.run(interrupted, world)
 
 
 # ---- life and death of communicators and processes ---------------------------------------------------

@@ -419,7 +419,10 @@ def check_loans(comm):
         home, view = first.data_ptr(), first[5:]
         del first
         assert own.lend(COUNT).data_ptr() not in (home, second.data_ptr()), "a view is left on the first"
+        storage = view.untyped_storage()
         del view
+        assert own.lend(COUNT).data_ptr() not in (home, second.data_ptr()), "its storage is left on the first"
+        del storage
         assert own.lend(2 * COUNT, torch.bfloat16).data_ptr() == home, "only the size in bytes counts"
     assert (second.fill_(3) == 3).all(), "loans outlive their communicator"
 

@@ -249,7 +249,9 @@ def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total)
     rows = x.numel() // width
     shots = shots_for(rows, width, x.itemsize, comm.size)
     if shots is None:
-        add_and_normalise_rows(comm.all_reduce(x, torch.empty_like(x)), residual, weight, normed, total, eps)
+        summed = comm.all_reduce(x, torch.empty_like(x))
+        with comm._on_device():
+            add_and_normalise_rows(summed, residual, weight, normed, total, eps)
         return
     packets = _packets(comm, shots.slot)
     wide = width * x.itemsize % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, residual, weight))

@@ -61,11 +61,12 @@ def grouped_gradient(
     depth, columns = out.shape[1:]
     grid = (triton.cdiv(depth, _TILE) * triton.cdiv(columns, _TILE), len(out))
     if out.numel():
-        multiply_rows[grid](
-            routing.tables, left, right, out, depth, columns,
-            DTYPE=DTYPES[out.dtype], TOP_K=routing.sizes.top_k,
-            LEFT_BY_TOKEN=tokens_first, ROWS=_ROWS, TILE=_TILE, num_warps=8,
-        )  # fmt: skip
+        with routing.comm._on_device():
+            multiply_rows[grid](
+                routing.tables, left, right, out, depth, columns,
+                DTYPE=DTYPES[out.dtype], TOP_K=routing.sizes.top_k,
+                LEFT_BY_TOKEN=tokens_first, ROWS=_ROWS, TILE=_TILE, num_warps=8,
+            )  # fmt: skip
     return out
 
 

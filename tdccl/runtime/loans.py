@@ -1,6 +1,7 @@
 """Symmetric memory that is lent to a tensor, and lent again when the tensor is gone."""
 
 import operator
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,19 +16,23 @@ _COMPARE_EVERY = 512
 
 
 class _Place:
-    """A piece of symmetric memory, free while none but its own tensors use its storage."""
+    """A piece of symmetric memory, free while none but its own tensors use its storage, also from Python."""
 
     def __init__(self, number: int, memory: torch.Tensor):
         self.number = number
         whole = memory.untyped_storage()
         part = whole[: whole.nbytes()]  # of one's own, that keeps the memory alive and cannot be resized
-        self._storage = part._cdata
+        self._storage = part  # kept: then every `untyped_storage()` of tensors here is this very object
         self._bytes = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(part, 0, (memory.numel(),))
         self._tensors: dict[torch.dtype, torch.Tensor] = {}
         self._uses = 0
 
     def free(self) -> bool:
-        return torch._C._storage_Use_Count(self._storage) <= self._uses
+        return self._count() <= self._uses
+
+    def _count(self) -> int:
+        """Tensors on the storage, and references to it in Python: a program may hold the one without the other."""
+        return torch._C._storage_Use_Count(self._storage._cdata) + sys.getrefcount(self._storage)
 
     def lend(self, dtype: torch.dtype) -> torch.Tensor:
         """Of a place that is free."""
@@ -35,7 +40,7 @@ class _Place:
         if tensor is None:
             with torch.inference_mode(False):  # what is lent there is no inference tensor for ever
                 tensor = self._tensors[dtype] = self._bytes.view(dtype)
-            self._uses = torch._C._storage_Use_Count(self._storage)
+            self._uses = self._count()
         return tensor.detach()  # another on the storage, in a tenth of the time that a storage and a tensor take
 
 

@@ -17,6 +17,14 @@ def current_stream(gpu: int) -> torch.cuda.Stream:
     return stream_of(torch._C._cuda_getCurrentRawStream(gpu), gpu)
 
 
+def is_capturing(handle: int) -> bool:
+    """Whether what the stream of a raw handle is given now goes into a graph."""
+    from cuda.bindings import driver
+
+    status, capture = driver.cuStreamIsCapturing(handle)
+    return not status and bool(capture)  # refused of the default stream where others capture; itself it cannot
+
+
 class Order:
     """Makes streams of one GPU wait for others.
 

@@ -172,13 +172,15 @@ class MPIBootstrap(Bootstrap):
         return values
 
     def store(self, name: str):
-        """At rank 0; the others reach it by its host's name."""
+        """At rank 0; the others reach it by its host's name. None if rank 0 cannot listen, or not all reach it."""
         store = None
         if self.rank == 0:
-            store = open_store("localhost", 0, True, self._timeout)
+            with contextlib.suppress(RuntimeError):  # the others hear of it at once
+                store = open_store("localhost", 0, True, self._timeout)
         host, port = self.exchange((socket.gethostname(), store and store.port))[0]
-        with contextlib.suppress(RuntimeError):
-            store = store or open_store(host, port, False, min(10.0, self._timeout))
+        if self.rank and port:
+            with contextlib.suppress(RuntimeError):
+                store = open_store(host, port, False, min(10.0, self._timeout))
         everywhere = all(self.exchange(store is not None))
         return store if everywhere else None
 

@@ -9,7 +9,7 @@ import torch
 
 from tdccl.errors import InitError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory
+from tdccl.transport.symmetric_memory import SymmetricMemory, together
 
 _FOLDER = "/dev/shm"
 _TOKEN_BYTES = 16
@@ -27,24 +27,28 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     Its multicast address is that of pages which nobody may touch: a kernel that goes there but by multimem dies.
 
     The segments never have a name, so that no crash at any moment leaves a file behind; the peers open them through
-    this process's descriptor, which is closed as soon as all have mapped it. Raises InitError where shared memory
-    is too small.
+    this process's descriptor, which is closed as soon as all have mapped it. Raises InitError, on all ranks, where
+    shared memory is too small on one.
     """
     nbytes = max(mmap.PAGESIZE, nbytes)
+    descriptors, maps = [], []
+
+    def reserve() -> str:
+        with _explained(nbytes):
+            descriptors.append(os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600))
+            os.posix_fallocate(descriptors[0], 0, nbytes)  # else a full one would kill this process by SIGBUS later
+        return f"/proc/{os.getpid()}/fd/{descriptors[0]}"
+
+    def map_all() -> None:
+        with _explained(nbytes):
+            maps.extend(_map(path, nbytes) for path in paths)
+
     try:
-        descriptor = os.open(_FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)  # else a full /dev/shm would kill this process by SIGBUS later
-            paths = bootstrap.exchange(f"/proc/{os.getpid()}/fd/{descriptor}")
-            maps = [_map(path, nbytes) for path in paths]
-            bootstrap.barrier()
-        finally:
+        paths = together(bootstrap, reserve)
+        together(bootstrap, map_all)
+    finally:
+        for descriptor in descriptors:
             os.close(descriptor)
-    except OSError as error:
-        raise InitError(
-            f"no shared memory of {nbytes} bytes a rank in {_FOLDER}: {error.strerror}. Make it larger (docker: "
-            "--shm-size), allow more open files (ulimit -n), or set TDCCL_SCRATCH_MB lower"
-        ) from error
     tensors = [torch.frombuffer(mapped, dtype=torch.uint8) for mapped in maps]
     addresses = [tensor.data_ptr() for tensor in tensors]
     local = tensors[bootstrap.rank]
@@ -59,6 +63,18 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         maps.clear()  # the peers' are unmapped by it, this rank's when the last tensor that lies there is gone
 
     return SymmetricMemory(local, addresses, release, multicast)
+
+
+@contextlib.contextmanager
+def _explained(nbytes: int):
+    """Raises InitError for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise InitError(
+            f"no shared memory of {nbytes} bytes a rank in {_FOLDER}: {error.strerror}. Make it larger (docker: "
+            "--shm-size), allow more open files (ulimit -n), or set TDCCL_SCRATCH_MB lower"
+        ) from error
 
 
 def show(bootstrap: Bootstrap, nbytes: int) -> tuple[memoryview, dict[int, memoryview]]:

@@ -14,7 +14,7 @@ from cuda.bindings import runtime
 
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory
+from tdccl.transport.symmetric_memory import SymmetricMemory, together
 
 # After a failure: memory that a peer may still have mapped, and whether that has changed.
 _kept: list[tuple[Any, Callable[[], bool]]] = []
@@ -24,40 +24,51 @@ _keeping = threading.Lock()
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
     """Allocates `nbytes` zeroed bytes on every rank's GPU; collective over the bootstrap's ranks.
 
-    Raises InitError where memory is short or a peer's memory cannot be reached.
+    Raises InitError, on all ranks, where memory is short on one or it cannot reach a peer's.
     """
     free_kept()
-    with torch.cuda.device(device):
-        own = check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes")
+
+    def obtain() -> _Raw:
+        memory = _Raw(check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes"), nbytes)
+        weakref.finalize(memory, _free, memory.address, device).atexit = False
         # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
         stream = torch.cuda.Stream(device)
-        check(runtime.cudaMemsetAsync(own, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
+        check(runtime.cudaMemsetAsync(memory.address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
         stream.synchronize()
-    memory = _Raw(own, nbytes)
-    weakref.finalize(memory, _free, own, device).atexit = False
-    return _shared(bootstrap, memory, device)
+        return memory
+
+    return _shared(bootstrap, obtain, device)
 
 
 def share(bootstrap: Bootstrap, address: int, nbytes: int, device: torch.device, owner: Any) -> SymmetricMemory:
     """Shares `nbytes` bytes that start where somebody else's cudaMalloc put them; collective.
 
-    Keeps `owner`, with whom the memory lives, as long as a peer has it mapped. Raises InitError where a peer's memory
-    cannot be reached.
+    Keeps `owner`, with whom the memory lives, as long as a peer has it mapped. Raises InitError, on all ranks, where
+    one cannot reach a peer's.
     """
-    return _shared(bootstrap, _Raw(address, nbytes, owner), device)
+    return _shared(bootstrap, lambda: _Raw(address, nbytes, owner), device)
 
 
-def _shared(bootstrap: Bootstrap, memory: "_Raw", device: torch.device) -> SymmetricMemory:
-    """Exchanges handles, and maps the peers' memory; `memory` is kept until no peer has it mapped."""
-    with torch.cuda.device(device):
+def _shared(bootstrap: Bootstrap, obtain: Callable[[], "_Raw"], device: torch.device) -> SymmetricMemory:
+    """Exchanges handles, and maps the peers' memory; what obtain() returns is kept until no peer has it mapped."""
+    memory: _Raw | None = None
+
+    def export() -> bytes:
+        nonlocal memory
+        memory = obtain()
         handle = check(runtime.cudaIpcGetMemHandle(memory.address), "cudaIpcGetMemHandle")
-        handles = bootstrap.exchange(bytes(handle.reserved))
+        return bytes(handle.reserved)
+
+    def open_all() -> None:
+        for rank, reserved in enumerate(handles):
+            if rank != bootstrap.rank:
+                addresses[rank] = _open(reserved, rank)
+
+    with torch.cuda.device(device):
+        handles = together(bootstrap, export)
         addresses = [memory.address] * bootstrap.size
         try:
-            for rank, reserved in enumerate(handles):
-                if rank != bootstrap.rank:
-                    addresses[rank] = _open(reserved, rank)
-            bootstrap.barrier()
+            together(bootstrap, open_all)
         except BaseException:
             _close(addresses, memory.address)
             raise

@@ -2,11 +2,31 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from tdccl.errors import InitError
 from tdccl.transport.bootstrap import Bootstrap
+
+T = TypeVar("T")
+
+
+def together(bootstrap: Bootstrap, step: Callable[[], T]) -> list[T]:
+    """What step() returns on every rank, in rank order; collective. Where it raises InitError on one rank, all raise
+    it, and none waits for one that cannot go on."""
+    result = refused = None
+    try:
+        result = step()
+    except InitError as error:
+        refused = error
+    everyone = bootstrap.exchange((result, refused and str(refused)))
+    if refused is not None:
+        raise refused
+    for rank, (_, words) in enumerate(everyone):
+        if words is not None:
+            raise InitError(f"rank {rank}: {words}")
+    return [theirs for theirs, _ in everyone]
 
 
 class SymmetricMemory:
