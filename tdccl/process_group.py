@@ -425,9 +425,10 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _end(self) -> Communicator | None:
         """Lets go of everything; returns the communicator, if there was one."""
+        self._ended = True  # also for a thread that waits for ranks to come, with the lock
         with self._lock:
             communicator, lanes = self._communicator, list(self._lanes.values())
-            self._communicator, self._gloo_group, self._ended = None, None, True
+            self._communicator, self._gloo_group = None, None
             self._lanes.clear()
             self._backends.clear()
         for lane in lanes:
@@ -799,12 +800,12 @@ class ProcessGroup(dist.ProcessGroup):
     def _connect(self, device: torch.device | None) -> Communicator:
         """The communicator, made at the first call: only then is the device known."""
         with self._lock:
-            if self._ended:
-                raise DestroyedError(f"process group {self._name!r} is destroyed")
+            self._check_not_ended()
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()
                 world_rank = self._members[self._rank] if self._members else self._rank
                 bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
+                bootstrap.interrupt = self._check_not_ended
                 blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
                 if not self._gpu:
                     self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)
@@ -817,11 +818,14 @@ class ProcessGroup(dist.ProcessGroup):
                 self._communicator = communicator  # last: other threads look at it without the lock
             return self._communicator
 
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise DestroyedError(f"process group {self._name!r} is destroyed")
+
     def _gloo(self):
         """The group for CPU tensors on a host with GPUs, made at its first call."""
         with self._lock:
-            if self._ended:
-                raise DestroyedError(f"process group {self._name!r} is destroyed")
+            self._check_not_ended()
             if self._gloo_group is None:
                 store = dist.PrefixStore("gloo", self._store)
                 group = dist.ProcessGroup(store, self._rank, self._ranks)

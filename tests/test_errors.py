@@ -330,7 +330,7 @@ def check_short(comm):
     with short if comm.rank == last else contextlib.nullcontext(), pytest.raises(tdccl.InitError) as told:
         provider.allocate(comm._node, 1 << 20, comm.device)
     assert time.monotonic() - start < 10
-    assert str(told.value).startswith(f"rank {last}: ") == (comm.rank != last)
+    assert str(told.value).startswith(f"rank {last} could not take part: ") == (comm.rank != last)
     assert comm.empty(10).eq(0).all()
 
 

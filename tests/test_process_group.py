@@ -81,6 +81,34 @@ dist.destroy_process_group()
     run(sys.executable, "-c", program, path=(installed, CHECKOUT))
 
 
+def test_abort_ends_the_wait_for_ranks_that_have_not_come(installed):
+    program = """
+import threading, time
+import torch, torch.distributed as dist
+import tdccl
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+dist.init_process_group("tdccl", store=store, rank=0, world_size=2)
+group, told = dist.group.WORLD, []
+
+def call():
+    try:
+        dist.all_reduce(torch.ones(3, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except tdccl.DestroyedError as error:
+        told.append(error)
+
+thread = threading.Thread(target=call, daemon=True)
+thread.start()
+time.sleep(2)
+assert thread.is_alive()
+aborting = threading.Thread(target=group.abort, daemon=True)
+aborting.start()
+thread.join(10)
+aborting.join(10)
+assert told and not aborting.is_alive()
+"""
+    run(sys.executable, "-c", program, path=(installed, CHECKOUT))
+
+
 def test_a_broken_installation_does_not_break_torch(installed):
     program = "import torch.distributed as dist; dist.Backend.register_backend = None; " \
               "import tdccl.torch_entry; del dist.Backend.TDCCL; tdccl.torch_entry.register()"  # fmt: skip

@@ -25,7 +25,7 @@ def together(bootstrap: Bootstrap, step: Callable[[], T]) -> list[T]:
         raise refused
     for rank, (_, words) in enumerate(everyone):
         if words is not None:
-            raise InitError(f"rank {rank}: {words}")
+            raise InitError(f"rank {rank} could not take part: {words}")
     return [theirs for theirs, _ in everyone]
 
 
