@@ -137,7 +137,7 @@ def _attention(report: dict) -> str:
 def _across_nodes(report: dict) -> str:
     times: dict[tuple, dict[str, float]] = {}
     for row in report["nodes"]:
-        if row["dtype"] == "bfloat16" and not row["in_place"]:
+        if row["dtype"] == "bfloat16" and row["in_place"] == (row["collective"] == "broadcast"):  # always in place
             times.setdefault((row["collective"], row["algorithm"], row["bytes"]), {})[row["mode"]] = row["time_us"]
     lines = [
         [f"{collective}, {algorithm}", reading.size(nbytes)]

@@ -18,6 +18,11 @@ if not environment.emulated():
         os.environ["TDCCL_NVLS"] = "unicast"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """For `-n auto`: as many as there are cores, two at most, for each has a pool of ranks; on GPUs one at a time."""
+    return min(2, len(os.sched_getaffinity(0))) if environment.emulated() else 0
+
+
 @pytest.fixture(scope="session")
 def ranks(request, tmp_path_factory):
     """The pool of ranks that all tests share."""

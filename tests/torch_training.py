@@ -530,8 +530,6 @@ def autograd_collectives():
         lambda x: differentiable.all_to_all([torch.empty_like(piece) for piece in x.chunk(SIZE)], list(x.chunk(SIZE))),
         x,
     )
-    if GPU:  # Gloo has no backward for it
-        check(lambda x: differentiable._all_gather_base(x.new_empty(SIZE * len(x)), x), x)
     check(lambda x: differentiable.reduce(x, SIZE - 1) * (RANK == SIZE - 1), x)  # elsewhere it may be anything
     check(lambda x: differentiable.gather(x, SIZE - 1), x)
     check(lambda x: differentiable.scatter(list(x.chunk(SIZE)), SIZE - 1), x)

@@ -135,11 +135,9 @@ def _cell(report: dict, cases: list[str]) -> str:
     worlds = sorted({ranks for case in cases for ranks in passed.get(case, [])})
     if not worlds:
         return "not run"
-    text = f"all pass on {', '.join(map(str, worlds))} ranks"
-    broken = {case: failed[case] for case in cases if case in failed}
-    for case, ranks in broken.items():
-        text += f"; but {case.replace('_', ' ')} on {', '.join(map(str, ranks))}"
-    return text
+    broken = [f"{case} (on {', '.join(map(str, failed[case]))})" for case in cases if case in failed]
+    but = f" but {', '.join(broken)}".replace("_", " ") if broken else ""
+    return f"all{but} pass on {', '.join(map(str, worlds))} ranks"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tdccl.ep.workspace import Workspace
 
 _BLOCKS = 2 if environment.emulated() else 128
 _SLICES = 2
-_WARPS = 1 if environment.emulated() else 8
+_WARPS = 1 if environment.emulated() else 4
 _TILE = 4 if environment.emulated() else 1  # tokens that a block has under way
 _TILE_BYTES = 64 << 10  # of registers, for rows under way
 _ENTRIES = 512  # of a routing that are looked at at once, one a thread
