@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def train(parallelize: Callable, options: argparse.Namespace, backend: str) -> l
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
         _say(f"{backend}, step {step}: loss {losses[-1]:.4f}")
-    dist.barrier()  # else Gloo's threads may still hold tensors, and its end hangs
+    dist.barrier()
+    if backend == "gloo":
+        time.sleep(0.5)  # its threads may still hold tensors, and must not when the process ends
     dist.destroy_process_group()
     return losses
 

@@ -18,6 +18,7 @@ if not environment.emulated():
         os.environ["TDCCL_NVLS"] = "unicast"
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """For `-n auto`: as many as there are cores, two at most, for each has a pool of ranks; on GPUs one at a time."""
     return min(2, len(os.sched_getaffinity(0))) if environment.emulated() else 0
