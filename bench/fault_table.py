@@ -183,6 +183,7 @@ def _aborted_in_capture(part: Part) -> Seen:
 
 def _interrupted(part: Part) -> Seen:
     comm = part.init()
+    verify(comm)  # the next call is soon inside its kernel
     part.say("here")
     seen = part.watch(comm, lambda: _wait_for_rank_0(comm))
     comm.destroy()

@@ -234,10 +234,10 @@ def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
 def come_late(rank, folder, queue, over):
     import torch.distributed as dist
 
-    comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=2)
+    comm = tdccl.init(store=dist.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=4)
     x = torch.full((60_000,), 1.0, device=comm.device)
     comm.all_reduce(x)
-    time.sleep(4 if rank == 1 else 0)
+    time.sleep(6 if rank == 1 else 0)
     try:
         result = comm.all_reduce(x)
         if comm.device.type == "cuda":

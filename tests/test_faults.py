@@ -15,6 +15,7 @@ from test_process_group import MPIRUN
 
 import tdccl
 from bench import crew, fault_table
+from tdccl.transport.bootstrap import StoreBootstrap
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 SOON = 1.0 if crew.ON_GPU else 5.0  # seconds beyond the timeout; in emulation the tests' ranks share their cores
@@ -130,6 +131,25 @@ def interrupted(comm):
 
 def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world):
     ranks.run(interrupted, world)
+
+
+def test_an_exchange_to_which_all_have_come_outlives_a_fault():
+    """A rank that has met with all may go on and abort before a slower one has seen that all were there."""
+    store = torch.distributed.HashStore()
+    slow, fast = (StoreBootstrap(store, rank, 2, timeout=10) for rank in range(2))
+
+    def abort():
+        raise tdccl.Aborted("by rank 1", rank=1)
+
+    def come_and_abort():
+        assert fast.exchange("fast") == ["slow", "fast"]
+        abort()
+
+    slow.interrupt = come_and_abort
+    assert slow.exchange("slow") == ["slow", "fast"]
+    slow.interrupt = abort
+    with pytest.raises(tdccl.Aborted):
+        slow.exchange("rank 1 does not come")
 
 
 # ---- life and death of communicators and processes ---------------------------------------------------

@@ -141,6 +141,7 @@ def test_event_of_a_work_serves_another_once_that_is_gone(monkeypatch):
 
 LONG_EXCHANGE = """
 from mpi4py import MPI
+import tdccl
 from tdccl.transport.bootstrap import MPIBootstrap
 
 bootstrap = MPIBootstrap(MPI.COMM_WORLD, timeout=20)
@@ -148,6 +149,12 @@ for length in (1, 100_000, 3_000_000):
     told = bootstrap.exchange(bytes([bootstrap.rank]) * (length * (1 + bootstrap.rank)))
     assert [len(each) for each in told] == [length * (1 + rank) for rank in range(bootstrap.size)]
     assert all(each[-1] == rank for rank, each in enumerate(told))
+
+def aborted():
+    raise tdccl.Aborted("by a rank that has met with all", rank=1)
+
+bootstrap.interrupt, bootstrap._GRACE = aborted, 10
+assert bootstrap.exchange(bootstrap.rank) == list(range(bootstrap.size))
 print(f"rank {bootstrap.rank} was told all")
 """
 

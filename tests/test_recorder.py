@@ -102,7 +102,7 @@ def test_a_rank_without_shared_memory_is_not_seen(ranks, world):
 def leave(rank, folder, queue):
     """Three collectives; the last rank makes but the first two, and dies."""
     os.environ["TDCCL_TRACE_DIR"] = f"{folder}/traces"
-    comm = tdccl.init(store=torch.distributed.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=2)
+    comm = tdccl.init(store=torch.distributed.FileStore(f"{folder}/store", 3), rank=rank, size=3, timeout=5)
     x = torch.ones(1000, device=comm.device)
     with comm.split(rank % 2) as part:
         part.barrier()

@@ -96,7 +96,12 @@ class StoreBootstrap(Bootstrap):
         """Polls, because a wait of the store can be neither interrupted nor cut short without a warning in the log."""
         deadline, pause = time.monotonic() + self._timeout, 1e-4
         while not self._store.check(keys):
-            self.interrupt()
+            try:
+                self.interrupt()
+            except TdcclError:
+                if self._store.check(keys):  # a rank that went on from here met with it: the next call's concern
+                    return
+                raise
             if time.monotonic() > deadline:
                 absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                 raise _missing(absent, self.size, self._timeout)
@@ -134,6 +139,8 @@ class MPIBootstrap(Bootstrap):
 
     # One tag for all: messages of a pair keep their order, and all ranks exchange in the same order.
     _TAG = 21473
+    # Seconds that what was sent before a fault may take to arrive after word of it.
+    _GRACE = 0.05
 
     def __init__(self, comm, timeout: float, members: list[int] | None = None):
         self._comm, self._timeout = comm, timeout
@@ -146,7 +153,7 @@ class MPIBootstrap(Bootstrap):
         others = [rank for rank in range(self.size) if rank != self.rank]
         sent = [self._comm.isend(value, self._members[rank], self._TAG) for rank in others]
         pending: dict[int, Any] = dict.fromkeys(others)
-        deadline = time.monotonic() + self._timeout
+        deadline, fault = time.monotonic() + self._timeout, None
         while pending:
             for rank, request in list(pending.items()):
                 if request is None:  # its length must be known first: a plain irecv takes 32 KiB at most
@@ -159,13 +166,14 @@ class MPIBootstrap(Bootstrap):
             if not pending:
                 break
             try:
-                self.interrupt()
-                if time.monotonic() > deadline:
-                    raise _missing(sorted(pending), self.size, self._timeout)
-            except TdcclError:
+                if fault is None:
+                    self.interrupt()
+            except TdcclError as error:
+                deadline, fault = time.monotonic() + self._GRACE, error
+            if time.monotonic() > deadline:
                 for request in filter(None, [*pending.values(), *sent]):
                     request.cancel()
-                raise
+                raise fault or _missing(sorted(pending), self.size, self._timeout)
             time.sleep(0.0002)
         for request in sent:
             request.wait()
