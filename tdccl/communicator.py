@@ -83,7 +83,7 @@ class Communicator(Calls):
         scratch: int | None = None,
     ):
         super().__init__(bootstrap, device, timeout, max_blocks, scratch)
-        self._arenas = Arenas(self._node, self.device, self.multicast, self._segments, self._regions)
+        self._arenas = Arenas(bootstrap, self.device, self._allocate, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._splits = 0
 
@@ -543,7 +543,8 @@ class Communicator(Calls):
         for segment in segments:
             address, nbytes = segment.address, segment.layout.nbytes
             if self._segment_of(address, nbytes) is None:
-                self._add(p2p.share(self._node, address, nbytes, self.device, pool))
+                share = functools.partial(p2p.share, self._node, address, nbytes, self.device, pool)
+                self._add(self._on_each_node(share))
 
     def placing(self):
         """The context of `tdccl.symmetric(self)`."""

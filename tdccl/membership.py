@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.heartbeat import Heartbeat
 from tdccl.runtime.recorder import Recorder, account
 from tdccl.transport.bootstrap import Bootstrap, open_store
+from tdccl.transport.symmetric_memory import together
 
 _announced = False
 _alive: weakref.WeakSet["Membership"] = weakref.WeakSet()
@@ -72,13 +74,9 @@ class Membership:
         self._destroyed = ""  # the words of the error, once it is
         self._dumped = False
         self._recorder: Recorder | None = None  # a peer may die before there is one
-        self._heartbeat: Heartbeat | None = None
+        self._heap = self._lanes = self._heartbeat = None
         self._end_watch = self._watch_peers()
         self._share_memory()
-        if self.multicast.kind == "switch" and not self._heap.multicast:
-            self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
-        self._team, self._rails = self._make_team(), self._make_rails()
-        self._store, self._heartbeat = self._beat()
         _alive.add(self)
 
     def _agree(self, device, max_blocks: int | None) -> None:
@@ -185,15 +183,19 @@ class Membership:
         """Has the deaths of the peers told to this communicator as long as it lives, and their faults end the waits of
         its bootstrap; returns what ends that."""
         this = weakref.ref(self)
-
-        def interrupt():
-            if communicator := this():
-                communicator.raise_fault()
-
-        self._bootstrap.interrupt = interrupt
+        self._interrupt_by(functools.partial(_raise_fault_of, this), self._bootstrap.interrupt)
         pids = [(rank, pid) for rank, pid in enumerate(self._control.pids) if pid not in (None, os.getpid())]
         watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
         return weakref.finalize(self, _end_watches, watches)
+
+    def _interrupt_by(self, *interrupts: Callable[[], None]) -> None:
+        """Each may end the waits of the bootstraps."""
+
+        def interrupt():
+            for each in interrupts:
+                each()
+
+        self._bootstrap.interrupt = self._node.interrupt = interrupt
 
     def _beat(self) -> tuple[Any, Heartbeat | None]:
         """(a Store, the beats that go through it) where ranks on several nodes do not see each other's processes."""
@@ -213,21 +215,43 @@ class Membership:
         return store, beats
 
     def _share_memory(self) -> None:
-        """The record of calls, and scratch; if a rank can get none, no other waits for it."""
+        """The record of calls, scratch, and all that is made of it; if a rank can get none, no other waits for it."""
         try:
             self._recorder = Recorder(self._bootstrap)
             self._heap = self._allocate(layout.heap_bytes(team_of(self._context, "")))
-            self._lanes = self._allocate_lanes() if self._context.nodes > 1 else None
+            if self._context.nodes > 1:
+                self._lanes = self._allocate_lanes()
+            if self.multicast.kind == "switch" and not self._heap.multicast:
+                self._plan_with(transport.Multicast(None, "the driver refused to make a multicast object"))
+            self._team, self._rails = self._make_team(), self._make_rails()
+            self._store, self._heartbeat = self._beat()
         except BaseException as error:
             self._control.fail(layout.ABORTED, self.rank)
             self._end_watch()
+            for memory in filter(None, (self._heap, self._lanes)):
+                memory.release(None, self._control.peers_gone)
             self._control.leave()
             if isinstance(error, Aborted | PeerFailure):
                 raise InitError(f"rank {error.rank} could not get its scratch, or died: see what it says") from error
             raise
+        self._interrupt_by(functools.partial(_raise_fault_of, weakref.ref(self)))  # no longer by who makes it
 
     def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
-        return transport.allocate(self._node, nbytes, self.device, self.multicast)
+        return self._on_each_node(lambda: transport.allocate(self._node, nbytes, self.device, self.multicast))
+
+    def _on_each_node(self, make: Callable[[], transport.SymmetricMemory]) -> transport.SymmetricMemory:
+        """The memory of make(), which is collective among the ranks of a node; where one node can have none, all raise
+        InitError."""
+        if len(self.topology.nodes) == 1:
+            return make()
+        made: list[transport.SymmetricMemory] = []
+        try:
+            together(self._bootstrap, lambda: made.append(make()))
+        except TdcclError:
+            for memory in made:
+                memory.release(self._node, self._control.peers_gone)
+            raise
+        return made[0]
 
     def abort(self) -> None:
         """Ends the kernels of this communicator that are running, within 100 ms, here and on the other ranks; there and
@@ -379,6 +403,11 @@ def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
             f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"
         )
     return [member for member in range(size) if member not in excluded]
+
+
+def _raise_fault_of(this: "weakref.ref[Membership]") -> None:
+    if communicator := this():
+        communicator.raise_fault()
 
 
 def _peer_died(this: "weakref.ref[Membership]", rank: int) -> None:

@@ -1,5 +1,6 @@
 """The torch.distributed backend: translates torch's objects to `Communicator` calls and back."""
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -348,7 +349,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._gpu = not environment.emulated()
         # The first group that torch makes is its default one.
         self._scratch = environment.subgroup_scratch_bytes() if dist.is_initialized() else None
-        self._lock = threading.Lock()
+        self._lock, self._gloo_lock = threading.Lock(), threading.Lock()  # two: ranks may come to both in any order
         self._communicator: Communicator | None = None
         self._beside: Beside | None = None  # on a GPU, once there is a communicator
         self._gloo_group = None
@@ -414,7 +415,9 @@ class ProcessGroup(dist.ProcessGroup):
         if communicator is not None:
             communicator.abort()
             # Not here: torch aborts groups one after another, and the GPU has done its work only after the last.
-            threading.Thread(target=communicator.destroy, name="tdccl-destroy", daemon=True).start()
+            thread = threading.Thread(target=communicator.destroy, name="tdccl-destroy", daemon=True)
+            thread.start()
+            atexit.register(thread.join, 5)  # a thread that is in C++ when the interpreter ends takes it down
 
     def meet(self, exclude: list[int]):
         """A Store among the ranks that are not in `exclude`, and those ranks; what `shrink` begins with."""
@@ -824,7 +827,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _gloo(self):
         """The group for CPU tensors on a host with GPUs, made at its first call."""
-        with self._lock:
+        with self._gloo_lock:
             self._check_not_ended()
             if self._gloo_group is None:
                 store = dist.PrefixStore("gloo", self._store)
@@ -833,7 +836,9 @@ class ProcessGroup(dist.ProcessGroup):
                 group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
                 group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
                 self._gloo_group = group
-            return self._gloo_group
+            group = self._gloo_group
+            self._check_not_ended()  # meanwhile: that lets go of the group
+            return group
 
     def _check_pieces(self, collective, role, pieces, like, numel=None) -> None:
         """Lists are copied to and from one buffer; a copy would convert in silence what does not fit."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from unittest import mock
 
 import pool
@@ -15,7 +16,10 @@ from test_process_group import MPIRUN
 
 import tdccl
 from bench import crew, fault_table
+from tdccl.communicator import Communicator
+from tdccl.membership import Membership
 from tdccl.transport.bootstrap import StoreBootstrap
+from tdccl.transport.symmetric_memory import together
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 SOON = 1.0 if crew.ON_GPU else 5.0  # seconds beyond the timeout; in emulation the tests' ranks share their cores
@@ -150,6 +154,59 @@ def test_an_exchange_to_which_all_have_come_outlives_a_fault():
     slow.interrupt = abort
     with pytest.raises(tdccl.Aborted):
         slow.exchange("rank 1 does not come")
+
+
+def test_memory_that_a_rank_was_refused_is_not_kept_by_the_error():
+    class Memory:
+        pass
+
+    def hold():
+        memory = Memory()
+
+        def step():
+            raise tdccl.InitError(f"no room beside {memory}")
+
+        return weakref.ref(memory), step
+
+    gc.disable()
+    try:
+        memory, step = hold()
+        with pytest.raises(tdccl.InitError, match="no room"):
+            together(StoreBootstrap(torch.distributed.HashStore(), 0, 1, timeout=10), step)
+        del step
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
+def given_up(comm):
+    """Rank 0 gives up making a communicator while rank 1 is slow."""
+    if comm.rank > 1:
+        return
+    bootstrap, start = comm._bootstrap.subgroup([0, 1], "given up"), time.monotonic()
+
+    def give_up():
+        if time.monotonic() > start + 1:
+            raise tdccl.DestroyedError("by who makes it")
+
+    def share_late(self):
+        time.sleep(3)
+        return share(self)
+
+    share = Membership._share_memory
+    if comm.rank == 0:
+        bootstrap.interrupt = give_up
+        with pytest.raises(tdccl.DestroyedError):
+            Communicator(bootstrap, comm.device, 30)
+        assert time.monotonic() - start < 2.5
+    else:
+        with mock.patch.object(Membership, "_share_memory", share_late), pytest.raises(tdccl.InitError, match="rank 0"):
+            Communicator(bootstrap, comm.device, 30)
+
+
+@NEEDS_TWO
+def test_who_makes_a_communicator_may_give_up_while_ranks_are_slow(ranks):
+    ranks.run(given_up, 2)
 
 
 # ---- life and death of communicators and processes ---------------------------------------------------

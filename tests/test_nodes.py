@@ -4,6 +4,7 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 """
 
 import contextlib
+import errno
 import importlib.util
 import itertools
 import multiprocessing
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import cases
 import pool
@@ -496,6 +498,34 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     said = [*itertools.chain(*ranks.run(check_timeout, 4, absent=3, size=size))]
     waited = {line for line in said if line.startswith("rank ")}
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
+
+
+def check_short(comm):
+    """Memory that one node cannot have no other keeps; a fault on it ends the wait of its ranks."""
+
+    def full(descriptor, offset, nbytes):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with fresh(comm, 2) as group:
+        x = torch.full((9,), 1.0)
+        who = "no shared memory" if comm.rank == 0 else "rank 0 could not take part"
+        short = mock.patch("os.posix_fallocate", full) if comm.rank == 0 else contextlib.nullcontext()
+        with short, pytest.raises(tdccl.InitError, match=who):
+            group.empty(1 << 16)
+        assert group.all_reduce(x).tolist() == [4] * 9
+        assert group.all_reduce(group.empty(9).fill_(1)).tolist() == [4] * 9
+        start = time.monotonic()
+        with pytest.raises(tdccl.Aborted, match="rank 1"):
+            if comm.rank == 1:
+                time.sleep(0.5)
+                group.abort()
+            group.empty(1 << 16)
+        assert time.monotonic() - start < 10
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 4, reason="shared memory of 4 emulated ranks")
+def test_memory_that_a_node_is_refused_no_other_waits_for(ranks):
+    ranks.run(check_short, 4)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import reference
 import test_races
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as torch_symmetric
 import triton.language as tl
 from test_collectives import Buffers, only
 from test_process_group import run
@@ -190,6 +191,57 @@ def test_a_rendezvous_goes_round_by_round_whatever_its_numbers():
     for thread in threads:
         thread.join(60)
     assert found == {rank: [f"{1 - rank} in round {number}" for number in range(3)] for rank in (0, 1)}
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="not where torch could make a multicast object")
+@pytest.mark.parametrize("fails", ["memory", "round 0", "round 1", "handle"])
+def test_memory_for_the_switch_that_a_rank_is_refused_no_other_waits_for(monkeypatch, fails):
+    """torch's part is played by one that goes the same rounds, on two threads for two ranks; the first one fails."""
+    store, found = dist.HashStore(), {}
+
+    def fail(here):
+        if here == fails and threading.current_thread().name == "0":
+            raise RuntimeError(f"no {here}")
+
+    def empty(nbytes, dtype, device):
+        fail("memory")
+        return torch.empty(nbytes, dtype=dtype)
+
+    def rendezvous(local, name):
+        rank = threading.current_thread().name
+        rounds = dist.PrefixStore("carrier", stores[rank])  # C++, which calls what is Python's
+        for number in range(2):
+            fail(f"round {number}")
+            rounds.set(f"{name}/{number}/{rank}", "mine")
+        fail("handle")
+        return types.SimpleNamespace(buffer_ptrs=[0, 0], offset=0, multicast_ptr=1)
+
+    def carry(bootstrap):
+        stores[threading.current_thread().name] = made = rounds_store(bootstrap)
+        return made
+
+    def allocate(rank):
+        bootstrap = StoreBootstrap(store, rank, 2, timeout=30)
+        try:
+            multicast.allocate(bootstrap, 1024, torch.device("cpu"))
+        except tdccl.InitError as error:
+            found[rank] = str(error)
+        assert bootstrap.exchange("next") == ["next", "next"]
+
+    stores, rounds_store = {}, multicast.rounds_store
+    monkeypatch.setattr(multicast, "multicast_forbidden_by", lambda: None)
+    monkeypatch.setattr(multicast, "rounds_store", carry)
+    monkeypatch.setattr(torch_symmetric, "empty", empty)
+    monkeypatch.setattr(torch_symmetric, "rendezvous", rendezvous)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(synchronize=lambda: None))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    threads = [threading.Thread(target=allocate, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert f"no {fails}" in found[0] and "rank 0 could not take part" in found[1], found
 
 
 @contextlib.contextmanager

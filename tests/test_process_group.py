@@ -140,6 +140,7 @@ def test_event_of_a_work_serves_another_once_that_is_gone(monkeypatch):
 
 
 LONG_EXCHANGE = """
+import time
 from mpi4py import MPI
 import tdccl
 from tdccl.transport.bootstrap import MPIBootstrap
@@ -155,6 +156,13 @@ def aborted():
 
 bootstrap.interrupt, bootstrap._GRACE = aborted, 10
 assert bootstrap.exchange(bootstrap.rank) == list(range(bootstrap.size))
+bootstrap._GRACE, value = 0.1, bytes(1_000_000)
+if bootstrap.rank == 0:
+    time.sleep(1)  # the others have given up: nobody takes its value
+try:
+    bootstrap.exchange(value)
+except tdccl.Aborted:
+    print("ended")
 print(f"rank {bootstrap.rank} was told all")
 """
 

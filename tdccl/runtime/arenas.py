@@ -9,15 +9,15 @@ between ranks. One tensor would then lie at different places on different ranks,
 import contextlib
 import itertools
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tdccl import transport
 from tdccl.errors import ArgumentError, TdcclError
-from tdccl.transport import Bootstrap, Multicast, Region, Regions, SymmetricMemory
+from tdccl.transport import Bootstrap, Region, Regions, SymmetricMemory
 
 _ALIGNMENT = 512  # torch's own
 _ARENA_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
@@ -36,7 +36,7 @@ class Arenas:
     Ranks that make tensors of the same sizes in the same order get the same places, and they compare their sizes
     before an arena is added and before anything is registered. A large tensor gets an arena to itself.
 
-    multicast  how memory is allocated
+    allocate   gives symmetric memory of so many bytes; collective
     segments   what is allocated is appended to it; its owner releases it
     regions    what the ranks have agreed on is added to it
     """
@@ -45,11 +45,11 @@ class Arenas:
         self,
         bootstrap: Bootstrap,
         device: torch.device,
-        multicast: Multicast,
+        allocate: Callable[[int], SymmetricMemory],
         segments: list[SymmetricMemory],
         regions: Regions,
     ):
-        self.device, self._multicast = device, multicast
+        self.device, self._allocated = device, allocate
         self._bootstrap, self._segments, self._regions = bootstrap, segments, regions
         self._arena_bytes = _ARENA_BYTES[device.type]
         self._arena: SymmetricMemory | None = None
@@ -93,7 +93,7 @@ class Arenas:
 
     def _allocate(self, nbytes: int) -> SymmetricMemory:
         self._compare(_Report("more memory", tuple(self._made)))
-        memory = transport.allocate(self._bootstrap, nbytes, self.device, self._multicast)
+        memory = self._allocated(nbytes)
         self._segments.append(memory)
         return memory
 

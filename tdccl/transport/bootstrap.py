@@ -151,10 +151,10 @@ class MPIBootstrap(Bootstrap):
     def exchange(self, value: Any) -> list[Any]:
         values = [value] * self.size
         others = [rank for rank in range(self.size) if rank != self.rank]
-        sent = [self._comm.isend(value, self._members[rank], self._TAG) for rank in others]
+        sent = {rank: self._comm.isend(value, self._members[rank], self._TAG) for rank in others}
         pending: dict[int, Any] = dict.fromkeys(others)
         deadline, fault = time.monotonic() + self._timeout, None
-        while pending:
+        while True:
             for rank, request in list(pending.items()):
                 if request is None:  # its length must be known first: a plain irecv takes 32 KiB at most
                     message = self._comm.improbe(source=self._members[rank], tag=self._TAG)
@@ -163,21 +163,19 @@ class MPIBootstrap(Bootstrap):
                 if done:
                     values[rank] = received
                     del pending[rank]
-            if not pending:
-                break
+            sent = {rank: request for rank, request in sent.items() if not request.test()[0]}
+            if not pending and not sent:
+                return values
             try:
                 if fault is None:
                     self.interrupt()
             except TdcclError as error:
                 deadline, fault = time.monotonic() + self._GRACE, error
             if time.monotonic() > deadline:
-                for request in filter(None, [*pending.values(), *sent]):
+                for request in filter(None, [*pending.values(), *sent.values()]):
                     request.cancel()
-                raise fault or _missing(sorted(pending), self.size, self._timeout)
+                raise fault or _missing(sorted({*pending, *sent}), self.size, self._timeout)
             time.sleep(0.0002)
-        for request in sent:
-            request.wait()
-        return values
 
     def store(self, name: str):
         """At rank 0; the others reach it by its host's name. None if rank 0 cannot listen, or not all reach it."""

@@ -4,6 +4,7 @@ The memory is torch's symmetric memory. Nothing of it is imported, and no multic
 `environment.multicast_forbidden_by` finds nothing that forbids it.
 """
 
+import contextlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from tdccl.environment import emulated, multicast_forbidden_by, multimem_by_unicast
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory
+from tdccl.transport.symmetric_memory import SymmetricMemory, together
 
 _carriers = itertools.count(1)
 _never_freed: list[Any] = []  # what a peer may still be using after a failure
@@ -70,21 +71,28 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         raise InitError(f"{variable} forbids NVLink multicast, and memory with a multicast address was asked for")
     from torch.distributed import _symmetric_memory as torch_symmetric
 
-    try:
-        with torch.cuda.device(device):
+    local: torch.Tensor | None = None
+    shared: SymmetricMemory | None = None
+    held = []  # torch's handle
+
+    def obtain() -> None:
+        nonlocal local
+        with torch.cuda.device(device), _explained(nbytes):
             local = torch_symmetric.empty(nbytes, dtype=torch.uint8, device=device)
             # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
             stream = torch.cuda.Stream(device)
             with torch.cuda.stream(stream):
                 local.zero_()
             stream.synchronize()
+
+    def meet() -> None:
+        """Wherever this fails, the other ranks are next in an exchange of `together`."""
+        nonlocal shared
+        with torch.cuda.device(device), _explained(nbytes):
             handle = _rendezvous(bootstrap, local)
-    except TdcclError:  # a peer has died, say
-        raise
-    except RuntimeError as error:
-        raise InitError(f"no symmetric memory of {nbytes} bytes a rank with a multicast address: {error}") from error
-    addresses = [address + handle.offset for address in handle.buffer_ptrs]
-    held = [handle]
+            held.append(handle)
+            addresses = [address + handle.offset for address in handle.buffer_ptrs]
+            shared = SymmetricMemory(local, addresses, release, handle.multicast_ptr)
 
     def release(bootstrap, peers_gone):
         try:
@@ -97,7 +105,27 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
         _never_freed.extend([local, *held])
         held.clear()
 
-    return SymmetricMemory(local, addresses, release, handle.multicast_ptr)
+    together(bootstrap, obtain)
+    try:
+        together(bootstrap, meet)
+    except _Told as told:
+        raise told.__cause__ from None
+    return shared
+
+
+class _Told(TdcclError):
+    """Its cause ended an exchange of torch's rendezvous, so that all ranks know of it."""
+
+
+@contextlib.contextmanager
+def _explained(nbytes: int):
+    """Raises InitError for what torch or the driver refuses."""
+    try:
+        yield
+    except TdcclError:  # a peer has died, say
+        raise
+    except RuntimeError as error:
+        raise InitError(f"no symmetric memory of {nbytes} bytes a rank with a multicast address: {error}") from error
 
 
 def _rendezvous(bootstrap: Bootstrap, local: torch.Tensor):
@@ -115,6 +143,8 @@ def _rendezvous(bootstrap: Bootstrap, local: torch.Tensor):
     c10d._register_process_group(name, carrier)
     try:
         return torch_symmetric.rendezvous(local, name)
+    except RuntimeError as error:
+        raise (_Told() if store.ended else error) from store.ended  # C++ may have worded it anew
     finally:
         c10d._unregister_process_group(name)
 
@@ -123,13 +153,19 @@ def rounds_store(bootstrap: Bootstrap):
     """A Store for torch's rendezvous, which goes round after round: each rank sets its value, then gets the others'.
 
     torch numbers the rounds by all that the process has seen, in any group, and waits for ever where the ranks' numbers
-    differ. Here a round is one exchange of the bootstrap, whatever its number.
+    differ. Here a round is one exchange of the bootstrap, whatever its number: of `together`, whose error is `ended`.
     """
     import torch.distributed as dist
 
     class Rounds(dist.Store):
+        ended: TdcclError | None = None
+
         def set(self, key, value):
-            self._values = bootstrap.exchange(bytes(value))
+            try:
+                self._values = together(bootstrap, lambda: bytes(value))
+            except TdcclError as error:
+                self.ended = error
+                raise
 
         def get(self, key):
             return self._values[int(key.rpartition("/")[2])]

@@ -5,6 +5,7 @@ with the ranks of the first such communicator as its PEs, and takes one pool fro
 PEs at once and communicators are of some.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ import torch
 from tdccl import environment
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory
+from tdccl.transport.symmetric_memory import SymmetricMemory, together
 
 _ALIGNMENT = 512
 _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13 (cu12 for CUDA 12)"
@@ -112,13 +113,17 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
         )
     _take(started.free, begin, begin + nbytes)
     address = started.pool + begin
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
-        stream.synchronize()
-    bootstrap.barrier()  # what a peer puts comes after the zeros
     addresses = [0] * bootstrap.size
     addresses[bootstrap.rank] = address
+    memory: SymmetricMemory | None = None
+
+    def prepare() -> None:
+        nonlocal memory
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
+            stream.synchronize()
+        memory = SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release)
 
     def release(bootstrap, peers_gone):
         try:
@@ -128,7 +133,12 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
         except TdcclError:
             pass  # what a peer may still write to is not used again
 
-    return SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release), [pe for pe, _ in everyone]
+    try:
+        together(bootstrap, prepare)  # what a peer puts comes after the zeros
+    except InitError:
+        _give_back(started.free, begin, begin + nbytes)
+        raise
+    return memory, [pe for pe, _ in everyone]
 
 
 def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
@@ -150,18 +160,39 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     from cuda.core import Device
     from nvshmem import bindings, core
 
-    gpu = Device(device.index)
-    gpu.set_current()
-    identity = core.get_unique_id(empty=bootstrap.rank != 0)
-    word = identity._data.view(np.int8)
-    word[:] = np.frombuffer(bootstrap.exchange(word.tobytes())[0], np.int8)
-    try:
-        core.init(device=gpu, uid=identity, rank=bootstrap.rank, nranks=bootstrap.size, initializer_method="uid")
-        pool = int(bindings.align(_ALIGNMENT, environment.nvshmem_bytes()))
-    except Exception as error:
-        raise InitError(f"NVSHMEM cannot be started on rank {bootstrap.rank}: {error}; {_library()}") from error
-    _started = _Started(int(core.my_pe()), pool, [(0, environment.nvshmem_bytes())])
+    gpu, identity, pool = Device(device.index), None, 0
+
+    def identify() -> bytes:
+        nonlocal identity
+        with _explained(bootstrap.rank):
+            gpu.set_current()
+            identity = core.get_unique_id(empty=bootstrap.rank != 0)
+            return identity._data.view(np.int8).tobytes()
+
+    def start() -> int:
+        """This rank's PE. NVSHMEM itself waits where a rank fails inside its collective calls."""
+        nonlocal pool
+        with _explained(bootstrap.rank):
+            core.init(device=gpu, uid=identity, rank=bootstrap.rank, nranks=bootstrap.size, initializer_method="uid")
+            pool = int(bindings.align(_ALIGNMENT, environment.nvshmem_bytes()))
+            if not pool:
+                raise MemoryError(f"no pool of {environment.nvshmem_bytes()} bytes; set TDCCL_NVSHMEM_MB lower")
+            return int(core.my_pe())
+
+    word = together(bootstrap, identify)[0]
+    identity._data.view(np.int8)[:] = np.frombuffer(word, np.int8)
+    pes = together(bootstrap, start)
+    _started = _Started(pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())])
     return _started
+
+
+@contextlib.contextmanager
+def _explained(rank: int):
+    """Raises InitError for whatever keeps NVSHMEM from starting."""
+    try:
+        yield
+    except Exception as error:
+        raise InitError(f"NVSHMEM cannot be started on rank {rank}: {error}; {_library()}") from error
 
 
 def _unusable() -> str | None:

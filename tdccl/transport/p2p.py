@@ -52,6 +52,7 @@ def share(bootstrap: Bootstrap, address: int, nbytes: int, device: torch.device,
 def _shared(bootstrap: Bootstrap, obtain: Callable[[], "_Raw"], device: torch.device) -> SymmetricMemory:
     """Exchanges handles, and maps the peers' memory; what obtain() returns is kept until no peer has it mapped."""
     memory: _Raw | None = None
+    shared: SymmetricMemory | None = None
 
     def export() -> bytes:
         nonlocal memory
@@ -60,19 +61,11 @@ def _shared(bootstrap: Bootstrap, obtain: Callable[[], "_Raw"], device: torch.de
         return bytes(handle.reserved)
 
     def open_all() -> None:
+        nonlocal shared
         for rank, reserved in enumerate(handles):
             if rank != bootstrap.rank:
                 addresses[rank] = _open(reserved, rank)
-
-    with torch.cuda.device(device):
-        handles = together(bootstrap, export)
-        addresses = [memory.address] * bootstrap.size
-        try:
-            together(bootstrap, open_all)
-        except BaseException:
-            _close(addresses, memory.address)
-            raise
-        local = torch.as_tensor(memory, device=device)
+        shared = SymmetricMemory(torch.as_tensor(memory, device=device), addresses, release)
 
     def release(bootstrap, peers_gone):
         with torch.cuda.device(device):
@@ -86,7 +79,17 @@ def _shared(bootstrap: Bootstrap, obtain: Callable[[], "_Raw"], device: torch.de
         with _keeping:
             _kept.append((memory, peers_gone))
 
-    return SymmetricMemory(local, addresses, release)
+    with torch.cuda.device(device):
+        handles = together(bootstrap, export)
+        addresses = [memory.address] * bootstrap.size
+        try:
+            together(bootstrap, open_all)
+        except BaseException as error:
+            _close(addresses, memory.address)
+            if isinstance(error, InitError) and not error.absent:
+                bootstrap.barrier()  # as in `release`: all ranks are here
+            raise
+    return shared
 
 
 def _close(addresses: list[int], own: int) -> None:

@@ -13,16 +13,21 @@ T = TypeVar("T")
 
 
 def together(bootstrap: Bootstrap, step: Callable[[], T]) -> list[T]:
-    """What step() returns on every rank, in rank order; collective. Where it raises InitError on one rank, all raise
-    it, and none waits for one that cannot go on."""
+    """What step() returns on every rank, in rank order; collective. Where it raises InitError on one rank, or torch
+    has no memory for it, all raise InitError, and none waits for one that cannot go on."""
     result = refused = None
     try:
         result = step()
     except InitError as error:
         refused = error
+    except torch.OutOfMemoryError as error:
+        refused = InitError(str(error))
     everyone = bootstrap.exchange((result, refused and str(refused)))
-    if refused is not None:
-        raise refused
+    try:
+        if refused is not None:
+            raise refused
+    finally:
+        refused = None  # else it would hold this frame, whose callers hold memory, and this frame it
     for rank, (_, words) in enumerate(everyone):
         if words is not None:
             raise InitError(f"rank {rank} could not take part: {words}")
