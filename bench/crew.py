@@ -1,7 +1,6 @@
 """Ranks that live through faults: processes that are killed, stopped and interrupted, and tell what they saw."""
 
 import gc
-import multiprocessing
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import tdccl
+from bench import launch
 from tdccl import Communicator, environment, torch_entry
 
 ON_GPU = not environment.emulated()
@@ -142,9 +142,7 @@ class Crew:
 
     def __init__(self, size: int):
         self.size = size
-        # A server that has imported everything starts a rank in no time, but CUDA cannot be used in a forked process.
-        self._context = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
-        self._context.set_forkserver_preload([__name__])
+        self._context = launch.processes()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Any] = [None] * size
         self._processes: list[Any] = [None] * size
@@ -233,6 +231,7 @@ def _judge(fault: Fault, outcome: Outcome, size: int) -> None:
 def _serve(rank: int, size: int, port: int, pipe) -> None:
     """A rank's process."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     torch_entry.register()
     index = None
     if ON_GPU:

@@ -24,11 +24,23 @@ def main(options: argparse.Namespace) -> int:
     return run(options, comm, discover(timeout=comm.timeout))
 
 
+def processes():
+    """multiprocessing's context for ranks. In emulation a server that has imported everything starts one in no time; a
+    GPU cannot be used in a forked process."""
+    if not environment.emulated():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tdccl.collectives", "tdccl.runtime.emulation"])
+    return context
+
+
 def _spawn(options: argparse.Namespace) -> int:
     ranks = options.ranks or (4 if environment.emulated() else torch.cuda.device_count())
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     try:
-        multiprocessing.spawn(_spawned, (ranks, store.port, options), nprocs=ranks)
+        multiprocessing.start_processes(
+            _spawned, (ranks, store.port, options), nprocs=ranks, start_method=processes().get_start_method()
+        )
     except multiprocessing.ProcessExitedException as error:
         return error.exit_code
     return 0

@@ -5,7 +5,6 @@ A body is a module-level function `body(comm, **arguments)` of a test module. `R
 """
 
 import importlib
-import multiprocessing
 import os
 import sys
 import traceback
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from bench import launch
 
 ROOT = Path(__file__).parent.parent
 # Ranks may share a GPU (TDCCL_TEST_RANKS larger than the number of GPUs): right, but slow by time slicing.
@@ -28,7 +29,7 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = launch.processes()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes, self._processes = [], []
         for rank in range(self.size):

@@ -43,11 +43,12 @@ class Buffers:
 
 
 def check_reduction(comm, collective, dtype, symmetric):
-    buffers = Buffers(comm, symmetric)
+    buffers, chunks = Buffers(comm, symmetric), comm.size if collective == "reduce_scatter" else 1
     for algorithm in cases.algorithms_of(collective, symmetric):
         for op in cases.ops_of(dtype):
             first = op == cases.ops_of(dtype)[0]
-            for seed, count in enumerate(cases.counts_of(dtype, algorithm) if first else cases.few_counts(dtype)):
+            counts = cases.counts_of(dtype, algorithm, chunks) if first else cases.few_counts(dtype)
+            for seed, count in enumerate(counts):
                 in_place = (seed + dtype.itemsize) % 2 == 1
                 with only(comm, collective, algorithm):
                     reduce_once(comm, buffers, collective, algorithm, op, dtype, count, seed, in_place)
@@ -85,9 +86,9 @@ def test_reduction_gives_the_ordered_bits(ranks, collective, symmetric, dtype, w
 
 
 def check_movement(comm, collective, dtype, symmetric):
-    buffers = Buffers(comm, symmetric)
+    buffers, chunks = Buffers(comm, symmetric), 1 if collective == "broadcast" else comm.size
     for algorithm in cases.algorithms_of(collective, symmetric):
-        for seed, count in enumerate(cases.counts_of(dtype, algorithm)):
+        for seed, count in enumerate(cases.counts_of(dtype, algorithm, chunks)):
             # all_to_all's `push` is not for calls in place: it writes where the peers still read
             in_place = (seed + dtype.itemsize) % 2 == 1 and not (collective == "all_to_all" and symmetric)
             with only(comm, collective, algorithm):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tdccl
+from bench import launch
 from tdccl import tuning
 
 
@@ -218,7 +219,7 @@ def straggle(rank, folder, queue, over):
 
 
 def test_a_missing_call_ends_in_a_timeout_that_names_the_rank(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = launch.processes()
     queue, over = context.Queue(), context.Event()
     processes = [context.Process(target=straggle, args=(rank, str(tmp_path), queue, over)) for rank in range(2)]
     for process in processes:
@@ -251,7 +252,7 @@ def come_late(rank, folder, queue, over):
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
 def test_a_rank_that_comes_too_late_is_told_rather_than_given_garbage(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = launch.processes()
     queue, over = context.Queue(), context.Event()
     processes = [context.Process(target=come_late, args=(rank, str(tmp_path), queue, over)) for rank in range(3)]
     for process in processes:

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -32,6 +31,7 @@ import tdccl
 import tdccl.language as shmem
 import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
+from bench.launch import processes
 from tdccl import environment, model
 from tdccl.decisions import ACROSS_NODES
 from tdccl.overlap import all_gather_gemm
@@ -514,6 +514,7 @@ def check_short(comm):
             group.empty(1 << 16)
         assert group.all_reduce(x).tolist() == [4] * 9
         assert group.all_reduce(group.empty(9).fill_(1)).tolist() == [4] * 9
+        comm._bootstrap.barrier()
         start = time.monotonic()
         with pytest.raises(tdccl.Aborted, match="rank 1"):
             if comm.rank == 1:
@@ -598,7 +599,7 @@ def live_or_die(rank, port, answers):
 
 @pytest.mark.skipif(not environment.emulated(), reason="other hosts are emulated")
 def test_a_host_that_falls_silent_is_noticed_and_left_behind():
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     store, answers = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context.Queue()
     ranks = [context.Process(target=live_or_die, args=(rank, store.port, answers)) for rank in range(4)]
     for process in ranks:
@@ -642,6 +643,7 @@ rank = MPI.COMM_WORLD.Get_rank()
 topology.boot_id = lambda: f"host {rank // 2}"
 comm = tdccl.init(timeout=60)
 assert comm.all_reduce(torch.ones(9)).tolist() == [4] * 9
+MPI.COMM_WORLD.Barrier()  # else the abort could meet a slow rank's first call
 if rank == 3:
     comm.abort()
 try:

@@ -3,6 +3,7 @@
 import random
 import time
 
+import cases
 import pytest
 import reference
 import torch
@@ -49,7 +50,7 @@ def storm(comm, seed, alike=reference.same_bits):
         assert alike(result, expected), f"seed {seed}, call {call}: {result.shape} {result.dtype}"
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1] if cases.FEW else [1, 2])
 def test_back_to_back_calls_with_delays(ranks, seed, world):
     ranks.run(storm, world, seed=seed)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tdccl
+from bench import launch
 from tdccl import trace
 from tdccl.runtime.recorder import CALLS, PLAIN, Recorder, described
 from tdccl.transport import host
@@ -125,7 +126,7 @@ def leave(rank, folder, queue):
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
 def test_a_dead_rank_is_named_by_its_last_call_and_by_the_trace(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
+    context = launch.processes()
     queue = context.Queue()
     processes = [context.Process(target=leave, args=(rank, str(tmp_path), queue)) for rank in range(3)]
     for process in processes:
