@@ -62,6 +62,11 @@ class Part:
         assert not named, f"a crash would leave {named}, and the next job of that name would find it"
         return comm
 
+    def meet(self) -> None:
+        """Returns once all ranks have called it; once in a fault."""
+        self.store.set(f"met/{self.rank}", "")
+        self.store.wait([f"met/{rank}" for rank in range(self.size)])
+
     def say(self, word: str) -> None:
         """Tells the crew where this rank is: "here" before the call that the fault meets, "struck" in doing it."""
         self._pipe.send((word, time.monotonic()))

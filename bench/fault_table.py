@@ -142,6 +142,7 @@ def _stopped_for_long(part: Part) -> Seen:
 def _aborted_by_a_thread(part: Part) -> Seen:
     comm = part.init()
     verify(comm)
+    part.meet()  # else it could meet a slow rank's last call
 
     def abort():
         time.sleep(SETTLED)
@@ -169,8 +170,7 @@ def _aborted_in_capture(part: Part) -> Seen:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         comm.all_reduce(x, y)
-        part.store.set(f"captured/{part.rank}", "")
-        part.store.wait([f"captured/{rank}" for rank in range(part.size)])  # else the call would raise at once
+        part.meet()  # else the call would raise at once
         if part.hit:
             part.say("struck")
             comm.abort()
