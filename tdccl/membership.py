@@ -183,17 +183,20 @@ class Membership:
         """Has the deaths of the peers told to this communicator as long as it lives, and their faults end the waits of
         its bootstrap; returns what ends that."""
         this = weakref.ref(self)
-        self._interrupt_by(functools.partial(_raise_fault_of, this), self._bootstrap.interrupt)
+        self._interrupt_by(self._bootstrap.interrupt)
         pids = [(rank, pid) for rank, pid in enumerate(self._control.pids) if pid not in (None, os.getpid())]
         watches = [watcher.watch(pid, functools.partial(_peer_died, this, rank)) for rank, pid in pids]
         return weakref.finalize(self, _end_watches, watches)
 
-    def _interrupt_by(self, *interrupts: Callable[[], None]) -> None:
-        """Each may end the waits of the bootstraps."""
+    def _interrupt_by(self, *others: Callable[[], None]) -> None:
+        """A fault of this communicator ends the waits of its bootstraps, and so does what `others` raise."""
+        this = weakref.ref(self)
 
         def interrupt():
-            for each in interrupts:
-                each()
+            if communicator := this():
+                communicator.raise_fault()
+            for other in others:
+                other()
 
         self._bootstrap.interrupt = self._node.interrupt = interrupt
 
@@ -234,7 +237,7 @@ class Membership:
             if isinstance(error, Aborted | PeerFailure):
                 raise InitError(f"rank {error.rank} could not get its scratch, or died: see what it says") from error
             raise
-        self._interrupt_by(functools.partial(_raise_fault_of, weakref.ref(self)))  # no longer by who makes it
+        self._interrupt_by()  # no longer by who makes it
 
     def _allocate(self, nbytes: int) -> transport.SymmetricMemory:
         return self._on_each_node(lambda: transport.allocate(self._node, nbytes, self.device, self.multicast))
@@ -403,11 +406,6 @@ def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
             f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"
         )
     return [member for member in range(size) if member not in excluded]
-
-
-def _raise_fault_of(this: "weakref.ref[Membership]") -> None:
-    if communicator := this():
-        communicator.raise_fault()
 
 
 def _peer_died(this: "weakref.ref[Membership]", rank: int) -> None:

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
     """What takes longest as a whole begins first, beside the rest. In emulation, unless TDCCL_LONG=1, three and four
     ranks share the dtypes that two have all gone through: addressing depends on their width."""
     items.sort(key=lambda item: item.path.name != "test_torch_suite.py")
-    if not environment.emulated() or os.environ.get("TDCCL_LONG", "0") != "0":
+    if not cases.FEW:
         return
     left_out = [item for item in items if _is_repeat(getattr(item, "callspec", None))]
     config.hook.pytest_deselected(items=left_out)
@@ -72,6 +72,6 @@ def pytest_generate_tests(metafunc):
     over these, unless TDCCL_LONG=1."""
     if "world" in metafunc.fixturenames:
         worlds = range(1, pool.LARGEST_WORLD + 1)
-        if environment.emulated() and os.environ.get("TDCCL_LONG", "0") == "0":
+        if cases.FEW:
             worlds = getattr(metafunc.module, "WORLDS", worlds)
         metafunc.parametrize("world", worlds, ids=lambda world: f"world{world}")

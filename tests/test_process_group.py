@@ -140,7 +140,6 @@ def test_event_of_a_work_serves_another_once_that_is_gone(monkeypatch):
 
 
 LONG_EXCHANGE = """
-import time
 from mpi4py import MPI
 import tdccl
 from tdccl.transport.bootstrap import MPIBootstrap
@@ -158,15 +157,18 @@ bootstrap.interrupt, bootstrap._GRACE = aborted, 10
 assert bootstrap.exchange(bootstrap.rank) == list(range(bootstrap.size))
 bootstrap._GRACE, value = 0.1, bytes(1_000_000)
 if bootstrap.rank == 0:
-    time.sleep(1)  # the others have given up: nobody takes its value
+    MPI.COMM_WORLD.Barrier()  # the others have given up: nobody takes its value
 try:
     bootstrap.exchange(value)
 except tdccl.Aborted:
-    print("ended")
+    print("given up")
+if bootstrap.rank:
+    MPI.COMM_WORLD.Barrier()
 print(f"rank {bootstrap.rank} was told all")
 """
 
 
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install tdccl[mpi]")
 def test_ranks_of_mpi_exchange_values_of_any_length():
-    assert mpirun(3, sys.executable, "-c", LONG_EXCHANGE).count("was told all") == 3
+    said = mpirun(3, sys.executable, "-c", LONG_EXCHANGE)
+    assert said.count("was told all") == said.count("given up") == 3, said

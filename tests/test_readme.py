@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pool
 import pytest
 from test_training import REFERENCE
-
-from tdccl import environment
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -21,8 +20,7 @@ COMMANDS = [line.removeprefix("./run ") for line in LINES if line.startswith((".
 
 
 # On as many GPUs as there are; in emulation few ranks show, too, that a command runs.
-FEW = environment.emulated() and os.environ.get("TDCCL_LONG", "0") == "0"
-RANKS = 2 if FEW else pool.LARGEST_WORLD
+RANKS = 2 if cases.FEW else pool.LARGEST_WORLD
 
 
 @pytest.mark.parametrize("command", COMMANDS)

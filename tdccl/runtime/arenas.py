@@ -49,7 +49,7 @@ class Arenas:
         segments: list[SymmetricMemory],
         regions: Regions,
     ):
-        self.device, self._allocated = device, allocate
+        self.device, self._obtain = device, allocate
         self._bootstrap, self._segments, self._regions = bootstrap, segments, regions
         self._arena_bytes = _ARENA_BYTES[device.type]
         self._arena: SymmetricMemory | None = None
@@ -93,7 +93,7 @@ class Arenas:
 
     def _allocate(self, nbytes: int) -> SymmetricMemory:
         self._compare(_Report("more memory", tuple(self._made)))
-        memory = self._allocated(nbytes)
+        memory = self._obtain(nbytes)
         self._segments.append(memory)
         return memory
 

@@ -143,8 +143,10 @@ def _rendezvous(bootstrap: Bootstrap, local: torch.Tensor):
     c10d._register_process_group(name, carrier)
     try:
         return torch_symmetric.rendezvous(local, name)
-    except RuntimeError as error:
-        raise (_Told() if store.ended else error) from store.ended  # C++ may have worded it anew
+    except RuntimeError:
+        if store.ended is not None:  # C++ may have worded it anew
+            raise _Told from store.ended
+        raise
     finally:
         c10d._unregister_process_group(name)
 
