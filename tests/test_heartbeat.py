@@ -83,7 +83,7 @@ def test_only_who_says_so_has_left(pair, leaves):
         mine.leave()
     else:
         mine.end_soon()
-    time.sleep(2 * heartbeat.SILENCE)
+    time.sleep(3 * heartbeat.SILENCE)
     assert died == ([] if leaves else [1])
 
 

@@ -107,8 +107,8 @@ class Heartbeat:
         if last != self._heard or last == _LEFT:
             self._heard, self._since = last, time.monotonic()
         elif self._watched is not None and time.monotonic() - self._since > SILENCE:
-            self._since = time.monotonic()
             self._died(self._watched)
+            self._watched = None  # once is enough
             self.hurry()  # the others hear of it at once
 
     def _await_others(self) -> None:
