@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import reading
+from bench import model_error, reading
 from bench.reading import COLUMNS, PICTURES, Setup, Table
 
 _COLUMNS = ("plain", "symmetric", "nccl")
@@ -139,12 +139,16 @@ def _across_nodes(report: dict) -> str:
     for row in report["nodes"]:
         if row["dtype"] == "bfloat16" and row["in_place"] == (row["collective"] == "broadcast"):  # always in place
             times.setdefault((row["collective"], row["algorithm"], row["bytes"]), {})[row["mode"]] = row["time_us"]
+    compared = model_error.compare(report)
+    for point, microseconds in zip(compared.points, compared.predicted) if compared else ():
+        times[point.collective, point.algorithm, point.nbytes]["model"] = microseconds
     lines = [
         [f"{collective}, {algorithm}", reading.size(nbytes)]
-        + [_figure(by_mode[mode]) if mode in by_mode else "" for mode in ("eager", "graph")]
+        + [_figure(by_mode[mode]) if mode in by_mode else "" for mode in ("eager", "graph", "model")]
         for (collective, algorithm, nbytes), by_mode in times.items()
     ]
-    return f"{_title(report)}\n\n" + _grid(["bfloat16", "size", "eager, us", "in a CUDA graph, us"], lines)
+    head = ["bfloat16", "size", "eager, us", "in a CUDA graph, us", "by the model, us"]
+    return "\n\n".join([_title(report), _grid(head, lines), *([compared.summary()] if compared else [])])
 
 
 def _faults(report: dict) -> str:

@@ -19,12 +19,21 @@ _ONE_SHOT = 64 << 10
 _BLOCKS_ACROSS = (32, 8)
 
 
-def context_for(size: int, max_blocks: int | None = None, scratch: int | None = None, nodes: int = 1) -> Context:
+def context_for(
+    size: int,
+    max_blocks: int | None = None,
+    scratch: int | None = None,
+    nodes: int = 1,
+    rules: tuning.Rules | None = None,
+) -> Context:
     """What algorithms know of a communicator of `size` ranks on each of `nodes` nodes, with so many bytes of scratch
-    (None: as the environment says) inside, and as many across. Raises InitError if it is too small for them."""
-    rules = _capped(tuning.EMULATION if environment.emulated() else tuning.GPU, max_blocks)
+    (None: as the environment says) inside, and as many across, under these rules (None: as kernels run here). Raises
+    InitError if it is too small for them."""
+    rules = rules or (tuning.EMULATION if environment.emulated() else tuning.GPU)
     scratch = scratch or environment.scratch_bytes()
-    if scratch < tuning.LITTLE_SCRATCH and not environment.emulated():
+    plenty = scratch >= tuning.LITTLE_SCRATCH or rules is tuning.EMULATION
+    rules = _capped(rules, max_blocks)
+    if not plenty:
         rules = replace(rules, packets=rules.packets // 4, channels=rules.channels // 4)  # leave some to the rings
     if nodes > 1:
         most, least = _BLOCKS_ACROSS

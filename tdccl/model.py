@@ -13,13 +13,10 @@ hops. None of it has been compared with a real network.
 """
 
 import argparse
-import os
 import sys
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    os.environ["TDCCL_EMULATE"] = "0"  # what GPUs would do is asked for
-
+from tdccl import tuning
 from tdccl.decisions import ACROSS_NODES, context_for
 from tdccl.hierarchical.schedule import Schedule, schedule_of
 from tdccl.runtime.algorithm import Call, Context
@@ -68,13 +65,22 @@ def predicted(schedule: Schedule, nodes: int, links: Links) -> float:
     return links.launch_us + fill + (steps - 1) * step
 
 
-def fastest(collective: str, nbytes: int, context: Context, links: Links) -> tuple[str, float]:
-    """(algorithm, microseconds) of what is fastest for a message of `nbytes` bytes in all, bf16 sums, aligned."""
-    ranks = context.nodes * context.size
+def context_of(nodes: int, width: int, scratch: int = 64 << 20) -> Context:
+    """What algorithms know of nodes x width GPUs with so many bytes of scratch."""
+    return context_for(width, scratch=scratch, nodes=nodes, rules=tuning.GPU)
+
+
+def call_of(collective: str, nbytes: int, ranks: int) -> Call:
+    """The call with a message of `nbytes` bytes in all, bf16 sums, aligned."""
     whole = collective in ("all_reduce", "broadcast")
     dtype, itemsize, op = ("bf16", 2, "sum") if "reduce" in collective else ("u8", 1, None)
     count = max(16, nbytes if whole else nbytes // ranks // 16 * 16) // itemsize
-    call = Call(collective, count, dtype, op, 0, 16, None, (None, None), False)
+    return Call(collective, count, dtype, op, 0, 16, None, (None, None), False)
+
+
+def fastest(collective: str, nbytes: int, context: Context, links: Links) -> tuple[str, float]:
+    """(algorithm, microseconds) of what is fastest for a message of `nbytes` bytes in all, bf16 sums, aligned."""
+    call = call_of(collective, nbytes, context.nodes * context.size)
     fit = [algorithm for algorithm in ACROSS_NODES[collective] if algorithm.unfit(call, context) is None]
     times = {a.name: predicted(schedule_of(a, call, context), context.nodes, links) for a in fit}
     name = min(times, key=times.get)
@@ -114,7 +120,7 @@ def busbw(collective: str, nbytes: int, ranks: int, microseconds: float) -> floa
 
 def lines(collective: str, nodes: int, width: int, sizes: list[int], links: Links, scratch: int) -> list[str]:
     """A table as text: for each size what tdccl would take, and the others beside it."""
-    context, ranks = context_for(width, scratch=scratch, nodes=nodes), nodes * width
+    context, ranks = context_of(nodes, width, scratch), nodes * width
     rivals = {
         "all_reduce": {
             "ring": lambda n: ring(collective, n, nodes, width, links),

@@ -1,6 +1,5 @@
 """The model's schedules are what calls really send, and its times follow from them as its words say."""
 
-import os
 import subprocess
 import sys
 
@@ -9,8 +8,10 @@ import pytest
 import torch
 from test_nodes import drawn
 
+from bench import model_error
+from bench.report import across_nodes
 from tdccl import environment, model
-from tdccl.decisions import ACROSS_NODES, context_for
+from tdccl.decisions import ACROSS_NODES
 from tdccl.hierarchical.schedule import Schedule, Stage, schedule_of
 from tdccl.runtime.algorithm import Call
 from tdccl.transport import network
@@ -69,7 +70,7 @@ def test_time_is_fill_and_then_the_slowest_of_a_step():
 @pytest.mark.parametrize("collective", model.COLLECTIVES)
 def test_large_messages_go_at_the_speed_of_the_slower_link(collective):
     nodes, width, nbytes = 4, 8, 1 << 32
-    _, ours = model.fastest(collective, nbytes, context_for(width, scratch=256 << 20, nodes=nodes), LINKS)
+    _, ours = model.fastest(collective, nbytes, model.context_of(nodes, width, 256 << 20), LINKS)
     rank_sends = (
         {
             "all_reduce": 2 * nbytes / width,
@@ -87,7 +88,7 @@ def test_large_messages_go_at_the_speed_of_the_slower_link(collective):
 
 def test_it_prints_a_table_up_to_1024_gpus():
     command = [sys.executable, "-m", "tdccl.model", "all_reduce", "all_to_all", "--nodes", "2,128", "-e", "30"]
-    done = subprocess.run(command, cwd=pool.ROOT, env={**os.environ}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=pool.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "# all_reduce on 128 nodes of 8" in done.stdout and "ring, us" in done.stdout and "tree, us" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.strip() and line.split()[0].isdigit()]
@@ -95,3 +96,38 @@ def test_it_prints_a_table_up_to_1024_gpus():
     for table in range(4):
         times = [float(row[1]) for row in rows[11 * table : 11 * table + 11]]
         assert times == sorted(times) and times[0] > 0
+
+
+def measured_by(links):
+    """A report of bench.nodes_check on two nodes of two, whose times are the model's."""
+    context, rows = model.context_of(2, 2), []
+    for collective in model.COLLECTIVES:
+        for nbytes in (1 << 10, 1 << 20, 1 << 26):
+            call = model.call_of(collective, nbytes, 4)
+            for algorithm in ACROSS_NODES[collective]:
+                if algorithm.unfit(call, context) is None:
+                    us = model.predicted(schedule_of(algorithm, call, context), 2, links)
+                    row = {"collective": collective, "algorithm": algorithm.name, "bytes": nbytes, "time_us": us}
+                    rows.append({**row, "mode": "graph", "dtype": "bfloat16", "in_place": collective == "broadcast"})
+    where = {"host": "4 x GPU, 2 x CPU; as 2 nodes of 2 drawn inside the host", "gpu": "GPU", "world": 4}
+    return {**where, "versions": {}, "date": "2026-01-01T00:00:00", "nodes": rows}
+
+
+def test_links_are_found_again_in_times_that_the_model_made():
+    report = measured_by(model.Links(across=40, across_us=4.5))
+    found = model_error.compare(report)
+    assert found.links.across == pytest.approx(40, rel=0.02) and found.links.across_us == pytest.approx(4.5)
+    assert max(found.errors(False)) < 0.02 and len(found.predicted) == len(report["nodes"])
+    gathered = next(row for row in report["nodes"] if row["collective"] == "all_gather")
+    gathered["time_us"] *= 2
+    found = model_error.compare(report)
+    assert max(found.errors(False)) == pytest.approx(0.5, abs=0.01) and max(found.errors(True)) < 0.02
+    text = across_nodes([report])
+    assert text.endswith(found.summary()) and "50% at most" in text and "| by the model, us |" in text
+
+
+def test_without_graphs_or_drawn_nodes_there_is_nothing_to_compare():
+    report = measured_by(LINKS)
+    assert model_error.compare({**report, "gpu": None}) is None
+    assert model_error.compare({**report, "host": "2 x GPU"}) is None
+    assert model_error.compare({**report, "nodes": [{**row, "mode": "eager"} for row in report["nodes"]]}) is None
