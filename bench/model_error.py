@@ -49,9 +49,10 @@ class Comparison(NamedTuple):
             f"{100 * np.mean(errors):.0f}% in the mean and {100 * max(errors):.0f}% at most"
             for errors in (self.errors(True), self.errors(False))
         )
+        links = f"{self.links.across:.0f} GB/s and {self.links.across_us:.1f} us across"
         return (
-            f"Model: {self.links.across:.0f} GB/s and {self.links.across_us:.1f} us across, fitted on the {FITTED_ON}s: "
-            f"of these it is off by {fitted}; of the other collectives, which it foretells, by {foretold}."
+            f"Model: {links}, fitted on the {FITTED_ON}s: of these it is off by {fitted}; "
+            f"of the other collectives, which it foretells, by {foretold}."
         )
 
 
