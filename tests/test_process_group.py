@@ -164,6 +164,11 @@ except tdccl.Aborted:
     print("given up")
 if bootstrap.rank:
     MPI.COMM_WORLD.Barrier()
+# What nobody has taken does not pass for what comes after it: not of this one, of a part of it, of one made again.
+bootstrap = MPIBootstrap(MPI.COMM_WORLD, timeout=20)
+part = bootstrap.subgroup([*range(bootstrap.size)], "part")
+for each in (part, bootstrap, part):
+    assert each.exchange((each is part, bootstrap.rank)) == [(each is part, rank) for rank in range(bootstrap.size)]
 print(f"rank {bootstrap.rank} was told all")
 """
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import pickle
 import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -134,47 +135,105 @@ class StoreBootstrap(Bootstrap):
         return StoreBootstrap(self._origin, rank, len(members), self._timeout, prefix, self.world_rank)
 
 
+class _Mail:
+    """What passes by an mpi4py communicator, by labels: of an exchange that a fault has ended messages are still on
+    their way, and must not pass for those of another."""
+
+    _TAG = 21473
+
+    def __init__(self, comm):
+        self._comm, self._lock = comm, threading.Lock()
+        self._arriving: dict[int, Any] = {}  # by source: the request for a message whose label is not known yet
+        self._come: dict[tuple[int, Any], Any] = {}
+        self._leaving: list[Any] = []  # requests, which own what they send
+        self.made = 0  # bootstraps by this communicator
+
+    def send(self, value: Any, label: Any, target: int) -> Any:
+        """Returns what `has_left` takes."""
+        with self._lock:
+            request = self._comm.isend((label, value), target, self._TAG)
+            self._leaving = [each for each in (*self._leaving, request) if not each.test()[0]]
+            return request
+
+    def has_left(self, request: Any) -> bool:
+        """Whether what was sent needs no more calls of MPI here."""
+        with self._lock:
+            return request.test()[0]
+
+    def receive(self, label: Any, source: int) -> list[Any]:
+        """[the value that `source` has sent under this label], once; [] if it has not come."""
+        with self._lock:
+            while (key := (source, label)) not in self._come and self._advance(source):
+                pass
+            return [self._come.pop(key)] if key in self._come else []
+
+    def _advance(self, source: int) -> bool:
+        """Takes in the next message of a rank; returns whether one had come."""
+        if source not in self._arriving:  # its length must be known first: a plain irecv takes 32 KiB at most
+            message = self._comm.improbe(source=source, tag=self._TAG)
+            if message is None:
+                return False
+            self._arriving[source] = message.irecv()
+        done, received = self._arriving[source].test()
+        if done:
+            del self._arriving[source]
+            label, value = received
+            self._come[source, label] = value
+        return done
+
+    @classmethod
+    def of(cls, comm) -> "_Mail":
+        """The one of this communicator of MPI, with which it lives."""
+        from mpi4py import MPI
+
+        if cls._key is None:
+            cls._key = MPI.Comm.Create_keyval()
+        mail = comm.Get_attr(cls._key)
+        if mail is None:
+            mail = cls(comm)
+            comm.Set_attr(cls._key, mail)
+        return mail
+
+    _key: int | None = None
+
+
 class MPIBootstrap(Bootstrap):
     """Over an mpi4py communicator: messages between pairs, because a collective of MPI has no deadline."""
 
-    # One tag for all: messages of a pair keep their order, and all ranks exchange in the same order.
-    _TAG = 21473
     # Seconds that what was sent before a fault may take to arrive after word of it.
     _GRACE = 0.05
 
-    def __init__(self, comm, timeout: float, members: list[int] | None = None):
-        self._comm, self._timeout = comm, timeout
+    def __init__(self, comm, timeout: float, members: list[int] | None = None, name: str | None = None):
+        self._comm, self._timeout, self._mail = comm, timeout, _Mail.of(comm)
         self._members = list(range(comm.Get_size())) if members is None else members
         self.rank, self.size = self._members.index(comm.Get_rank()), len(self._members)
         self.world_rank = comm.Get_rank()
+        if name is None:  # all ranks make theirs in the same order
+            self._mail.made += 1
+            name = str(self._mail.made)
+        self._name, self._round = name, 0
 
     def exchange(self, value: Any) -> list[Any]:
-        values = [value] * self.size
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        sent = {rank: self._comm.isend(value, self._members[rank], self._TAG) for rank in others}
-        pending: dict[int, Any] = dict.fromkeys(others)
+        self._round += 1
+        label, values = (self._name, self._round), {self.rank: value}
+        pending = [rank for rank in range(self.size) if rank != self.rank]
+        leaving = {rank: self._mail.send(value, label, self._members[rank]) for rank in pending}
         deadline, fault = time.monotonic() + self._timeout, None
         while True:
-            for rank, request in list(pending.items()):
-                if request is None:  # its length must be known first: a plain irecv takes 32 KiB at most
-                    message = self._comm.improbe(source=self._members[rank], tag=self._TAG)
-                    pending[rank] = request = message and message.irecv()
-                done, received = request.test() if request is not None else (False, None)
-                if done:
+            for rank in pending:
+                for received in self._mail.receive(label, self._members[rank]):
                     values[rank] = received
-                    del pending[rank]
-            sent = {rank: request for rank, request in sent.items() if not request.test()[0]}
-            if not pending and not sent:
-                return values
+            pending = [rank for rank in pending if rank not in values]
+            leaving = {rank: request for rank, request in leaving.items() if not self._mail.has_left(request)}
+            if not pending and not leaving:
+                return [values[rank] for rank in range(self.size)]
             try:
                 if fault is None:
                     self.interrupt()
             except TdcclError as error:
                 deadline, fault = time.monotonic() + self._GRACE, error
             if time.monotonic() > deadline:
-                for request in filter(None, [*pending.values(), *sent.values()]):
-                    request.cancel()
-                raise fault or _missing(sorted({*pending, *sent}), self.size, self._timeout)
+                raise fault or _missing(sorted({*pending, *leaving}), self.size, self._timeout)
             time.sleep(0.0002)
 
     def store(self, name: str):
@@ -195,7 +254,7 @@ class MPIBootstrap(Bootstrap):
 
     def subgroup(self, members: list[int], name: str) -> "MPIBootstrap":
         world = [self._members[rank] for rank in members]
-        return MPIBootstrap(self._comm, self._timeout, world)
+        return MPIBootstrap(self._comm, self._timeout, world, f"{self._name}/{name}")
 
 
 _stores: dict[str, Any] = {}  # by address: rank 0 can listen at one only once
