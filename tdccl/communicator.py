@@ -1,6 +1,7 @@
 """The direct API: `tdccl.init` makes a `Communicator`, whose methods are the collectives."""
 
 import functools
+import itertools
 import math
 import operator
 import threading
@@ -14,7 +15,7 @@ from torch.autograd import profiler
 from tdccl import environment, transport
 from tdccl.calls import AGAIN, Calls, overlap, shown
 from tdccl.decisions import layout, rails
-from tdccl.errors import ArgumentError, TdcclError
+from tdccl.errors import ArgumentError, DestroyedError, TdcclError
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.arenas import Arenas
@@ -27,6 +28,8 @@ if environment.emulated():
     import tdccl.runtime.emulation  # noqa: F401  before a user launches a kernel of his own
 
 _made: list[weakref.ref] = []  # by `init`, in this order
+_named: weakref.WeakValueDictionary[str, "Communicator"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 _DESTROYED = "this communicator is destroyed; make a new one with tdccl.init"
 
 
@@ -55,6 +58,14 @@ def latest() -> "Communicator | None":
     """The communicator that `init` made last, of those alive. Not by `split`: ranks may be in different parts."""
     alive = [communicator for made in _made if (communicator := made()) and not communicator._destroyed]
     return alive[-1] if alive else None
+
+
+def named(name: str) -> "Communicator":
+    """The communicator of this process with that `name`. Raises DestroyedError if it is gone."""
+    try:
+        return _named[name]
+    except KeyError:
+        raise DestroyedError(f"the communicator {name!r} of this call is gone; keep a reference to it") from None
 
 
 class Communicator(Calls):
@@ -86,6 +97,9 @@ class Communicator(Calls):
         self._arenas = Arenas(bootstrap, self.device, self._allocate, self._segments, self._regions)
         self._loans = Loans(bootstrap, self.device, self.empty)
         self._splits = 0
+        # Operators of torch.library find this object by it; what is compiled for a size must not pass for another.
+        self.name = f"tdccl{next(_numbers)} of {self.size}"
+        _named[self.name] = self
 
     # ---- collectives -----------------------------------------------------------------------------------
 

@@ -383,7 +383,7 @@ class Membership:
             0: "data",
             1: "result",
             2: "barrier",
-            3: "a user's signal",
+            3: "a signal",
             4: "packets",
             5: "a message",
             7: "a tile across",
@@ -391,7 +391,8 @@ class Membership:
         if fault["kind"] == COMPARISON:
             what = f"to compare call {fault['epoch']}"
         else:
-            what = f"block {fault['block']}, {kinds[fault['kind']]} of epoch {fault['epoch']} "
+            epoch = f" of epoch {fault['epoch']}" if fault["epoch"] else ""  # a signal need be of none
+            what = f"block {fault['block']}, {kinds[fault['kind']]}{epoch} "
             what += f"(expected {fault['expected']:#x}, seen {fault['seen']:#x})"
         self._control.share()
         waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"

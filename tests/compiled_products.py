@@ -37,9 +37,12 @@ def with_other_uses(x, up, down):
     return gathered.float().sum() + (wide @ up.float()).sum() + least.float().sum()
 
 
-def compiled(body, fuse: FuseProducts):
+def compiled(body, fuse: FuseProducts, left: list):
+    """The body with the pass; `left` gets the calls of functional collectives that are in its graph afterwards."""
+
     def compile_graph(module, inputs):
         fuse(module.graph)
+        left.extend(node for node in module.graph.nodes if "_c10d_functional" in str(node.target))
         module.recompile()
         return module
 
@@ -54,13 +57,13 @@ def main() -> None:
     generator = torch.Generator().manual_seed(dist.get_rank())
     shapes = (ROWS, BATCH, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER)
     values = [torch.randn(*shape, generator=generator).to(device, torch.bfloat16) for shape in shapes]
-    for body, expected in ((layer, 2), (with_other_uses, 0)):
-        fuse = FuseProducts()
+    for body, expected, others in ((layer, 2, 0), (with_other_uses, 0, 6)):
+        fuse, left = FuseProducts(), []
         torch._dynamo.reset()
         with torch.no_grad():
-            result = compiled(body, fuse)(*values)
+            result = compiled(body, fuse, left)(*values)
             torch.testing.assert_close(result, body(*values), atol=0.5, rtol=0.03)
-        assert fuse.fused == expected, f"{body.__name__}: {fuse.fused} fused"
+        assert fuse.fused == expected and len(left) == others, f"{body.__name__}: {fuse.fused} fused, left {left}"
     print(f"rank {dist.get_rank()}: ok")
     dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Communication fused with computation: the operators, the tile layer, and its swizzles."""
 
+import gc
 import json
 import random
 import subprocess
@@ -261,23 +262,57 @@ def test_a_rank_that_never_comes_is_told(ranks, operator, shape):
 
 
 def check_compiled(comm):
-    """torch.compile sees the operators, their shapes and their gradients."""
+    """torch.compile sees the operators, their shapes and their gradients, and which communicator they are given."""
     a, b = matrices(comm, "all_gather_gemm", (8, 16, 24), torch.bfloat16, False, 5)[comm.rank]
 
-    def layer(x, up):
-        return gemm_reduce_scatter(comm, all_gather_gemm(comm, x, up).relu(), up.t())
+    def layer(group, x, up):
+        return gemm_reduce_scatter(group, all_gather_gemm(group, x, up).relu(), up.t())
 
-    eager = layer(a, b)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    leaf = a.clone().requires_grad_()
-    result = compiled(leaf, b)
-    assert torch.equal(result, eager)
-    result.sum().backward()
-    assert leaf.grad.shape == a.shape
+    def turned(group, x, up):
+        return gemm_all_to_all(group, all_to_all_gemm(group, x, up.t()), up)
+
+    wide = b.repeat(1, 2 * comm.size)[:, : a.shape[1] * comm.size]
+    for body, pair, groups in ((layer, (a, b), (comm, comm.split(comm.rank), comm)), (turned, (a, wide), (comm,))):
+        compiled = torch.compile(body, backend="aot_eager", fullgraph=True)
+        for group in groups:
+            results = []
+            for call in (compiled, body):  # the compiled one first: nothing need be there before it
+                leaves = [tensor.clone().requires_grad_() for tensor in pair]
+                result = call(group, *leaves)
+                result.sum().backward()
+                results.append((result, *(leaf.grad for leaf in leaves)))
+            for mine, eager in zip(*results):
+                assert torch.equal(mine, eager), (body.__name__, group)
 
 
 def test_torch_compile_sees_the_operators(ranks):
     ranks.run(check_compiled, min(2, pool.LARGEST_WORLD))
+
+
+def check_second_order(comm):
+    a, b = (torch.ones(2, 2, dtype=torch.bfloat16, device=comm.device, requires_grad=True) for _ in range(2))
+    gradients = torch.autograd.grad(all_gather_gemm(comm, a, b).square().sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"gather_rows"):
+        gradients[0].sum().backward()
+
+
+def test_gradients_of_gradients_are_refused(ranks):
+    ranks.run(check_second_order, min(2, pool.LARGEST_WORLD))
+
+
+def check_gone(comm):
+    a, b = (torch.ones(2, 2, dtype=torch.bfloat16, device=comm.device, requires_grad=True) for _ in range(2))
+    group = comm.split(comm.rank)
+    result = all_gather_gemm(group, a, b)
+    group.destroy()
+    del group
+    gc.collect()
+    with pytest.raises(tdccl.DestroyedError, match="is gone"):
+        result.sum().backward()
+
+
+def test_a_gradient_after_the_communicator_is_gone_is_refused(ranks):
+    ranks.run(check_gone, min(2, pool.LARGEST_WORLD))
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pool
 import pytest
@@ -123,6 +125,22 @@ def check_bits(comm):
 
 def test_bits_are_those_of_all_reduce_and_the_same_in_every_run(ranks):
     ranks.run(check_bits, min(3, pool.LARGEST_WORLD))
+
+
+def check_counters(comm):
+    """With more blocks than emulation has by itself, and tiles that are cut: each has a word to count its blocks."""
+    module, spaces = import_module("tdccl.overlap.gemm_all_reduce"), []  # the package has a function of this name
+    make = module._space
+    with mock.patch.multiple(
+        module, blocks_of=lambda device: 6, _space=lambda *how: spaces.append(make(*how)) or spaces[-1]
+    ):
+        check_product(comm, (16, 96, 640), torch.bfloat16, False, 3)
+    assert len(spaces[0].arrivals) >= 640 // 64, len(spaces[0].arrivals)
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="blocks are given for emulation")
+def test_every_tile_that_is_cut_has_its_counter(ranks):
+    ranks.run(check_counters, pool.LARGEST_WORLD)
 
 
 def check_gradients(comm):

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
-from tdccl.overlap.workspace import check_matrices, check_out, communicator_of, keep_operands, name_of, workspace
+from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, workspace
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def all_gather_gemm(
     collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
     if out is None:
-        return torch.ops.tdccl.all_gather_gemm(a_shard, b, name_of(comm))
+        return torch.ops.tdccl.all_gather_gemm(a_shard, b, comm.name)
     check_matrices("all_gather_gemm", comm, a_shard, b)
     shape = (comm.size * a_shard.shape[0], b.shape[1])
     _compute(comm, a_shard, b, check_out("all_gather_gemm", out, shape, a_shard))
@@ -186,7 +186,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
 
 @torch.library.custom_op("tdccl::all_gather_gemm", mutates_args=())
 def _operator(a_shard: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     check_matrices("all_gather_gemm", communicator, a_shard, b)
     out = a_shard.new_empty((communicator.size * a_shard.shape[0], b.shape[1]))
     _compute(communicator, a_shard, b, out)
@@ -195,7 +195,7 @@ def _operator(a_shard: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor
 
 @_operator.register_fake
 def _fake(a_shard, b, comm):
-    return a_shard.new_empty((communicator_of(comm).size * a_shard.shape[0], b.shape[1]))
+    return a_shard.new_empty((named(comm).size * a_shard.shape[0], b.shape[1]))
 
 
 def _gradients(ctx, gradient):
@@ -205,7 +205,7 @@ def _gradients(ctx, gradient):
     if ctx.needs_input_grad[0]:
         of_shard = torch.ops.tdccl.gemm_reduce_scatter(gradient, b.t(), ctx.comm)
     if ctx.needs_input_grad[1]:
-        of_b = communicator_of(ctx.comm).all_gather(a_shard.contiguous()).t() @ gradient
+        of_b = gather_rows(a_shard, ctx.comm).t() @ gradient
     return of_shard, of_b, None
 
 

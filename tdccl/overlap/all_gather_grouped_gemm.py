@@ -14,6 +14,7 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
+from tdccl.communicator import named
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import DTYPES, blocks_of, dense
@@ -31,7 +32,7 @@ from tdccl.overlap.grouped import (
 from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.pushers import pushers
 from tdccl.overlap.routing import Routing, Sizes, padded_tokens
-from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
+from tdccl.overlap.workspace import check_out, workspace
 
 PUSH_WARPS = 16
 # Tokens and elements of each that a pusher has in flight.
@@ -165,7 +166,7 @@ def all_gather_grouped_gemm(
     call of the communicator raises.
     """
     if out is None:
-        return torch.ops.tdccl.all_gather_grouped_gemm(x, b, routing.memory, name_of(routing.comm), list(routing.sizes))
+        return torch.ops.tdccl.all_gather_grouped_gemm(x, b, routing.memory, routing.comm.name, list(routing.sizes))
     check_grouped("all_gather_grouped_gemm", x, routing.sizes.tokens, b, routing)
     check_out("all_gather_grouped_gemm", out, (routing.rows, b.shape[2]), x)
     _compute(x, b, routing, out)
@@ -214,7 +215,7 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
 
 @torch.library.custom_op("tdccl::all_gather_grouped_gemm", mutates_args=())
 def _operator(x: torch.Tensor, b: torch.Tensor, memory: torch.Tensor, comm: str, sizes: list[int]) -> torch.Tensor:
-    routing = Routing(communicator_of(comm), Sizes(*sizes), memory, None)
+    routing = Routing(named(comm), Sizes(*sizes), memory, None)
     check_grouped("all_gather_grouped_gemm", x, routing.sizes.tokens, b, routing)
     out = x.new_empty(routing.rows, b.shape[2])
     _compute(x, b, routing, out)
@@ -223,7 +224,7 @@ def _operator(x: torch.Tensor, b: torch.Tensor, memory: torch.Tensor, comm: str,
 
 @_operator.register_fake
 def _fake(x, b, memory, comm, sizes):
-    return x.new_empty(Routing(communicator_of(comm), Sizes(*sizes), memory, None).rows, b.shape[2])
+    return x.new_empty(Routing(named(comm), Sizes(*sizes), memory, None).rows, b.shape[2])
 
 
 def _keep(ctx, inputs, output):

@@ -17,11 +17,10 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError
 from tdccl.overlap.gemm import DTYPES, blocks_of
-from tdccl.overlap.workspace import communicator_of, name_of
 
 # Bytes of all rows up to which they go as packets, and what one shot may send more than two.
 PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
@@ -177,7 +176,7 @@ def all_reduce_rms_norm(
     Without gradients. The first call of a larger width allocates symmetric memory, up to 34 MiB, and is
     collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
-    return torch.ops.tdccl.all_reduce_rms_norm(x, residual, weight, eps, name_of(comm))
+    return torch.ops.tdccl.all_reduce_rms_norm(x, residual, weight, eps, comm.name)
 
 
 class _Packets:
@@ -287,7 +286,7 @@ def _check(comm: Communicator, x: torch.Tensor, residual: torch.Tensor, weight: 
 def _operator(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, comm: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     _check(communicator, x, residual, weight)
     normed, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():

@@ -12,21 +12,13 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import blocks_of, grouped, prepare, product_onto
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
-from tdccl.overlap.workspace import (
-    check_operands,
-    check_out,
-    communicator_of,
-    keep_operands,
-    name_of,
-    padded,
-    workspace,
-)
+from tdccl.overlap.workspace import check_operands, check_out, exchange_columns, keep_operands, padded, workspace
 
 
 def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -112,7 +104,7 @@ def all_to_all_gemm(
     collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
     if out is None:
-        return torch.ops.tdccl.all_to_all_gemm(a, b, name_of(comm))
+        return torch.ops.tdccl.all_to_all_gemm(a, b, comm.name)
     _check(comm, a, b)
     shape = (a.shape[0] // comm.size, b.shape[1])
     _compute(comm, a, b, check_out("all_to_all_gemm", out, shape, a))
@@ -178,7 +170,7 @@ def _aligned_shards(a: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
 
 @torch.library.custom_op("tdccl::all_to_all_gemm", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     _check(communicator, a, b)
     out = a.new_empty((a.shape[0] // communicator.size, b.shape[1]))
     _compute(communicator, a, b, out)
@@ -187,7 +179,7 @@ def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
 
 @_operator.register_fake
 def _fake(a, b, comm):
-    return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
+    return a.new_empty((a.shape[0] // named(comm).size, b.shape[1]))
 
 
 def _gradients(ctx, gradient):
@@ -198,8 +190,7 @@ def _gradients(ctx, gradient):
     if ctx.needs_input_grad[0]:
         of_a = torch.ops.tdccl.gemm_all_to_all(gradient, b.t(), ctx.comm)
     if ctx.needs_input_grad[1]:
-        comm = communicator_of(ctx.comm)
-        of_b = torch.cat(comm.all_to_all(a.contiguous()).chunk(comm.size), dim=1).t() @ gradient
+        of_b = exchange_columns(a, ctx.comm).t() @ gradient
     return of_a, of_b, None
 
 

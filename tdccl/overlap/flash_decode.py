@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 from tdccl.overlap.attention import (
     LOG2_E,
@@ -23,7 +23,7 @@ from tdccl.overlap.attention import (
     weights_of,
 )
 from tdccl.overlap.gemm import DTYPES, blocks_of
-from tdccl.overlap.workspace import check_out, communicator_of, name_of
+from tdccl.overlap.workspace import check_out
 
 # Rows of a tile of queries: the smallest that tensor cores take; the heads of a group are in it.
 _GROUP = 16
@@ -161,7 +161,7 @@ def flash_decode(
     """
     scale = scale_of("flash_decode", scale, q.shape[-1])
     if out is None:
-        return torch.ops.tdccl.flash_decode(q, k, v, lengths, scale, name_of(comm))
+        return torch.ops.tdccl.flash_decode(q, k, v, lengths, scale, comm.name)
     _check(comm, q, k, v, lengths)
     _compute(comm, q, k, v, lengths, check_out("flash_decode", out, tuple(q.shape), q), scale)
     return out
@@ -240,7 +240,7 @@ def _parts(splits: int, rows: int) -> int:
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, scale: float, comm: str
 ) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     _check(communicator, q, k, v, lengths)
     out = q.new_empty(q.shape)
     _compute(communicator, q, k, v, lengths, out, scale)

@@ -15,14 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tdccl.language as shmem
 from tdccl import environment
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.attention import LOG2_E, attend, check_heads, mean, no_keys, scale_of, see
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import DTYPES, blocks_of, dense
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
-from tdccl.overlap.workspace import check_out, communicator_of, name_of, workspace
+from tdccl.overlap.workspace import check_out, workspace
 
 
 class Shape(NamedTuple):
@@ -243,7 +243,7 @@ def gather_kv_attention(
     """
     scale = scale_of("gather_kv_attention", scale, q.shape[-1])
     if out is None:
-        return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, name_of(comm))
+        return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, comm.name)
     _check(comm, q, k, v, zigzag)
     check_out("gather_kv_attention", out, tuple(q.shape), q)
     _compute(comm, q, k, v, causal, zigzag, scale, out)
@@ -314,7 +314,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, zigzag: bool, scale: float, comm: str
 ) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     _check(communicator, q, k, v, zigzag)
     out = q.new_empty(q.shape)
     _compute(communicator, q, k, v, causal, zigzag, scale, out)

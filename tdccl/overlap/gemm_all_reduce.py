@@ -20,7 +20,7 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import side_of
 from tdccl.overlap.gemm import (
@@ -32,15 +32,7 @@ from tdccl.overlap.gemm import (
     product_onto,
     shape_for,
 )
-from tdccl.overlap.workspace import (
-    Workspace,
-    check_matrices,
-    check_out,
-    communicator_of,
-    keep_operands,
-    name_of,
-    workspace,
-)
+from tdccl.overlap.workspace import Workspace, check_matrices, check_out, keep_operands, workspace
 
 FEW_ROWS = 32 if environment.emulated() else 256
 # What one shot may send more than two: bytes that pass the link while two shots wait for each other once more.
@@ -400,7 +392,7 @@ def gemm_all_reduce(
     `comm` raises.
     """
     if out is None:
-        return torch.ops.tdccl.gemm_all_reduce(a, b, name_of(comm))
+        return torch.ops.tdccl.gemm_all_reduce(a, b, comm.name)
     check_matrices("gemm_all_reduce", comm, a, b)
     _compute(comm, a, b, check_out("gemm_all_reduce", out, (a.shape[0], b.shape[1]), a))
     return out
@@ -504,14 +496,15 @@ def _name(few: bool) -> str:
 
 
 def _space(comm: Communicator, dtype, shape: Shape, tiles: int, sums: Sums, few: bool, blocks: int) -> Workspace:
-    """Slots for the tiles of all ranks, then, in two shots, for the sums of all tiles; and a signal for each."""
+    """Slots for the tiles of all ranks, then, in two shots, for the sums of all tiles; and a signal for each, or at
+    least as many as tiles: so many words count the blocks that have come to a tile."""
     tile = shape.rows * shape.columns
     elements, signals = comm.size * sums.owned * tile, sums.owned
     if not sums.one_shot:
         elements += tiles * tile
         signals += sums.owned * (shape.rows // sums.height)
     partials = 2 * blocks * tile if few else 0
-    return workspace(comm, _name(few), elements, _UNIT, dtype, signals, blocks, partials=partials)
+    return workspace(comm, _name(few), elements, _UNIT, dtype, max(signals, tiles), blocks, partials=partials)
 
 
 def _one_then_other(device: torch.device, multiply, fold, beside: bool) -> None:
@@ -533,7 +526,7 @@ def _one_then_other(device: torch.device, multiply, fold, beside: bool) -> None:
 
 @torch.library.custom_op("tdccl::gemm_all_reduce", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     check_matrices("gemm_all_reduce", communicator, a, b)
     out = a.new_empty((a.shape[0], b.shape[1]))
     _compute(communicator, a, b, out)

@@ -10,19 +10,11 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
 from tdccl.overlap.gemm_reduce_scatter import slot_of, wait_peers
-from tdccl.overlap.workspace import (
-    check_matrices,
-    check_out,
-    communicator_of,
-    keep_operands,
-    name_of,
-    padded,
-    workspace,
-)
+from tdccl.overlap.workspace import check_matrices, check_out, exchange_columns, keep_operands, padded, workspace
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -108,7 +100,7 @@ def gemm_all_to_all(
     and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
     if out is None:
-        return torch.ops.tdccl.gemm_all_to_all(a, b, name_of(comm))
+        return torch.ops.tdccl.gemm_all_to_all(a, b, comm.name)
     check_matrices("gemm_all_to_all", comm, a, b, columns=comm.size)
     shape = (comm.size * a.shape[0], b.shape[1] // comm.size)
     _compute(comm, a, b, check_out("gemm_all_to_all", out, shape, a))
@@ -141,7 +133,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
 @torch.library.custom_op("tdccl::gemm_all_to_all", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     check_matrices("gemm_all_to_all", communicator, a, b, columns=communicator.size)
     out = a.new_empty((communicator.size * a.shape[0], b.shape[1] // communicator.size))
     _compute(communicator, a, b, out)
@@ -150,7 +142,7 @@ def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
 
 @_operator.register_fake
 def _fake(a, b, comm):
-    size = communicator_of(comm).size
+    size = named(comm).size
     return a.new_empty((size * a.shape[0], b.shape[1] // size))
 
 
@@ -161,8 +153,7 @@ def _gradients(ctx, gradient):
     if ctx.needs_input_grad[0]:
         of_a = torch.ops.tdccl.all_to_all_gemm(gradient, b.t(), ctx.comm)
     if ctx.needs_input_grad[1]:
-        comm = communicator_of(ctx.comm)
-        of_b = a.t() @ torch.cat(comm.all_to_all(gradient.contiguous()).chunk(comm.size), dim=1)
+        of_b = a.t() @ exchange_columns(gradient, ctx.comm)
     return of_a, of_b, None
 
 

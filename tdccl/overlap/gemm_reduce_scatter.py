@@ -10,19 +10,11 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
-from tdccl.overlap.workspace import (
-    check_matrices,
-    check_out,
-    communicator_of,
-    keep_operands,
-    name_of,
-    padded,
-    workspace,
-)
+from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, padded, workspace
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -134,7 +126,7 @@ def gemm_reduce_scatter(
     of `comm` raises.
     """
     if out is None:
-        return torch.ops.tdccl.gemm_reduce_scatter(a, b, name_of(comm))
+        return torch.ops.tdccl.gemm_reduce_scatter(a, b, comm.name)
     check_matrices("gemm_reduce_scatter", comm, a, b, comm.size)
     shape = (a.shape[0] // comm.size, b.shape[1])
     _compute(comm, a, b, check_out("gemm_reduce_scatter", out, shape, a))
@@ -184,7 +176,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
 @torch.library.custom_op("tdccl::gemm_reduce_scatter", mutates_args=())
 def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
-    communicator = communicator_of(comm)
+    communicator = named(comm)
     check_matrices("gemm_reduce_scatter", communicator, a, b, communicator.size)
     out = a.new_empty((a.shape[0] // communicator.size, b.shape[1]))
     _compute(communicator, a, b, out)
@@ -193,7 +185,7 @@ def _operator(a: torch.Tensor, b: torch.Tensor, comm: str) -> torch.Tensor:
 
 @_operator.register_fake
 def _fake(a, b, comm):
-    return a.new_empty((a.shape[0] // communicator_of(comm).size, b.shape[1]))
+    return a.new_empty((a.shape[0] // named(comm).size, b.shape[1]))
 
 
 def _gradients(ctx, gradient):
@@ -203,7 +195,7 @@ def _gradients(ctx, gradient):
     if ctx.needs_input_grad[0]:
         of_a = torch.ops.tdccl.all_gather_gemm(gradient, b.t(), ctx.comm)
     if ctx.needs_input_grad[1]:
-        of_b = a.t() @ communicator_of(ctx.comm).all_gather(gradient.contiguous())
+        of_b = a.t() @ gather_rows(gradient, ctx.comm)
     return of_a, of_b, None
 
 

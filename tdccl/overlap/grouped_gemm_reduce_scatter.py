@@ -14,6 +14,7 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
+from tdccl.communicator import named
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import DTYPES, blocks_of, dense, left
@@ -30,7 +31,7 @@ from tdccl.overlap.grouped import (
 )
 from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.routing import Routing, Sizes
-from tdccl.overlap.workspace import check_out, communicator_of, name_of, padded, workspace
+from tdccl.overlap.workspace import check_out, padded, workspace
 
 REDUCE_WARPS = 16
 # Tokens, and columns, of which a reducer adds up the rows together.
@@ -264,7 +265,7 @@ def grouped_gemm_reduce_scatter(
     """
     if out is None:
         return torch.ops.tdccl.grouped_gemm_reduce_scatter(
-            h, b, routing.memory, routing.weights, name_of(routing.comm), list(routing.sizes)
+            h, b, routing.memory, routing.weights, routing.comm.name, list(routing.sizes)
         )
     check_grouped("grouped_gemm_reduce_scatter", h, routing.rows, b, routing)
     check_out("grouped_gemm_reduce_scatter", out, (routing.sizes.tokens, b.shape[2]), h)
@@ -333,7 +334,7 @@ def _reducers(blocks: int, depth: int) -> int:
 def _operator(
     h: torch.Tensor, b: torch.Tensor, memory: torch.Tensor, weights: torch.Tensor | None, comm: str, sizes: list[int]
 ) -> torch.Tensor:
-    routing = Routing(communicator_of(comm), Sizes(*sizes), memory, weights)
+    routing = Routing(named(comm), Sizes(*sizes), memory, weights)
     check_grouped("grouped_gemm_reduce_scatter", h, routing.rows, b, routing)
     out = h.new_empty(routing.sizes.tokens, b.shape[2])
     _compute(h, b, routing, out)
@@ -354,7 +355,7 @@ def _gradients(ctx, gradient):
     """Of the rows: all ranks' gradients times the transposed b, gathered on the way, times the weights; without them
     the rows' products with h are what the weights get. Of b: the weighted rows times the gathered gradients."""
     h, b, memory, weights = ctx.saved_tensors
-    position = Routing(communicator_of(ctx.comm), Sizes(*ctx.sizes), memory, None).tables.position
+    position = Routing(named(ctx.comm), Sizes(*ctx.sizes), memory, None).tables.position
     of_h = of_b = of_weights = None
     factors = _weights_of_rows(position, weights)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:

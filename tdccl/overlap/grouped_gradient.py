@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from tdccl import environment
+from tdccl.communicator import named
 from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.routing import Routing, Sizes, local_of, padded_tokens
-from tdccl.overlap.workspace import communicator_of
 
 # Rows of a step, and rows and columns of a tile of the gradient.
 _ROWS, _TILE = (16, 32) if environment.emulated() else (64, 128)
@@ -52,7 +52,7 @@ def grouped_gradient(
     tokens: this rank's, [tokens, ..], which are gathered from all. rows: [routing.rows, ..]. tokens_first: whether K is
     of tokens and N of rows, or the other way round. Sums are fp32, the result is of the dtype of `tokens`.
     """
-    routing = Routing(communicator_of(comm), Sizes(*sizes), memory, None)
+    routing = Routing(named(comm), Sizes(*sizes), memory, None)
     out = _result(tokens, rows, memory, comm, sizes, tokens_first)
     if routing.rows == 0:
         return out.zero_()
@@ -73,5 +73,5 @@ def grouped_gradient(
 @grouped_gradient.register_fake
 def _result(tokens, rows, memory, comm, sizes, tokens_first):
     left, right = (tokens, rows) if tokens_first else (rows, tokens)
-    local = local_of(communicator_of(comm).size, Sizes(*sizes))
+    local = local_of(named(comm).size, Sizes(*sizes))
     return tokens.new_empty(local, left.shape[1], right.shape[1])

@@ -12,7 +12,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tdccl.communicator import Communicator
-from tdccl.overlap.workspace import name_of
 from tdccl.process_group import ProcessGroup
 
 _functional, _aten = torch.ops._c10d_functional, torch.ops.aten
@@ -34,7 +33,6 @@ class FuseProducts(CustomGraphPass):
                 self.fused += _gathered_product(graph, node) or 0
             elif node.target is _functional.wait_tensor.default:
                 self.fused += _scattered_product(graph, node) or 0
-        graph.eliminate_dead_code()
 
     def uuid(self) -> None:
         """Keeps graphs out of Inductor's cache: they name communicators of this process."""
@@ -53,9 +51,10 @@ def _gathered_product(graph: torch.fx.Graph, product: torch.fx.Node) -> bool:
     with graph.inserting_before(product):
         rows = graph.call_function(_aten.reshape.default, (shard, [-1, depth]))
         operator = torch.ops.tdccl.all_gather_gemm.default
-        fused = graph.call_function(operator, (rows, product.args[1], name_of(communicator)))
+        fused = graph.call_function(operator, (rows, product.args[1], communicator.name))
     fused.meta["val"] = _value(product)
     product.replace_all_uses_with(fused)
+    _erase(graph, product, gather)
     return True
 
 
@@ -73,11 +72,21 @@ def _scattered_product(graph: torch.fx.Graph, done: torch.fx.Node) -> bool:
         return False
     with graph.inserting_before(done):
         operator = torch.ops.tdccl.gemm_reduce_scatter.default
-        rows = graph.call_function(operator, (*product.args, name_of(communicator)))
+        rows = graph.call_function(operator, (*product.args, communicator.name))
         fused = graph.call_function(_aten.reshape.default, (rows, shape))
     fused.meta["val"] = _value(done)
     done.replace_all_uses_with(fused)
+    _erase(graph, done, product)
     return True
+
+
+def _erase(graph: torch.fx.Graph, last: torch.fx.Node, first: torch.fx.Node) -> None:
+    """Erases a chain of nodes, each used by the next alone. To torch a wait has a side effect, so that it, and all
+    before it, would pass for alive."""
+    node = None
+    while node is not first:
+        node, last = last, last.args[0]
+        graph.erase_node(node)
 
 
 def _below_views(node: torch.fx.Node) -> torch.fx.Node:

@@ -15,13 +15,13 @@ import triton.language as tl
 
 import tdccl.language as shmem
 from tdccl import environment
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.ep import ExpertParallel
 from tdccl.ep.experts import power_of_two
 from tdccl.ep.routing import local_experts
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
-from tdccl.overlap.workspace import communicator_of, name_of, workspace
+from tdccl.overlap.workspace import workspace
 
 # Blocks that look at the tokens of one rank, a power of two, and at how many places together.
 _PARTS = 1 if environment.emulated() else 32
@@ -319,7 +319,7 @@ def _routed(comm: Communicator, topk_idx: torch.Tensor, topk_weights: torch.Tens
         raise ArgumentError("products of experts are for the ranks of one node; take the communicator of split()")
     if sizes.experts < 1:
         raise ArgumentError(f"experts is {sizes.experts}, expected a whole number >= 1")
-    memory, weights = torch.ops.tdccl.route(topk_idx, topk_weights, name_of(comm), list(sizes))
+    memory, weights = torch.ops.tdccl.route(topk_idx, topk_weights, comm.name, list(sizes))
     return Routing(comm, sizes, memory, None if topk_weights is None else weights)
 
 
@@ -327,7 +327,7 @@ def _routed(comm: Communicator, topk_idx: torch.Tensor, topk_weights: torch.Tens
 def _operator(
     topk_idx: torch.Tensor, topk_weights: torch.Tensor | None, comm: str, sizes: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    communicator, given = communicator_of(comm), Sizes(*sizes)
+    communicator, given = named(comm), Sizes(*sizes)
     _, words = _layout(communicator.size, given)
     routing = Routing(communicator, given, topk_idx.new_empty(words, dtype=torch.int32), None)
     weights = topk_idx.new_empty(0, dtype=torch.float32)
@@ -374,7 +374,7 @@ def _find(routing: Routing, idx: torch.Tensor, factors: torch.Tensor | None, wei
 
 @_operator.register_fake
 def _fake(topk_idx, topk_weights, comm, sizes):
-    ranks, given = communicator_of(comm).size, Sizes(*sizes)
+    ranks, given = named(comm).size, Sizes(*sizes)
     shape = (0,) if topk_weights is None else (ranks * given.most, given.top_k)
     memory = topk_idx.new_empty(_layout(ranks, given)[1], dtype=torch.int32)
     return memory, topk_idx.new_empty(shape, dtype=torch.float32)
@@ -398,7 +398,7 @@ _operator.register_autograd(_gradients, setup_context=_keep)
 @torch.library.custom_op("tdccl::own_weights", mutates_args=())
 def _own_weights(everyone: torch.Tensor, comm: str, tokens: int) -> torch.Tensor:
     """The sum over ranks of what each has for this rank's weights: [tokens, top_k]."""
-    return communicator_of(comm).reduce_scatter(everyone.contiguous())[:tokens].clone()
+    return named(comm).reduce_scatter(everyone.contiguous())[:tokens].clone()
 
 
 @_own_weights.register_fake

@@ -1,18 +1,14 @@
-"""What an operator keeps between its calls: symmetric memory, signals and epochs; and names of communicators."""
+"""What an operator keeps between its calls: symmetric memory, signals and epochs; and what operators share."""
 
-import itertools
 import math
 import weakref
 
 import torch
 
-from tdccl.communicator import Communicator
+from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 
 _kept: weakref.WeakKeyDictionary[Communicator, dict] = weakref.WeakKeyDictionary()
-_named: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
-_names: weakref.WeakKeyDictionary[Communicator, str] = weakref.WeakKeyDictionary()
-_numbers = itertools.count()
 
 
 class Workspace:
@@ -85,23 +81,39 @@ def workspace(
         )
     if kept:  # calls that are large in different ways must not outgrow each other's for ever
         last = kept[-1]
-        elements, most = max(elements, last.half), max(most, last.most)
-        partials = max(partials, last.partials.numel())
+        elements, most = _outgrowing(elements, last.half), _outgrowing(most, last.most)
+        partials = _outgrowing(partials, last.partials.numel())
     kept.append(Workspace(comm, elements, unit, dtype, most, blocks, copied, partials))
     return kept[-1]
 
 
-def name_of(comm: Communicator) -> str:
-    """A name by which operators of torch.library, which take no objects, find the communicator again."""
-    if comm not in _names:
-        _names[comm] = f"tdccl{next(_numbers)}"
-        _named[_names[comm]] = comm
-    return _names[comm]
+@torch.library.custom_op("tdccl::gather_rows", mutates_args=())
+def gather_rows(x: torch.Tensor, comm: str) -> torch.Tensor:
+    """All ranks' rows, in rank order: for gradients, in which the compiler cannot follow a communicator's calls."""
+    return named(comm).all_gather(x.contiguous())
 
 
-def communicator_of(name: str) -> Communicator:
-    """The communicator that has this name."""
-    return _named[name]
+@gather_rows.register_fake
+def _(x, comm):
+    return x.new_empty(named(comm).size * x.shape[0], *x.shape[1:])
+
+
+@torch.library.custom_op("tdccl::exchange_columns", mutates_args=())
+def exchange_columns(x: torch.Tensor, comm: str) -> torch.Tensor:
+    """All ranks' columns, in rank order, of this rank's share of the rows of x: likewise."""
+    communicator = named(comm)
+    return torch.cat(communicator.all_to_all(x.contiguous()).chunk(communicator.size), dim=1)
+
+
+@exchange_columns.register_fake
+def _(x, comm):
+    size = named(comm).size
+    return x.new_empty(x.shape[0] // size, size * x.shape[1])
+
+
+def _outgrowing(needed: int, had: int) -> int:
+    """Half more than there was, at least: sizes that rise slowly would leave many workspaces behind."""
+    return had if needed <= had else max(needed, had + had // 2)
 
 
 def keep_operands(ctx, inputs, output) -> None:
