@@ -159,6 +159,7 @@ def flash_decode(
     of scores, above 0; None: 1 / sqrt(dim). Sums are fp32; 0 where no rank has a key. Forward only. Raises
     ArgumentError, and what any call of `comm` raises.
     """
+    _check_queries(q)
     scale = scale_of("flash_decode", scale, q.shape[-1])
     if out is None:
         return torch.ops.tdccl.flash_decode(q, k, v, lengths, scale, comm.name)
@@ -167,10 +168,14 @@ def flash_decode(
     return out
 
 
-def _check(comm: Communicator, q, k, v, lengths) -> None:
-    comm.check_one_node("flash_decode")
+def _check_queries(q: torch.Tensor) -> None:
     if q.dim() != 3:
         raise ArgumentError(f"flash_decode: q is {tuple(q.shape)}, expected [B, heads, dim]")
+
+
+def _check(comm: Communicator, q, k, v, lengths) -> None:
+    comm.check_one_node("flash_decode")
+    _check_queries(q)
     check_heads("flash_decode", comm, q, k, v)
     if q.shape[1] > _GROUP * k.shape[2]:
         raise ArgumentError(

@@ -241,6 +241,7 @@ def gather_kv_attention(
     there is no gradient. The first call of a larger size allocates symmetric memory, four times all ranks' k, and is
     collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
+    _check_queries(q)
     scale = scale_of("gather_kv_attention", scale, q.shape[-1])
     if out is None:
         return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, comm.name)
@@ -250,9 +251,13 @@ def gather_kv_attention(
     return out
 
 
-def _check(comm: Communicator, q, k, v, zigzag: bool) -> None:
+def _check_queries(q: torch.Tensor) -> None:
     if q.dim() != 4:
         raise ArgumentError(f"gather_kv_attention: q is {tuple(q.shape)}, expected [B, S / size, heads, dim]")
+
+
+def _check(comm: Communicator, q, k, v, zigzag: bool) -> None:
+    _check_queries(q)
     check_heads("gather_kv_attention", comm, q, k, v)
     if q.shape[1] != k.shape[1]:
         raise ArgumentError(

@@ -291,12 +291,16 @@ def route(
     what `grouped_gemm_reduce_scatter` multiplies the experts' rows by, 1 if None. experts: how many there are. Nothing
     waits on the host. Raises ArgumentError, and what any call of `comm` raises.
     """
-    return _routed(comm, topk_idx, topk_weights, Sizes(len(topk_idx), len(topk_idx), topk_idx.shape[-1], experts, 0))
+    if topk_idx.dim() != 2:
+        raise ArgumentError(f"topk_idx is {tuple(topk_idx.shape)}, expected [tokens, top_k]")
+    return _routed(comm, topk_idx, topk_weights, Sizes(len(topk_idx), len(topk_idx), topk_idx.shape[1], experts, 0))
 
 
 def route_experts(ep: ExpertParallel, topk_idx: torch.Tensor, topk_weights: torch.Tensor | None = None) -> Routing:
     """The routing of whole experts that are spread over the ranks as those of `ep`; as `route`, but for up to
     ep.max_tokens tokens a rank, on each a number of its own. topk_idx: [tokens, ep.top_k]."""
+    if topk_idx.dim() != 2:
+        raise ArgumentError(f"topk_idx is {tuple(topk_idx.shape)}, expected [tokens, {ep.top_k}]")
     sizes = Sizes(len(topk_idx), ep.max_tokens, ep.top_k, ep.num_experts, 1)
     if sizes.tokens > sizes.most:
         raise ArgumentError(f"route_experts: topk_idx has {sizes.tokens} tokens, expected at most {sizes.most}")
