@@ -467,8 +467,8 @@ class Communicator(Calls):
         alignment = min(16, low & -low)
         lanes = [("to", rank) for rank in out] + [("from", rank) for rank in into]
         # Lanes go on in threads of their own in emulation: each has a plan, so that none changes another's arguments.
-        lane = lanes[0] if len(lanes) == 1 else None
-        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (lane, None), False, timeout=timeout)
+        own = tuple(lanes) if self._emulated or len(lanes) == 1 else None
+        call = Call("send_recv", 0, "u8", None, 0, alignment, None, (own, None), False, timeout=timeout)
         unit = min(8, alignment)
 
         def column(messages, value):

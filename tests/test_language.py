@@ -1,13 +1,19 @@
 """Kernels of users: the device functions of `tdccl.language`, alone and together."""
 
+import time
+from types import SimpleNamespace
+from unittest import mock
+
+import pool
 import pytest
 import torch
 import triton
 import triton.language as tl
-from waiting import settle
+from waiting import settle, settle_all
 
 import tdccl
 import tdccl.language as shmem
+from tdccl.decisions import layout
 from tdccl.language.signals import may_go_on
 
 
@@ -77,7 +83,7 @@ def all_max(team, x, result, count, TILE: tl.constexpr):
     own = shmem.load_words(x, index, count, tl.float32, True)
     for step in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, own, place, index < count, (team.rank + step) % team.size)
-    words = shmem.get_words(team, epoch, own, place, index < count)
+    words, epoch = shmem.get_words(team, epoch, own, place, index < count)
     shmem.store_words(result, index, shmem.fold_words(words, "max", tl.float32), count, tl.float32, True)
     shmem.end(team, epoch)
 
@@ -142,6 +148,64 @@ def check_epoch_wraps(comm):
 
 def test_epochs_wrap_around(ranks, world):
     ranks.run(check_epoch_wraps, world)
+
+
+def check_old_signals(comm):
+    """Calls by packets leave the signals of staged ones as they are: for billions of them, in hours."""
+    group = comm.split(0)
+    x = torch.full((20_000,), 1.0, device=comm.device)
+    for behind in (2**31 - 10, 2**31 + 10, 2**32 - 1000):
+        group._heap.local[: group.team.blocks.value * 128].view(torch.int64)[::16].fill_(behind)
+        settle_all(group)
+        if comm.rank == 0:
+            time.sleep(0.5)
+        assert (group.all_reduce(x) == comm.size).all(), behind
+        settle_all(group)
+    group.destroy()
+
+
+def test_a_signal_of_long_ago_does_not_pass_for_one_to_come(ranks, world):
+    ranks.run(check_old_signals, world)
+
+
+@triton.jit
+def hear(team, fell):
+    """Waits for packets that nobody sends; by how much the epoch to go on with is past."""
+    epoch = shmem.begin(team)
+    place = tl.arange(0, 256)
+    _, after = shmem.get_words(team, epoch, place, place, place >= 0)
+    tl.store(fell, epoch - after)
+
+
+def check_nothing_is_made_of_garbage(comm):
+    """A rank of which a wait has failed, and whose host has not looked yet, tells its peers nothing."""
+    for name, kernel in (("packets", True), ("calls", False)):
+        group = tdccl.Communicator(comm._bootstrap.subgroup([*range(comm.size)], name), comm.device, 1.0)
+        x = torch.ones(300, device=comm.device)
+        group.all_reduce(x)
+        settle_all(group)
+        if comm.rank == 0:
+            fell = torch.zeros(1, dtype=torch.int64, device=comm.device)
+            if kernel:
+                hear[(1,)](group.team, fell)
+                assert fell.item() > 0
+            else:
+                group._heap.local[layout.STOP_BYTE.value :][:8].view(torch.int64).fill_(1)
+            with mock.patch.object(group, "_stop_word", SimpleNamespace(value=0)):
+                if not kernel:
+                    group.all_reduce(x)
+        comm._bootstrap.barrier()
+        if comm.rank:
+            with pytest.raises(tdccl.TdcclError):
+                group.all_reduce(x)
+                settle(group)
+        comm._bootstrap.barrier()
+        group.destroy()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+def test_nothing_is_made_of_garbage(ranks):
+    ranks.run(check_nothing_is_made_of_garbage, 2)
 
 
 def check_large_grid(comm):

@@ -155,7 +155,7 @@ def test_swizzles(ranks, world):
 @triton.jit
 def pull_all(team, epochs, shards, signals, x, gathered, result, PIECE: tl.constexpr):
     """Every rank offers its tiles, and fetches all the others' when they are told of."""
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles = overlap.tiles_of(shards)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         mine = team.rank * tiles + tile

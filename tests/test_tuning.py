@@ -13,7 +13,7 @@ import torch
 import tdccl
 from tdccl import tune, tuning
 from tdccl.collectives import ALGORITHMS
-from tdccl.decisions import table_for
+from tdccl.decisions import context_for, table_for
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import choose
 from tdccl.tuning import model, table
@@ -98,6 +98,12 @@ def test_rows_that_say_the_same_become_one():
         '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": [{"upto": null}]}}}',
         '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": '
         '[{"upto": null, "algorithm": "two_shot_staged", "changes": {"rings": 3}}]}}}',
+        *(
+            '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": '
+            f'[{{"upto": null, "algorithm": "two_shot_staged", "changes": {changes}}}]}}}}}}'
+            for changes in ('{"blocks": 0}', '{"warps": 12}', '{"tile": 0}', '{"packet_tile": 64, "packet_warps": 4}')
+        ),
+        '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": [{"upto": 9, "algorithm": "push_ll"}]}}}',
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path, monkeypatch, text):
@@ -150,6 +156,25 @@ def test_under_a_cap_its_own_rows_decide():
     names = [found.row("all_gather", "plain", 1 << 20, blocks).algorithm for blocks in (None, 128, 33, 32, 17, 16, 1)]
     assert names == ["push_ll"] * 5 + ["staged"] * 2
     assert found.digest() != tuning.Table("a test", rows).digest()
+
+
+def test_with_multicast_its_own_rows_decide_as_well():
+    assert table_for("NVIDIA H200", 2, True).capped.keys() == table_for("NVIDIA H200", 2, False).capped.keys() != set()
+
+
+def test_ranks_choose_alike_where_one_alone_has_a_result_in_symmetric_memory():
+    rows = {
+        placement: [tuning.Row(None, "two_shot_staged", {"tile": tile})]
+        for placement, tile in (("plain", 16 << 10), ("symmetric", 4 << 10))
+    }
+    found, somewhere = tuning.Table("test", {"reduce": rows, "all_reduce": rows}), object()
+
+    def tile(collective, segments):
+        call = Call(collective, 60_000, "fp32", "sum", 0, 16, None, segments, False)
+        return choose(ALGORITHMS[collective], call, context_for(3), found).geometry.constants["TILE"]
+
+    assert tile("reduce", (None, somewhere)) == tile("reduce", (None, None))
+    assert tile("all_reduce", (somewhere, somewhere)) != tile("all_reduce", (None, None))
 
 
 def test_under_a_cap_blocks_that_are_fewer_have_larger_tiles():

@@ -32,14 +32,16 @@ def _one_shot(
     team, epoch, send, recv, index, count, written,
     OP: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All-reduces the words `index` of `count` elements by packets, of which `written` elements are stored."""
+    """All-reduces the words `index` of `count` elements by packets, of which `written` elements are stored; returns the
+    epoch to go on with."""
     place = tl.arange(0, index.numel)
     mask = index < shmem.words_in(count, DTYPE, WIDE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
-    words = shmem.get_words(team, epoch, own, place, mask)
+    words, epoch = shmem.get_words(team, epoch, own, place, mask)
     shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), written, DTYPE, WIDE)
+    return epoch
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def one_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
     """
     epoch = shmem.begin(team)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    _one_shot(team, epoch, send, recv, index, count, count, OP, DTYPE, WIDE)
+    epoch = _one_shot(team, epoch, send, recv, index, count, count, OP, DTYPE, WIDE)
     shmem.end(team, epoch)
 
 
@@ -75,12 +77,13 @@ def two_shot_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, 
         shmem.put_words(team, epoch, shmem.load_words(send, index, count, DTYPE, WIDE), place, index < words, pe)
     index = _of_part(team.rank, place, TILE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
-    result = shmem.fold_words(shmem.get_words(team, epoch, own, place, index < words), OP, DTYPE)
+    inputs, epoch = shmem.get_words(team, epoch, own, place, index < words)
+    result = shmem.fold_words(inputs, OP, DTYPE)
     place += TILE
     everywhere = place >= 0
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, result, place, everywhere, (team.rank + distance) % team.size)
-    results = shmem.get_words(team, epoch, result, place, everywhere)
+    results, epoch = shmem.get_words(team, epoch, result, place, everywhere)
     for source in tl.static_range(team.size):
         index = _of_part(source, tl.arange(0, TILE), TILE)
         shmem.store_words(recv, index, results[source], count, DTYPE, WIDE)

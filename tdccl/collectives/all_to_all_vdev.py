@@ -67,7 +67,7 @@ def staged(
         message = _message(shmem.pick(send_counts, pe) // row, recv_count // row)
         shmem.put_words(team, epoch, message, place, sent_places, pe)
     own = _message(shmem.pick(send_counts, team.rank) // row, recv_count // row)
-    words = shmem.get_words(team, epoch, own, place, sent_places)
+    words, epoch = shmem.get_words(team, epoch, own, place, sent_places)
     told, sent, taken = (), (), ()
     for rank in tl.static_range(team.size):
         rows, room = _said(words[rank], 0), _said(words[rank], 2)

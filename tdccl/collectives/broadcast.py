@@ -37,7 +37,7 @@ def push_ll(team, send, recv, count, root, DTYPE: tl.constexpr, TILE: tl.constex
     if team.rank == root:
         for distance in tl.static_range(1, team.size):
             shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
-    words = shmem.get_words_from(team, epoch, own, place, mask, root)
+    words, epoch = shmem.get_words_from(team, epoch, own, place, mask, root)
     shmem.store_words(recv, index, words, count, DTYPE, WIDE)
     epoch = shmem.wait_all(team, epoch, shmem.BARRIER, 1)
     shmem.end(team, epoch)

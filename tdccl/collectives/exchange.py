@@ -26,7 +26,7 @@ def push_ll(team, send, recv, count, send_stride, DTYPE: tl.constexpr, TILE: tl.
     """
     epoch = shmem.begin(team)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    received = shmem.exchange_words(team, epoch, send, send_stride, index, count, DTYPE, WIDE)
+    received, epoch = shmem.exchange_words(team, epoch, send, send_stride, index, count, DTYPE, WIDE)
     for source in tl.static_range(team.size):
         shmem.store_words(recv + source * count, index, received[source], count, DTYPE, WIDE)
     shmem.end(team, epoch)

@@ -30,7 +30,7 @@ def push_ll(
     mask = index < shmem.words_in(count, DTYPE, WIDE)
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     if team.rank == root:
-        words = shmem.get_words(team, epoch, own, place, mask)
+        words, epoch = shmem.get_words(team, epoch, own, place, mask)
         shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
     else:
         shmem.put_words(team, epoch, own, place, mask, root)

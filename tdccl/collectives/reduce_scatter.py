@@ -25,7 +25,7 @@ def push_ll(team, send, recv, count, DTYPE: tl.constexpr, OP: tl.constexpr, TILE
     """
     epoch = shmem.begin(team)
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    words = shmem.exchange_words(team, epoch, send, count, index, count, DTYPE, WIDE)
+    words, epoch = shmem.exchange_words(team, epoch, send, count, index, count, DTYPE, WIDE)
     shmem.store_words(recv, index, shmem.fold_words(words, OP, DTYPE), count, DTYPE, WIDE)
     shmem.end(team, epoch)
 

@@ -273,18 +273,18 @@ def dispatch(
         epoch = shmem.begin(team)
         topk = at(tensors[1], tl.int64 if IDX == 64 else tl.int32)
         _send_rows(
-            team, buffers, epoch % 2, at(tensors[0], DTYPE), topk, complaints, count, DTYPE, WIDTH, SLICE, SLICES,
+            team, buffers, epoch & 1, at(tensors[0], DTYPE), topk, complaints, count, DTYPE, WIDTH, SLICE, SLICES,
             PADDED, QUANT, SCALES, SCALE_SLICE, SCALE_TILE, TOP_K, PLACES, TOKENS, CHUNK, EXPERTS, ALIGN, TILE,
         )  # fmt: skip
         # Last, while the rows are on their way.
         _send_counts(
-            team, buffers, epoch % 2, topk, complaints, count, TOP_K, PLACES, CHUNK, EXPERTS, EXPERT_TILE, COLUMNS
+            team, buffers, epoch & 1, topk, complaints, count, TOP_K, PLACES, CHUNK, EXPERTS, EXPERT_TILE, COLUMNS
         )
         shmem.signal_all(team, epoch, shmem.DATA, 1)
     else:
         epoch = shmem.resume(team)
     if RECV:
-        parity = epoch % 2
+        parity = epoch & 1
         epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
         found, tokens = _told(team, buffers, parity, local, TOKENS, COLUMNS, RANKS)
         _take_rows(
@@ -349,14 +349,14 @@ def combine(
     if SEND:
         epoch = shmem.begin(team)
         _send_back(
-            team, buffers, epoch % 2, at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32), DTYPE,
+            team, buffers, epoch & 1, at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32), DTYPE,
             WIDTH, SLICE, SLICES, PADDED, TOP_K, PLACES, TOKENS, RANKS, TAKEN,
         )  # fmt: skip
         shmem.signal_all(team, epoch, shmem.DATA, 1)
     else:
         epoch = shmem.resume(team)
     if RECV:
-        parity = epoch % 2
+        parity = epoch & 1
         epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
         column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
         place = tl.arange(0, PLACES)

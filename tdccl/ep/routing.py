@@ -194,7 +194,7 @@ def exchange(
     complaints = at(tensors[3], tl.int64)
     count = sizes[0].to(tl.int32)
     epoch = shmem.begin(team)
-    parity = epoch % 2
+    parity = epoch & 1
     first, last = range_of_block(count)
     for start in range(first, last, TILE):
         token, offset, mask, idx = _load_routing(topk, start, last, TILE, TOP_K, PLACES)
@@ -244,7 +244,7 @@ def place(
     told = at(tensors[9], tl.int32)
     expert_counts, expert_offsets = at(tensors[10], tl.int32), at(tensors[11], tl.int32)
     node = sizes[0].to(tl.int32)
-    parity = shmem.resume(team) % 2
+    parity = shmem.resume(team) & 1
     ranks: tl.constexpr = team.size * NODES
     local: tl.constexpr = EXPERTS // ranks
     width: tl.constexpr = COLUMNS + shmem.MAX_RANKS

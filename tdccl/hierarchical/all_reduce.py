@@ -37,7 +37,8 @@ def one_shot_rails(
     own = shmem.load_words(send, index, count, DTYPE, WIDE)
     for distance in tl.static_range(1, team.size):
         shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
-    words = shmem.fold_words(shmem.get_words(team, epoch, own, place, mask), PARTIAL, DTYPE)
+    words, epoch = shmem.get_words(team, epoch, own, place, mask)
+    words = shmem.fold_words(words, PARTIAL, DTYPE)
     epoch, slot = stages.share_across(team, rail, epoch, words, words.dtype, TILE)
     epoch, total = stages.add_nodes(team, rail, epoch, rails.RESULTS, slot, DTYPE, DTYPE, OP, TILE * LANES)
     element = tl.program_id(0).to(tl.int64) * TILE * LANES + tl.arange(0, TILE * LANES)

@@ -17,9 +17,9 @@ import triton.language as tl
 
 from tdccl.language.packets import fold_words, lane_of, lane_word, load_words, store_words
 from tdccl.language.reduce import settle, widen
-from tdccl.language.signals import DEAD, fence, local_at, look, may_go_on, record_fault
+from tdccl.language.signals import fence, local_at, look, may_go_on, record_fault
 from tdccl.language.target import device
-from tdccl.language.team import BARRIER, MAX_RANKS, STATE_BYTES, block_of
+from tdccl.language.team import BARRIER, DEAD, MAX_RANKS, STATE_BYTES, block_of
 from tdccl.language.tiles import slot_offset, span_start
 
 QUAD = tl.constexpr(16)

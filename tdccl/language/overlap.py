@@ -5,7 +5,7 @@
 A kernel that communicates is launched before the one that computes, or computes for its peers first. It moves a tile
 and tells of it; the other waits for the tile and goes on with it:
 
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     overlap.push(shards, x, gathered, tile, pe, tl.bfloat16, 4096)  # stores: faster over a link than loads
     overlap.notify(shards, signals, tile, pe, epoch)
     ...
@@ -27,6 +27,7 @@ import triton.language as tl
 
 from tdccl.language.signals import fence, signal_op, signal_wait, symm_at
 from tdccl.language.target import device
+from tdccl.language.team import if_sound
 
 
 class Shards(NamedTuple):
@@ -50,9 +51,9 @@ def shards_of(rows: int, columns: int, tile: int, most: int | None = None) -> Sh
 
 
 @triton.jit
-def begin(epochs):
+def begin(team, epochs):
     """The epoch of this call in this block, an int64. `epochs`: *i64, zeroed once, a word a block. Ordering: none."""
-    return tl.load(epochs + tl.program_id(0)) + 1
+    return if_sound(team, tl.load(epochs + tl.program_id(0)) + 1)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from tdccl.language.reduce import accumulate, settle, widen
 from tdccl.language.signals import heap_at, local_at, may_go_on, record_fault
 from tdccl.language.target import threads_of
-from tdccl.language.team import PACKET_KIND, packet_offset
+from tdccl.language.team import DEAD, PACKET_KIND, packet_offset
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _receive(team, epoch, own, slot_index, mask, SOURCES: tl.constexpr, first):
     # Of fewer, each warp would have a look of its own, and go on past the barriers of the block when it has seen them.
     tl.static_assert(own.numel >= threads_of(team.backend), "packets: fewer places than the block has threads")
     packets = _poll(team, epoch, own, slot_index, mask, SOURCES, first)
-    go = True
+    go = tl.full([], 1, tl.int1)
     polls = 0
     started = tl.full([], 0, tl.int64)
     while (_missing(packets, epoch) != 0) & go:
@@ -130,7 +130,7 @@ def _receive(team, epoch, own, slot_index, mask, SOURCES: tl.constexpr, first):
     else:
         for source in tl.static_range(SOURCES):
             words = words + (packets[source].to(tl.int32),)
-    return words
+    return words, tl.where(go, epoch, epoch - DEAD)
 
 
 @triton.jit
@@ -145,7 +145,8 @@ def _record_missing(team, epoch, packets, SOURCES: tl.constexpr, first):
 
 @triton.jit
 def get_words(team, epoch, own, slot_index, mask):
-    """Waits for the words of all ranks; returns them as a tuple in rank order, `own` at this rank's place.
+    """Waits for the words of all ranks; returns them, a tuple in rank order with `own` at this rank's place, and the
+    epoch to go on with, as `wait_peers`.
 
     There must be as many places as the block has threads, or more; `mask` leaves out those that hold no packet.
     Ordering: the packets' data only; nothing else that a peer wrote is made visible. Bounded as
@@ -157,7 +158,7 @@ def get_words(team, epoch, own, slot_index, mask):
 @triton.jit
 def exchange_words(team, epoch, source, stride, index, count, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """Sends words `index` of the chunk at `source` + p * stride elements to each rank p, a chunk being `count`
-    elements; returns what all ranks sent here, as `get_words`. Ordering and bound as `put_words` and `get_words`.
+    elements; returns as `get_words` what all ranks sent here. Ordering and bound as `put_words` and `get_words`.
     """
     place = tl.arange(0, index.numel)
     mask = index < words_in(count, DTYPE, WIDE)
@@ -170,8 +171,10 @@ def exchange_words(team, epoch, source, stride, index, count, DTYPE: tl.constexp
 
 @triton.jit
 def get_words_from(team, epoch, own, slot_index, mask, source):
-    """Waits for the words of one rank, which may be this one (then `own`). Ordering and bound as `get_words`."""
-    return _receive(team, epoch, own, slot_index, mask, 1, source)[0]
+    """Waits for the words of one rank, which may be this one (then `own`); returns them, and the epoch as `get_words`.
+    Ordering and bound as `get_words`."""
+    words, epoch = _receive(team, epoch, own, slot_index, mask, 1, source)
+    return words[0], epoch
 
 
 @triton.jit

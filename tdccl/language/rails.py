@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 import tdccl.language.nvshmem as nvshmem
-from tdccl.language.signals import DEAD, fence, may_signal, wait_word
-from tdccl.language.team import RAIL_KIND
+from tdccl.language.signals import fence, may_signal, wait_word
+from tdccl.language.team import DEAD, RAIL_KIND
 
 LANE_DEPTH = tl.constexpr(4)
 LANE_WORD_BYTES = tl.constexpr(128)

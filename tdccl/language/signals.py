@@ -10,6 +10,7 @@ import triton.language as tl
 from tdccl.language.target import POLLS_A_CHECK, POLLS_A_LOOK_AT_HOST, clock_of, pause
 from tdccl.language.team import (
     BARRIER,
+    DEAD,
     FIRST_WORD,
     MAX_RANKS,
     STOP_BYTE,
@@ -26,8 +27,8 @@ RELEASE, SET, GE, CALL = map(tl.constexpr, ("release", "set", "ge", "call"))
 # Below it in a signal of `barrier_entry` stands what is called, above it the step.
 ONE_STEP = tl.constexpr(1 << 30)
 
-# How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it.
-DEAD = tl.constexpr(4)
+# What nobody is ahead by: 256 epochs. A word that is, was last set most of 2**32 epochs ago, by staged kernels, say.
+_TOO_FAR = tl.constexpr(1 << 40)
 
 
 @triton.jit
@@ -231,7 +232,7 @@ def _late_rank(seen, targets, wanted, CMP: tl.constexpr):
         missing = (behind != 0) & (behind != ONE_STEP)
     else:
         tl.static_assert(CMP == "ge", "wait_counters: CMP is ge or call")
-        missing = behind < 0
+        missing = (behind < 0) | (behind >= _TOO_FAR)
     return tl.max(tl.where(wanted & missing, tl.arange(0, MAX_RANKS), -1))
 
 
@@ -241,7 +242,8 @@ def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch, CM
 
     pointers, targets, wanted: [MAX_RANKS], counter and target of rank r at place r. One thread a counter polls, all at
     once; the additions of zero give every thread the same values. Returns whether the wait succeeded.
-    CMP is ge (wrap-safe), or call: the target itself, or one step of `barrier_entry` further.
+    CMP is ge (wrap-safe, however long ago the counter was advanced), or call: the target itself, or one step of
+    `barrier_entry` further.
     Ordering: acquire at sys scope, then a block barrier: the block sees what those ranks released.
     Bounded as `signal_wait`; a fault is recorded with KIND and epoch.
     """

@@ -37,6 +37,8 @@ BARRIER = tl.constexpr(2)
 USER = tl.constexpr(3)
 
 LAST_EPOCH = tl.constexpr(0xFFFFFFFF)
+# How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it.
+DEAD = tl.constexpr(4)
 
 
 class Team(NamedTuple):
@@ -139,7 +141,7 @@ def signal_offset(team, kind, source):
 def packet_offset(team, epoch, source):
     """Byte offset of the packet slot into which `source` writes for this block in this epoch."""
     start: tl.constexpr = team.blocks * (STATE_BYTES + SIGNAL_BYTES)
-    slot = (block_of(team) * 2 + (epoch % 2).to(tl.int32)) * team.size + source
+    slot = (block_of(team) * 2 + (epoch & 1).to(tl.int32)) * team.size + source
     return start + slot * team.packets * 8
 
 
@@ -153,7 +155,7 @@ def ring_offset(team, epoch, WHOLE: tl.constexpr):
         share = 2 * team.ring_bytes * team.rings // tl.num_programs(0) // 1024 * 1024
         return start + block * share
     else:
-        return start + (block * 2 + epoch % 2) * team.ring_bytes
+        return start + (block * 2 + (epoch & 1)) * team.ring_bytes
 
 
 @triton.jit
@@ -169,13 +171,13 @@ def channel_offset(team):
 def begin(team):
     """The epoch of this call in this block, an int64 in 1 .. 2**32 - 1; 2 follows the last, to keep parity.
 
+    Until `end` the block must have heard from the same block of every peer: on that rests the reuse of all scratch.
     A grid of more than `team.blocks` blocks touches nothing out of bounds, but its results are wrong and the
     communicator's next call raises.
     """
     if tl.program_id(0) >= team.blocks:
         tl.store(team.control, tl.full([], GRID_CODE, tl.int64))
-    last = tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
-    return following(last)
+    return following(resume(team))
 
 
 @triton.jit
@@ -187,7 +189,15 @@ def following(epoch):
 @triton.jit
 def resume(team):
     """The epoch in which this block's last launch ended, for one that goes on with the same call."""
-    return tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64)))
+    return if_sound(team, tl.load((team.local + block_of(team) * STATE_BYTES).to(tl.pointer_type(tl.int64))))
+
+
+@triton.jit
+def if_sound(team, epoch):
+    """The epoch to begin with: this one, or once a wait of this rank has failed in a launch before, a past one, so that
+    what is made of the results of that passes for nothing with the peers. Ordering: none."""
+    failed = tl.load((team.local + STOP_BYTE).to(tl.pointer_type(tl.int64))) != 0
+    return tl.where(failed, epoch - DEAD, epoch)
 
 
 @triton.jit

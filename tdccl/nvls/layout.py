@@ -3,6 +3,7 @@
 from tdccl.runtime.algorithm import ITEMSIZE, Call, Context, Geometry, copying, tiles_in
 
 _QUAD = 16
+_MOST = 16 << 30  # bytes whose quads, and the steps over them, kernels count in 32 bits
 _BITWISE = ("and", "or", "xor")
 # No avg of fp16, whose sum may be out of range where the average is not; no min and max of floats, where the switch
 # may lose a NaN.
@@ -18,18 +19,21 @@ _OPS = {
 }
 
 
-def any_call(call: Call) -> None:
-    """For kernels that only move data, through scratch."""
+def any_call(call: Call) -> str | None:
+    """Why kernels that only move data cannot take the call, None if they can."""
+    return None if call.nbytes <= _MOST else f"more than {_MOST >> 30} GiB"
 
 
 def reduction(call: Call) -> str | None:
     """Why the switch cannot reduce the call, None if it can."""
-    return None if call.op in _OPS.get(call.dtype, ()) else f"the switch does not reduce {call.dtype} by {call.op}"
+    if call.op not in _OPS.get(call.dtype, ()):
+        return f"the switch does not reduce {call.dtype} by {call.op}"
+    return any_call(call)
 
 
 def whole_quads(call: Call) -> str | None:
     """Why a chunk cannot lie next to another in multicast memory, None if it can."""
-    return None if call.nbytes % _QUAD == 0 else "chunks are not multiples of 16 bytes"
+    return any_call(call) if call.nbytes % _QUAD == 0 else "chunks are not multiples of 16 bytes"
 
 
 def reduction_of_quads(call: Call) -> str | None:

@@ -37,9 +37,9 @@ def push_shard(
     Reuse:    parities alternate. A rank launches this after its last product, which has heard from all peers' last
               pushes, and those came after the peers' last product but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles = overlap.tiles_of(shards)
-    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch % 2) * odd * (DTYPE.primitive_bitwidth // 8))
+    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch & 1) * odd * (DTYPE.primitive_bitwidth // 8))
     for position in range(tl.program_id(0), tiles * (team.size - 1), tl.num_programs(0)):
         pe = (team.rank + team.size - 1 - position // tiles) % team.size
         tile = team.rank * tiles + position % tiles
@@ -62,7 +62,7 @@ def multiply_gathered(
     Ordering: acquire at sys scope, block barrier, loads.
     Reuse:    see `push_shard`; copies wait until all ranks' last products are over.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     ROWS: tl.constexpr = shards.TILE
     rows = shards.rows
     whole = team.rank  # the last rank of which all is known to be here
@@ -85,7 +85,7 @@ def multiply_gathered(
             if COPIED:  # one piece after the other
                 last = first + overlap.tiles_of(pieces) - 1
                 whole = tl.where(overlap.is_there(team, pieces, signals, last, epoch), owner, whole)
-        row = (epoch % 2).to(tl.int32) * odd_row + tile * ROWS
+        row = (epoch & 1).to(tl.int32) * odd_row + tile * ROWS
         _multiply_tile(
             gathered, row, owner, down, across, b, c, rows, N, K, b_row, b_column,
             DTYPE, ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,

@@ -62,11 +62,11 @@ def push_tokens(
     Reuse:    parities alternate. A rank launches this after its last product, which has heard from all peers' last
               pushes, and those came after the peers' last product but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles = (tokens + TOKENS - 1) // TOKENS
     for distance in range(1, team.size):
         pe = (team.rank + team.size - distance) % team.size
-        target = shmem.symm_at(gathered, pe, DTYPE) + ((epoch % 2) * odd + _elements(team.rank * most, K))
+        target = shmem.symm_at(gathered, pe, DTYPE) + ((epoch & 1) * odd + _elements(team.rank * most, K))
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             token = tile * TOKENS + tl.arange(0, TOKENS)
             goes = have_experts_on(team, tables, token, tokens, most, pe, TOP_K, PLACES, LOCAL, SHARDED)
@@ -126,12 +126,12 @@ def multiply_arriving(
     Ordering: acquire at sys scope, block barrier, loads.
     Reuse:    see `push_tokens`.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     target = epoch * pushers
     tiles_across = (N + COLUMNS - 1) // COLUMNS
     positions = tl.load(tables.stages + team.size) * tiles_across
     heard = 0
-    landed = gathered + (epoch % 2) * odd
+    landed = gathered + (epoch & 1) * odd
     i = tl.arange(0, ROWS)
     following = _rows_at(tables, tl.program_id(0), positions, tiles_across, ROWS, TOP_K)
     for position in range(tl.program_id(0), positions, tl.num_programs(0)):

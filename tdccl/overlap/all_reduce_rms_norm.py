@@ -56,7 +56,7 @@ def one_shot(
         own = shmem.load_words(_row_of(x, row, width), place, width, DTYPE, WIDE)
         for distance in tl.static_range(1, team.size):  # rank + 1 first: no two ranks on one target
             shmem.put_words(team, epoch, own, place, mask, (team.rank + distance) % team.size)
-        words = shmem.get_words(team, epoch, own, place, mask)
+        words, epoch = shmem.get_words(team, epoch, own, place, mask)
         summed = shmem.fold_words(words, "sum", DTYPE)
         _normalise_row((summed,), residual, weight, normed, total, row, width, part, eps, DTYPE, WORDS, WIDE)
     shmem.end(team, epoch)
@@ -86,10 +86,11 @@ def two_shot(
             shmem.put_words(team, epoch, words, place, mask, pe)
         end = _end_of(team.rank, part, width, DTYPE)
         own = shmem.load_words(start, team.rank * part + place, end, DTYPE, WIDE)
-        summed = shmem.fold_words(shmem.get_words(team, epoch, own, place, mask), "sum", DTYPE)
+        words, epoch = shmem.get_words(team, epoch, own, place, mask)
+        summed = shmem.fold_words(words, "sum", DTYPE)
         for distance in tl.static_range(1, team.size):
             shmem.put_words(team, epoch, summed, WORDS + place, mask, (team.rank + distance) % team.size)
-        sums = shmem.get_words(team, epoch, summed, WORDS + place, mask)
+        sums, epoch = shmem.get_words(team, epoch, summed, WORDS + place, mask)
         _normalise_row(sums, residual, weight, normed, total, row, width, part, eps, DTYPE, WORDS, WIDE)
     shmem.end(team, epoch)
 

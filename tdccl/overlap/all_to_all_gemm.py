@@ -40,9 +40,9 @@ def push_rows(
     Reuse:    parities alternate. A rank launches this after its last product, which has heard from all peers' last
               pushes, and those came after the peers' last product but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles, peers = overlap.tiles_of(shards), team.size - 1
-    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch % 2) * odd * (DTYPE.primitive_bitwidth // 8))
+    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch & 1) * odd * (DTYPE.primitive_bitwidth // 8))
     for position in range(tl.program_id(0), tiles * peers, tl.num_programs(0)):
         pe = (team.rank + 1 + position % peers) % team.size
         tile = team.rank * tiles + position // peers
@@ -66,10 +66,10 @@ def multiply_collected(
     Ordering: acquire at sys scope, block barrier, loads.
     Reuse:    see `push_rows`.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     ROWS: tl.constexpr = shards.TILE
     tiles_down, tiles_across = overlap.tiles_of(shards), (N + COLUMNS - 1) // COLUMNS
-    start_row = (epoch % 2).to(tl.int32) * odd_row
+    start_row = (epoch & 1).to(tl.int32) * odd_row
     for position in range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0)):
         down, across = grouped(position, tiles_down, tiles_across, GROUP)
         height = tl.minimum(shards.rows - down * ROWS, ROWS)

@@ -16,7 +16,7 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator
-from tdccl.language.signals import DEAD
+from tdccl.language.team import DEAD
 from tdccl.overlap.workspace import Workspace
 
 # Copies are for shards of so many bytes: the signal behind each piece costs a copy engine some 2 us.

@@ -105,8 +105,8 @@ def merge_ranks(
             pe = (team.rank + distance) % team.size
             shmem.put_words(team, epoch, words, place, everywhere, pe)
             shmem.put_words(team, epoch, log_words, log_place, once, pe)
-        log_words = shmem.get_words(team, epoch, log_words, log_place, once)
-        words = shmem.get_words(team, epoch, words, place, everywhere)
+        log_words, epoch = shmem.get_words(team, epoch, log_words, log_place, once)
+        words, epoch = shmem.get_words(team, epoch, words, place, everywhere)
         found = ()
         for rank in tl.static_range(team.size):
             of_row = tl.sum(tl.where(column == 0, log_words[rank], 0), axis=1)

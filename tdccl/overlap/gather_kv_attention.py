@@ -96,9 +96,9 @@ def push_pairs(
     Reuse:    parities alternate. A rank launches this after its last attention, which has heard from all peers' last
               pushes, and those came after the peers' last attention but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles = overlap.tiles_of(shards)
-    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch % 2) * odd * (DTYPE.primitive_bitwidth // 8))
+    here = shmem.Symmetric(gathered.bases, gathered.offset + (epoch & 1) * odd * (DTYPE.primitive_bitwidth // 8))
     for position in range(tl.program_id(0), tiles * (team.size - 1), tl.num_programs(0)):
         pe = (team.rank + team.size - 1 - position // tiles) % team.size
         tile = team.rank * tiles + position % tiles
@@ -170,14 +170,14 @@ def attend_gathered(
     Ordering: acquire at sys scope, block barrier, loads.
     Reuse:    see `push_pairs`. A call zeroes the tickets of the next, which nobody takes before it has ended.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles, in_piece = overlap.tiles_of(shards), (rows + shards.TILE - 1) // shards.TILE
     down_piece = (rows + ROWS - 1) // ROWS
     of_sequence = PIECES * down_piece * heads
-    start_row = (epoch % 2).to(tl.int32) * odd_row
+    start_row = (epoch & 1).to(tl.int32) * odd_row
     i, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     waited = -1  # the sequence of whose keys this block has waited for all that it needs
-    position = _ticket(tickets + epoch % 2)
+    position = _ticket(tickets + (epoch & 1))
     while position < batch * of_sequence:
         sequence, head = position // of_sequence, position % heads
         down = PIECES * down_piece - 1 - position % of_sequence // heads
@@ -213,9 +213,9 @@ def attend_gathered(
                 )  # fmt: skip
         tl.store(out + place, mean(total, values).to(DTYPE), mask=there)
         waited = sequence
-        position = _ticket(tickets + epoch % 2)
+        position = _ticket(tickets + (epoch & 1))
     if tl.program_id(0) == 0:
-        tl.store(tickets + (epoch + 1) % 2, tl.full([], 0, tl.int64))
+        tl.store(tickets + ((epoch + 1) & 1), tl.full([], 0, tl.int64))
         # Who sees nothing of a peer still has to hear from it before the next call.
         for distance in range(1, team.size):
             overlap.wait(team, shards, signals, (team.rank + distance) % team.size * tiles, epoch)

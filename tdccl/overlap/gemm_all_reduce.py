@@ -75,7 +75,7 @@ def multiply_shares(
               has heard from all ranks, directly or through a tile's owner; and they spoke in it only after they had
               ended the last but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     tiles, steps = tiles_down * tiles_across, (K + DEPTH - 1) // DEPTH
     at = tl.program_id(0) * share
@@ -95,7 +95,7 @@ def multiply_shares(
             total, done = _join(partials, arrivals, total, tile, height, steps, share, ROWS, COLUMNS)
         if done:
             _send_tile(
-                team, signals, slots, (epoch % 2) * odd, total, tile, tiles, height, most, epoch,
+                team, signals, slots, (epoch & 1) * odd, total, tile, tiles, height, most, epoch,
                 DTYPE, ROWS, COLUMNS, ONE_SHOT,
             )  # fmt: skip
         at += last - first
@@ -106,7 +106,7 @@ def multiply_shares(
             _wait_ranks(team, signals, tile, most, epoch)
             for row in range(0, height, FOLDED):
                 _fold_into(
-                    team, slots, (epoch % 2) * odd, c, tile, tiles, row, height, down, across, M, N,
+                    team, slots, (epoch & 1) * odd, c, tile, tiles, row, height, down, across, M, N,
                     DTYPE, ROWS, COLUMNS, FOLDED,
                 )  # fmt: skip
         overlap.end(epochs + tl.num_programs(0), epoch)  # the kernel that is not launched keeps in step
@@ -156,7 +156,7 @@ def multiply_tiles(
     Ordering: stores, block barrier, release at sys scope on the tile's signal.
     Reuse:    as `multiply_shares`.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     tiles = tiles_down * tiles_across
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -167,7 +167,7 @@ def multiply_tiles(
             ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
         )  # fmt: skip
         _send_tile(
-            team, signals, slots, (epoch % 2) * odd, total, tile, tiles, height, most, epoch,
+            team, signals, slots, (epoch & 1) * odd, total, tile, tiles, height, most, epoch,
             DTYPE, ROWS, COLUMNS, False,
         )  # fmt: skip
     overlap.end(epochs, epoch)
@@ -238,7 +238,7 @@ def fold_everywhere(
     Ordering: acquire at sys scope, block barrier, loads.
     Reuse:    see `multiply_shares`.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     tiles, parts = tiles_down * tiles_across, (tl.minimum(M, ROWS) + FOLDED - 1) // FOLDED
     for unit in range(tl.program_id(0), tiles * parts, tl.num_programs(0)):
@@ -248,7 +248,7 @@ def fold_everywhere(
         if first < height:
             _wait_ranks(team, signals, tile, most, epoch)
             _fold_into(
-                team, slots, (epoch % 2) * odd, c, tile, tiles, first, height, down, across, M, N,
+                team, slots, (epoch & 1) * odd, c, tile, tiles, first, height, down, across, M, N,
                 DTYPE, ROWS, COLUMNS, FOLDED,
             )  # fmt: skip
     overlap.end(epochs, epoch)
@@ -267,11 +267,11 @@ def fold_and_share(
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    see `multiply_shares`; the slots of sums follow those of tiles, and alternate with them.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     owned, blocks = _owned(team, tiles_down * tiles_across), tl.num_programs(0)
     parts = (tl.minimum(M, ROWS) + HEIGHT - 1) // HEIGHT
-    start = (epoch % 2) * odd
+    start = (epoch & 1) * odd
     sums = start + _slot(team.size * owned, ROWS * COLUMNS)
     for unit in range(tl.program_id(0), owned * parts + blocks, blocks):  # own ones, and the others' of one turn before
         tile, begin = unit // parts * team.size + team.rank, unit % parts * HEIGHT

@@ -41,9 +41,9 @@ def multiply_exchanged(
     Reuse:    parities alternate. A rank starts a call when its last one has heard from all peers, who spoke in it only
               after they had ended the last but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (rows + ROWS - 1) // ROWS, (columns + COLUMNS - 1) // COLUMNS
-    start = (epoch % 2) * odd
+    start = (epoch & 1) * odd
     tiles = tiles_down * tiles_across
     for distance in range(1, team.size + 1):
         owner = (team.rank + distance) % team.size

@@ -43,9 +43,9 @@ def multiply_scattered(
               after they had ended the last but one, which read this parity. Copies wait until all ranks' last products
               are over.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_down, tiles_across = (rows + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
-    start = (epoch % 2) * odd
+    start = (epoch & 1) * odd
     tiles = tiles_down * tiles_across
     for distance in range(1, team.size + 1):
         owner = (team.rank + distance) % team.size

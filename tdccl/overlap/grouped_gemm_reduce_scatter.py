@@ -90,7 +90,7 @@ def multiply_backwards(
     Ordering: stores, block barrier, release on the segment's word.
     Reuse:    `partial` belongs to the call.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     tiles_across = (N + COLUMNS - 1) // COLUMNS
     tiles = tl.load(tables.stages + team.size)
     done = shmem.symm_at(signals, team.rank, tl.int64, 8) + team.rank * most_signals
@@ -141,8 +141,8 @@ def reduce_rows(
     Reuse:    parities alternate. A rank starts a call when its last one has heard from all peers, who spoke in it only
               after they had ended the last but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
-    start = (epoch % 2) * odd
+    epoch = overlap.begin(team, epochs)
+    start = (epoch & 1) * odd
     own_signals = shmem.symm_at(signals, team.rank, tl.int64, 8)
     chunks = (N + CHUNK - 1) // CHUNK
     tiles = (most + TOKENS - 1) // TOKENS

@@ -172,13 +172,13 @@ def exchange_choices(
     Reuse:    parities alternate. A rank launches this after its last one, which has heard from all peers, who spoke in
               it after they had ended the last but one, which read this parity.
     """
-    epoch = overlap.begin(epochs)
+    epoch = overlap.begin(team, epochs)
     block = tl.program_id(0)
     distance = block // PARTS
     source, pe = (team.rank + distance) % team.size, (team.rank + team.size - distance) % team.size
     first, last = _range_of_part(block, most, PARTS)
     entries = most * TOP_K
-    start = (epoch % 2) * odd
+    start = (epoch & 1) * odd
     out = shmem.symm_at(inbox, pe, tl.int32) + start + _words_of(team.rank, entries)
     for token in range(first, last, TILE):
         entry, mask = _entries_of(token, last, TOP_K, PLACES, TILE)

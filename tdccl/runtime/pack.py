@@ -22,7 +22,7 @@ from tdccl import __version__, environment
 _log = logging.getLogger(__name__)
 _DEFAULT_SHARED = 48 << 10  # more than this a kernel must ask for
 _MOMENT = (1980, 1, 1, 0, 0, 0)  # of every file in a pack: the same kernels make the same bytes
-_UNREADABLE = (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Kernel(NamedTuple):
@@ -81,6 +81,7 @@ class Pack:
         self._file = zipfile.ZipFile(path)
         self.header = json.loads(self._file.read("index.json"))
         self.archs: list[str] = self.header["archs"]
+        self.sources: str = self.header["sources"]  # a digest
         self._indices: dict[str, dict[str, dict] | None] = dict.fromkeys(self.archs)  # read when asked for
 
     def keys(self, arch: str) -> list[str]:
@@ -138,10 +139,10 @@ def _found() -> list[Pack]:
     for path in environment.packs():
         try:
             pack = Pack(path)
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        except _UNREADABLE as error:
             warnings.warn(f"tdccl: the pack {path} is ignored: {error!r}", stacklevel=2)
             continue
-        if pack.header["sources"] == source_digest():
+        if pack.sources == source_digest():
             packs.append(pack)
         else:
             warnings.warn(

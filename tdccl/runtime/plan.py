@@ -30,7 +30,7 @@ def choose(
     if forced is not None and forced not in {algorithm.name for algorithm in algorithms}:
         names = ", ".join(algorithm.name for algorithm in algorithms)
         raise ArgumentError(f"{call.collective}: there is no algorithm {forced!r}, expected one of {names}")
-    rows = _rows(call, context, table)
+    rows = _rows(algorithms, call, context, table)
     contexts = {algorithm.name: _shaped(algorithm, context, rows) for algorithm in algorithms}
     unfit = {a.name: reason for a in algorithms if (reason := a.unfit(call, contexts[a.name]))}
     if forced in unfit:
@@ -47,9 +47,11 @@ def choose(
     return Choice(chosen, chosen.geometry(call, contexts[chosen.name]), source, passed_over)
 
 
-def _rows(call: Call, context: Context, table: Table) -> list[Row]:
-    """What the table says of the call, the best first: of symmetric memory only if the call has any."""
-    placements = ("symmetric", "plain") if call.symmetric else ("plain",)
+def _rows(algorithms: Sequence[Algorithm], call: Call, context: Context, table: Table) -> list[Row]:
+    """What the table says of the call, the best first: of symmetric memory only if there are algorithms for where the
+    call has it. Else ranks need not have it alike: `recv` of a reduce, or of uneven pieces."""
+    zero_copy = call.splits is None and any(a.symmetric and call.symmetric.issuperset(a.symmetric) for a in algorithms)
+    placements = ("symmetric", "plain") if zero_copy else ("plain",)
     blocks = context.rules.blocks
     rows = (table.row(call.collective, placement, call.nbytes, blocks) for placement in placements)
     return [row for row in rows if row is not None]

@@ -12,6 +12,7 @@ pipeline, and to send at what NCCL's reach on 8 H100s.
 import itertools
 import json
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,7 +148,7 @@ def with_multicast(table: Table, world: int, sent: Sent) -> Table:
                 modelled.append(row._replace(upto=nbytes))
         if modelled:
             rows[collective][placement] = merged(modelled)
-    return Table(f"{table.source}; NVLS modelled, not measured", rows)
+    return replace(table, source=f"{table.source}; NVLS modelled, not measured", rows=rows)
 
 
 def _changes(shapes: Table, collective: str, placement: str, nbytes: int, algorithm: str) -> dict[str, int]:

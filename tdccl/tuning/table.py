@@ -19,6 +19,7 @@ _FOLDER = Path(__file__).parent / "tables"
 EMULATED = "emulation"  # in place of the name of a GPU
 PLACEMENTS = ("plain", "symmetric")
 # Those that say how large the heap is cannot change from call to call.
+_POWERS = {"packet_tile", "packet_warps", "warps", "tile", "small_tile"}
 _CHANGEABLE = {field.name for field in fields(Rules)} - {"heap_blocks", "packets", "rings", "channels", "slot_bytes"}
 
 
@@ -139,16 +140,27 @@ def parse(made: dict[str, Any], source: str) -> Table:
 
 
 def _rows(made: dict[str, Any]) -> Rows:
-    return {
+    rows = {
         collective: {placement: [_row(row) for row in listed] for placement, listed in placements.items()}
         for collective, placements in made.items()
     }
+    for collective, placements in rows.items():
+        for placement, listed in placements.items():
+            limits = [row.upto for row in listed]
+            if limits and (limits.pop() is not None or limits != sorted(limits)):
+                raise ValueError(f"{collective}, {placement}: rows go up to growing sizes, the last one to null")
+    return rows
 
 
 def _row(row: dict[str, Any]) -> Row:
     changes = dict(row.get("changes", {}))
     if unknown := changes.keys() - _CHANGEABLE:
         raise ValueError(f"{', '.join(sorted(unknown))}: a row may change {', '.join(sorted(_CHANGEABLE))}")
-    if not all(isinstance(value, int) and value >= 0 for value in changes.values()):
-        raise ValueError(f"{changes}: changes are whole numbers")
+    for name, value in changes.items():
+        if not isinstance(value, int) or value < (name != "whole_from"):
+            raise ValueError(f"{name}: {value!r} is not a whole number above 0")
+        if name in _POWERS and value & (value - 1):
+            raise ValueError(f"{name}: {value} is not a power of two")
+    if changes.get("packet_tile", 1 << 30) < 32 * changes.get("packet_warps", 1):
+        raise ValueError(f"{changes}: a block of packet_warps has more threads than packet_tile words")
     return Row(row["upto"], str(row["algorithm"]), changes)
