@@ -146,9 +146,12 @@ class Calls(Membership):
         """Where send and recv lie, as they are recorded."""
         if call.segments == (None, None):
             return PLAIN, PLAIN
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if call.in_place:  # the larger one's: a rank's piece of it lies elsewhere on every rank
+            addresses = [min(addresses)] * len(addresses)
         return tuple(
-            PLAIN if segment is None else place_of(self._segments.index(segment), tensor.data_ptr() - segment.address)
-            for tensor, segment in zip(tensors, call.segments)
+            PLAIN if segment is None else place_of(self._segments.index(segment), address - segment.address)
+            for address, segment in zip(addresses, call.segments)
         )
 
     def _segment_of(self, address: int, nbytes: int):

@@ -136,6 +136,24 @@ def test_without_debug_a_timeout_shows_both_sides(ranks, members):
             assert "the ranks differ in call 1:" in message or "has not come to call" in message, message
 
 
+def check_in_place(comm):
+    """A rank's piece of a buffer lies elsewhere on every rank, which is no mismatch."""
+    with another(comm, 30, debug=True) as other:
+        x = other.empty(4 * other.size)
+        x.fill_(other.rank + 1)
+        piece = x.view(other.size, 4)[other.rank]
+        other.all_gather(piece, x)
+        assert x.tolist() == [rank + 1 for rank in range(other.size) for _ in range(4)]
+        other.reduce_scatter(x, piece)
+        settle(other)
+        assert piece.tolist() == [other.size * (other.rank + 1)] * 4
+
+
+@worlds(2)
+def test_debug_lets_pass_what_is_in_place(ranks, members):
+    ranks.run(check_in_place, members)
+
+
 def check_late(comm):
     with another(comm, 2, debug=True) as other:
         other._bootstrap._timeout = 2
