@@ -252,8 +252,9 @@ def _options() -> argparse.Namespace:
     operators = [*products, *attention.OPERATORS]
     parser.add_argument("--mlp", type=_names, default=list(shapes), help=f"of {','.join(shapes)}")
     parser.add_argument("--operators", type=lambda text: text.split(","), default=operators, help=",".join(operators))
-    experts = ",".join(moe.SHAPES)
-    parser.add_argument("--moe", type=_names, default=[], help=f"layers of mixtures of experts, of {experts}")
+    experts = list(moe.SHAPES)
+    help_with_experts = f"layers of mixtures of experts, of {','.join(experts)}"
+    parser.add_argument("--moe", type=_names, default=experts, help=help_with_experts)
     parser.add_argument("--tokens", type=int, default=48 if environment.emulated() else 8192)
     few = [1, 5] if environment.emulated() else [1, 8, 32, 64, 128, 256]
     parser.add_argument(

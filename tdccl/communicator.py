@@ -519,8 +519,8 @@ class Communicator(Calls):
         return segment.local[:nbytes].view(dtype).view(shape)
 
     def lend(self, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone: keep
-        one of them until an asynchronous call with it has been waited for.
+        """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone: so
+        keep one of them until an asynchronous call with it has been waited for.
 
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
         and in every 512th call, to compare where their tensors lay.

@@ -1,4 +1,8 @@
-"""Communication fused with computation: products, norms and attention of what is spread over the ranks."""
+"""Communication fused with computation: products, norms and attention of what is spread over the ranks.
+
+Their kernels fill the GPU, and some wait for others of the same call that are launched later. So on a GPU they run one
+after another: not on two streams at once, be it by two communicators.
+"""
 
 from tdccl.overlap.all_gather_gemm import all_gather_gemm
 from tdccl.overlap.all_gather_grouped_gemm import all_gather_grouped_gemm
