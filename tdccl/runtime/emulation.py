@@ -5,12 +5,13 @@ What is changed, and why:
 - fp8 e4m3: the stock interpreter loses the carry when a mantissa is rounded up; here torch converts.
 - `tl` is patched once a process, not at each launch and each call of a device function.
 - Arguments are not copied: CPU tensors are the device tensors, so a peer's shared mapping can be passed.
-- Contiguous loads and stores are one memmove.
+- Contiguous loads and stores are one memmove; what a mask leaves out is not 0 where the kernel does not ask for it.
 - Arithmetic of integers and pointers, most of what a kernel does, goes around the checks of types.
 - Kernels that were defined before tdccl was imported are interpreted too.
 """
 
 import ctypes
+import functools
 import logging
 import operator
 import threading
@@ -132,12 +133,14 @@ class _Builder(type(_builder)):
         element = pointers.get_element_ty()
         dtype = _numpy_type(element)
         address, run = _contiguous(pointers.data, mask, dtype.itemsize)
+        if other is None and mask is not None and pointers.data.size > 1:  # a single 0 comes as None
+            other = TensorHandle(np.full(pointers.data.shape, _poison(dtype)), element)
         if run is None:
             mask = _full_mask(pointers, mask)
             return super().create_masked_load(pointers, mask, other, *policy, **named)
         loaded = np.empty(pointers.data.size, dtype)
         if run < loaded.size:
-            loaded[run:] = 0 if other is None else other.data.reshape(-1)[run:]
+            loaded[run:] = other.data.reshape(-1)[run:]
         ctypes.memmove(loaded.ctypes.data, address, run * dtype.itemsize)
         return TensorHandle(loaded.reshape(pointers.data.shape), element)
 
@@ -149,6 +152,12 @@ class _Builder(type(_builder)):
             return
         stored = np.ascontiguousarray(value.data)
         ctypes.memmove(address, stored.ctypes.data, run * stored.itemsize)
+
+
+@functools.cache
+def _poison(dtype: np.dtype):
+    """What stands where a load was masked off and nothing was asked for: on a GPU anything may."""
+    return np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
 
 
 def _full_mask(pointers, mask) -> TensorHandle:
