@@ -205,39 +205,41 @@ class MessageWork(Work):
 
 
 class HostWork(MessageWork):
-    """A message in emulation: a call that another thread makes."""
+    """A message in emulation: a call that another thread makes. Or several, which were coalesced."""
 
-    def __init__(self, pending, tensor):
-        super().__init__([tensor])
-        self._pending = pending
+    def __init__(self, calls: list[concurrent.futures.Future], outputs: list[torch.Tensor]):
+        super().__init__(outputs)
+        self.calls = calls
 
     def wait(self, timeout=None) -> bool:
         seconds = timeout.total_seconds() if timeout else None
-        if self._pending not in concurrent.futures.wait([self._pending], seconds).done:
+        if concurrent.futures.wait(self.calls, seconds).not_done:
             raise Timeout(f"wait: the message has not come within {seconds:g} s")
-        self._pending.result()
+        for call in self.calls:
+            call.result()
         return True
 
     synchronize = block_current_stream = wait
 
     def is_completed(self) -> bool:
-        return self._pending.done()
+        return all(call.done() for call in self.calls)
 
     def is_success(self) -> bool:
-        return self._pending.done() and self._pending.exception() is None
+        return self.is_completed() and self.exception() is None
 
     def exception(self):
-        return self._pending.exception() if self._pending.done() else None
+        return next(filter(None, (call.exception() for call in self.calls if call.done())), None)
 
     def get_future(self) -> Future:
-        ended = Future()
-        self._pending.add_done_callback(lambda _: ended.set_result(None))
+        ends = [Future() for _ in self.calls]
+        for call, ended in zip(self.calls, ends):
+            call.add_done_callback(lambda _, ended=ended: ended.set_result(None))
 
         def outcome(_):
-            self._pending.result()  # raises what the call raised: a future that was given an error crashes C++
+            self.wait()  # raises what a call raised: a future that was given an error crashes C++
             return self._outputs
 
-        return ended.then(outcome)
+        return torch.futures.collect_all(ends).then(outcome)
 
 
 class GpuLane:
@@ -278,7 +280,7 @@ class HostLane:
     def submit(self, call, tensor) -> HostWork:
         self._last = concurrent.futures.Future()
         self._calls.put((call, self._last))
-        return HostWork(self._last, tensor)
+        return HostWork([self._last], [tensor])
 
     def idle(self) -> bool:
         return self._last is None or self._last.done()
@@ -297,6 +299,12 @@ class HostLane:
                 pending.set_result(call(self._communicator))
             except BaseException as error:
                 pending.set_exception(error)
+
+
+class Coalesced(threading.local):
+    """The messages that this thread has begun since `_start_coalescing`; None where it has begun no block."""
+
+    messages: list[MessageWork] | None = None
 
 
 # Work of synchronous calls: it is ordered on the caller's stream, so there is nothing to wait for.
@@ -355,6 +363,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
         self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
+        self._coalesced = Coalesced()
         self._barriers = 0
         self._ended = False
         self._register_shim("cuda" if self._gpu else "cpu")
@@ -691,7 +700,10 @@ class ProcessGroup(dist.ProcessGroup):
             lane = self._lanes.get(key)
             if lane is None:
                 lane = self._lanes[key] = GpuLane(communicator) if self._gpu else HostLane(communicator)
-        return lane.submit(call, tensor)
+        work = lane.submit(call, tensor)
+        if self._coalesced.messages is not None:
+            self._coalesced.messages.append(work)
+        return work
 
     def monitored_barrier(self, timeout=None, wait_all_ranks=False):
         """A barrier on the host that names the ranks which do not come within `timeout` (default: the group's).
@@ -749,12 +761,21 @@ class ProcessGroup(dist.ProcessGroup):
         return work
 
     def _start_coalescing(self, device) -> None:
-        """Nothing to prepare: each call is one launch already."""
+        """Each call is one launch already; messages, which go in lanes of their own, are kept for `_end_coalescing`."""
+        if self._gpu and device.type == "cpu":
+            return self._gloo()._start_coalescing(device)  # which says that it cannot
+        self._coalesced.messages = []
 
     def _end_coalescing(self, device):
-        """One Work for all: asynchronous calls share a stream, so its end now is the end of each of them."""
+        """One Work for all: the stream of asynchronous calls, made to wait for the others, ends when all have ended."""
+        messages, self._coalesced.messages = self._coalesced.messages, None
+        if not self._gpu:
+            return HostWork([call for message in messages for call in message.calls], [])
         if self._beside is None:
-            return Work([])
+            return Work([])  # all were Gloo's, or there were none
+        self._beside.follow()
+        for message in messages:
+            message.mark_end().wait(self._beside.stream)
         work = Work([], self._communicator, self._beside.stream)
         work.mark_end()
         return work

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -260,6 +261,23 @@ def coalesced():
         same(output, SIZE * RANK)
 
 
+def coalesced_messages():
+    """The one Work of a block has waited for its messages, though they do not go where its collectives go."""
+    if SIZE == 1:
+        return
+    for ask in (lambda work: work.wait(), lambda work: work.get_future().wait()):
+        into, total = full(5, -1), full(3, 1)
+        with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
+            dist.irecv(into, (RANK - 1) % SIZE)
+            time.sleep(0.3 * (RANK == 0))
+            dist.isend(full(5, RANK), (RANK + 1) % SIZE)
+            dist.broadcast(total, 0, async_op=True)
+        (work,) = manager.works
+        ask(work)
+        same(into, (RANK - 1) % SIZE)
+        assert GPU or work.is_success()
+
+
 def functionals():
     world = dist.group.WORLD
     same(functional.all_reduce(full(8, RANK + 1), "sum", world), SIZE * (SIZE + 1) / 2)
@@ -493,8 +511,8 @@ def cpu_tensors():
 
 EVERYWHERE = [
     all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
-    coalesced, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted, uneven_lists,
-    scaled_sums, messages, monitored, refusals, groups_made_again,
+    coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
+    uneven_lists, scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
