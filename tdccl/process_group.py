@@ -32,10 +32,18 @@ _OPS = {
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
 _NONE = timedelta(0)  # the timeout of a call that was given one is longer
-_ALLREDUCE, _COALESCED = c10d.AllreduceOptions(), c10d.AllreduceCoalescedOptions()
-_BROADCAST, _BARRIER = c10d.BroadcastOptions(), c10d.BarrierOptions()
-_REDUCE, _GATHER, _SCATTER = c10d.ReduceOptions(), c10d.GatherOptions(), c10d.ScatterOptions()
-_ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
+_COALESCED, _ALLGATHER = c10d.AllreduceCoalescedOptions(), c10d.AllgatherOptions()
+_REDUCE_SCATTER, _ALL_TO_ALL = c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
+
+_Allreduce, _Broadcast, _Reduce = c10d.AllreduceOptions, c10d.BroadcastOptions, c10d.ReduceOptions
+_Allgather, _ReduceScatter = c10d.AllgatherOptions, c10d.ReduceScatterOptions
+_Gather, _Scatter, _Barrier = c10d.GatherOptions, c10d.ScatterOptions, c10d.BarrierOptions
+# What a program may give in the place of options, in this order; then a timeout.
+_GIVEN = {
+    _Allreduce: ["reduceOp"], _Broadcast: ["rootRank"], _Reduce: ["rootRank", "reduceOp"], _Allgather: [],
+    _ReduceScatter: ["reduceOp"], _Gather: ["rootRank"], _Scatter: ["rootRank"], _Barrier: [],
+}  # fmt: skip
+_FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}  # by the names of torch's arguments
 
 
 class OnStream:
@@ -364,6 +372,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
         self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
         self._coalesced = Coalesced()
+        self._limit: float | None = None  # of calls without a timeout; None: the communicator's
         self._barriers = 0
         self._ended = False
         self._register_shim("cuda" if self._gpu else "cpu")
@@ -400,6 +409,10 @@ class ProcessGroup(dist.ProcessGroup):
     def communicator(self) -> Communicator:
         """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
         return self._communicator or self._connect(None)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Of calls from now on that are given none, and of the wait for ranks to come if there was no call yet."""
+        self._timeout, self._limit = timeout, timeout.total_seconds()
 
     def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
         """The group of these ranks of this one; None on ranks that are not among them."""
@@ -449,7 +462,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- collectives ---------------------------------------------------------------------------------
 
-    def allreduce(self, tensors, opts=_ALLREDUCE):
+    def allreduce(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Allreduce:
+            return self.allreduce(*_in_full(_Allreduce, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
@@ -488,7 +503,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, tensors, tensors, call)
 
-    def broadcast(self, tensors, opts=_BROADCAST):
+    def broadcast(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Broadcast:
+            return self.broadcast(*_in_full(_Broadcast, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().broadcast(tensors, opts)
@@ -513,7 +530,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, outputs, call)
 
-    def allgather(self, outputs, inputs, opts=_ALLGATHER):
+    def allgather(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Allgather:
+            return self.allgather(*_in_full(_Allgather, [outputs, inputs], [opts, *more], named))
         (pieces,), (shard,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().allgather(outputs, inputs, opts)
@@ -572,7 +591,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, outputs, call)
 
-    def reduce_scatter(self, outputs, inputs, opts=_REDUCE_SCATTER):
+    def reduce_scatter(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _ReduceScatter:
+            return self.reduce_scatter(*_in_full(_ReduceScatter, [outputs, inputs], [opts, *more], named))
         (shard,), (pieces,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().reduce_scatter(outputs, inputs, opts)
@@ -619,7 +640,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, outputs, call)
 
-    def reduce(self, tensors, opts=_REDUCE):
+    def reduce(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Reduce:
+            return self.reduce(*_in_full(_Reduce, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().reduce(tensors, opts)
@@ -628,7 +651,9 @@ class ProcessGroup(dist.ProcessGroup):
         comm.reduce(source, tensor, op, opts.rootRank, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, [source], tensors)
 
-    def gather(self, outputs, inputs, opts=_GATHER):
+    def gather(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Gather:
+            return self.gather(*_in_full(_Gather, [outputs, inputs], [opts, *more], named))
         (shard,), root = inputs, opts.rootRank
         if self._gpu and shard.is_cpu:
             return self._gloo().gather(outputs, inputs, opts)
@@ -643,7 +668,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, pieces, call)
 
-    def scatter(self, outputs, inputs, opts=_SCATTER):
+    def scatter(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Scatter:
+            return self.scatter(*_in_full(_Scatter, [outputs, inputs], [opts, *more], named))
         (shard,), root = outputs, opts.rootRank
         if self._gpu and shard.is_cpu:
             return self._gloo().scatter(outputs, inputs, opts)
@@ -664,13 +691,13 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().send(tensors, to, tag)
-        return self._in_lane(("to", to), tensor, lambda comm: comm.send(tensor, to))
+        return self._in_lane(("to", to), tensor, lambda comm: comm.send(tensor, to, timeout=self._limit))
 
     def recv(self, tensors, source, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv(tensors, source, tag)
-        return self._in_lane(("from", source), tensor, lambda comm: comm.recv(tensor, source))
+        return self._in_lane(("from", source), tensor, lambda comm: comm.recv(tensor, source, timeout=self._limit))
 
     def recv_anysource(self, tensors, tag=0):
         (tensor,) = tensors
@@ -742,12 +769,14 @@ class ProcessGroup(dist.ProcessGroup):
                 f"Rank 0 timed out in monitoredBarrier after {milliseconds} ms: {ranks} failed to pass monitoredBarrier"
             )
 
-    def barrier(self, opts=_BARRIER):
+    def barrier(self, opts=None, **named):
+        if type(opts) is not _Barrier:
+            return self.barrier(*_in_full(_Barrier, [], [opts], named))
         device = opts.device
         if self._gpu and device is not None and device.type == "cpu":
             return self._gloo().barrier(opts)
         communicator = self._communicator or self._connect(device)
-        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else None
+        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else self._limit
         if not self._gpu:
             communicator.barrier(timeout=seconds)
             return BarrierWork([])
@@ -793,7 +822,7 @@ class ProcessGroup(dist.ProcessGroup):
         """(communicator, stream, timeout) of a call on `tensor`; a synchronous one goes where the caller is: None."""
         communicator = self._communicator or self._connect(tensor.device)
         given = opts.timeout
-        timeout = given.total_seconds() if given > _NONE else None
+        timeout = given.total_seconds() if given > _NONE else self._limit
         if not opts.asyncOp:
             return communicator, None, timeout
         beside = self._beside
@@ -921,6 +950,18 @@ def shrink(group: "ProcessGroup | None" = None, *, exclude: list[int]) -> Proces
     world.pg_to_tag[smaller] = tag
     c10d._register_process_group(options.group_id, smaller)
     return smaller
+
+
+def _in_full(kind: type, tensors: list, given: list, named: dict) -> list:
+    """The arguments as torch itself gives them, lists and options, of a call with bare tensors, an op, a root, or a
+    timeout, all of which torch's own groups take, too."""
+    options = kind()
+    fields = dict(zip([*_GIVEN[kind], "timeout"], given)) | {_FIELDS[name]: value for name, value in named.items()}
+    for field, value in fields.items():
+        if value is not None:
+            setattr(options, field, value)
+    bare = any(isinstance(each, torch.Tensor) for each in tensors)
+    return [*([each] if bare else each for each in tensors), options]
 
 
 def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:

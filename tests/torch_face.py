@@ -382,6 +382,43 @@ def rooted():
         same(share, 10 * root + RANK)
 
 
+def called_directly():
+    """A group's own methods take bare tensors, an op, a root and a timeout in the place of lists and options."""
+    group, total, last = dist.group.WORLD, SIZE * (SIZE + 1) // 2, SIZE - 1
+    second, everyone = timedelta(seconds=50), torch.arange(1, SIZE + 1)
+
+    def result(call, value=RANK + 1):
+        tensor = full(3, value)
+        call(tensor).wait()
+        return tensor
+
+    same(result(group.allreduce), total)
+    same(result(lambda x: group.allreduce([x], Op.MAX)), SIZE)
+    same(result(lambda x: group.allreduce(x, Op.MIN, second)), 1)
+    same(result(lambda x: group.allreduce(x, op=Op.MAX, timeout=second)), SIZE)
+    same(result(lambda x: group.broadcast(x, last)), SIZE)
+    same(result(lambda x: group.reduce(x, last, Op.SUM)), total if last == RANK else RANK + 1)
+    gathered = [full(3, -1) for _ in range(SIZE)]
+    result(lambda x: group.allgather(gathered, x))
+    same(torch.stack(gathered)[:, 0], everyone)
+    same(result(lambda x: group.reduce_scatter(x, [full(3, rank + 1) for rank in range(SIZE)])), SIZE * (RANK + 1))
+    same(result(lambda x: group.scatter(x, [piece + 1 for piece in gathered] if RANK == 0 else [], 0)), RANK + 2)
+    result(lambda x: group.gather(gathered if last == RANK else [], x, root=last), value=RANK - 1)
+    same(torch.stack(gathered)[:, 0], everyone - 2 if last == RANK else everyone)
+    group.barrier(timeout=second).wait()
+
+
+def timeout_set_later():
+    """It holds for a group's calls from then on."""
+    group = dist.new_group(list(range(SIZE)))
+    dist.barrier(group=group)
+    group.set_timeout(timedelta(seconds=0.3))
+    if SIZE > 1 and RANK == 0:
+        refused(lambda: dist.barrier(group=group), "0.3 s")
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
 def uneven_lists():
     """all_gather and reduce_scatter of pieces of different sizes, one of them empty."""
     gathered = [full((rank, 3), -1) for rank in range(SIZE)]
@@ -512,7 +549,7 @@ def cpu_tensors():
 EVERYWHERE = [
     all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
     coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
-    uneven_lists, scaled_sums, messages, monitored, refusals, groups_made_again,
+    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
