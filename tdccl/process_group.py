@@ -375,14 +375,15 @@ class ProcessGroup(dist.ProcessGroup):
         self._limit: float | None = None  # of calls without a timeout; None: the communicator's
         self._barriers = 0
         self._ended = False
-        self._register_shim("cuda" if self._gpu else "cpu")
+        self._register_shim(["cuda", "cpu"] if self._gpu else ["cpu"])
 
-    def _register_shim(self, device: str) -> None:
-        """Tells torch our device, and makes calls that cannot reach Python fail rather than do nothing."""
+    def _register_shim(self, devices: list[str]) -> None:
+        """Tells torch our devices, and makes calls that cannot reach Python fail rather than do nothing."""
         options = c10d.FakeProcessGroup.Options()
         options.error_on_collective = True
         shim = c10d.FakeProcessGroup._create_internal(self._rank, self._ranks, options)
-        self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, shim)
+        for device in devices:
+            self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, shim)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
 
     # ---- what torch asks of a group (its names) ------------------------------------------------------
@@ -398,6 +399,15 @@ class ProcessGroup(dist.ProcessGroup):
 
     def get_group_store(self):
         return self._store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """On a GPU host the CPU is among them for "cpu:gloo,cuda:tdccl" only: where it is, torch puts objects, barriers
+        and what it makes by itself there, and saves checkpoints beside the training."""
+        config = dist.distributed_c10d._world.pg_backend_config.get(self, "")
+        if self._gpu and "cpu:gloo" not in config:
+            return [torch.device("cuda")]
+        return super()._device_types
 
     def _get_backend(self, device: torch.device) -> Backend:
         backend = self._backends.get(device)

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+import torch.distributed.checkpoint as checkpoint
 
 import tdccl
 
@@ -546,6 +548,16 @@ def cpu_tensors():
         assert torch.equal(gathered, 10 * everyone + RANK)
 
 
+def saved_beside():
+    """A checkpoint that is written while the program goes on; torch wants a backend for the CPU by name."""
+    folder = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    saved, loaded = {"x": torch.arange(5)}, {"x": torch.zeros(5, dtype=torch.int64)}
+    checkpoint.async_save(saved, checkpoint_id=folder[0]).result()
+    checkpoint.load(loaded, checkpoint_id=folder[0])
+    assert torch.equal(loaded["x"], saved["x"])
+
+
 EVERYWHERE = [
     all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
     coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
@@ -554,7 +566,8 @@ EVERYWHERE = [
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
 AT_FIRST = [cpu_tensors] if GLOO else [*EVERYWHERE, *ON_GPUS]
-AGAIN = [cpu_tensors] if GLOO else [all_reduce, groups, messages, monitored]  # in a default group made anew
+# In a default group made anew.
+AGAIN = [cpu_tensors, objects, saved_beside] if GLOO else [all_reduce, groups, messages, monitored]
 
 
 def main():
@@ -564,9 +577,10 @@ def main():
     if GPU:
         torch.cuda.set_device(DEVICE)
     for again in (False, True):  # on the store of the first time, under torchrun
-        dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
+        backend = "cpu:gloo,cuda:tdccl" if GLOO and again else "tdccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
-        assert dist.get_backend() == "tdccl"
+        assert dist.get_backend() == "tdccl" or backend != "tdccl"
         for check in AGAIN if again else AT_FIRST:
             try:
                 check()
