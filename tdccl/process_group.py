@@ -478,8 +478,10 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
-        if tensor.is_sparse:
-            return self._allreduce_sparse(tensor, opts)
+        if not tensor.is_contiguous():
+            if tensor.is_sparse:
+                return self._allreduce_sparse(tensor, opts)
+            tensor = _dense(tensor)
         source, op = _reduced("all_reduce", opts, tensor)
         comm, stream, timeout = self._begin(opts, tensor)
         comm.all_reduce(source, tensor, op, stream=stream, timeout=timeout)
@@ -507,7 +509,7 @@ class ProcessGroup(dist.ProcessGroup):
             return self._gloo().allreduce_coalesced(tensors, opts)
 
         def call(comm, **options):
-            for tensor in tensors:
+            for tensor in map(_dense, tensors):
                 source, op = _reduced("all_reduce", opts, tensor)
                 comm.all_reduce(source, tensor, op, **options)
 
@@ -520,7 +522,7 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and tensor.is_cpu:
             return self._gloo().broadcast(tensors, opts)
         comm, stream, timeout = self._begin(opts, tensor)
-        comm.broadcast(tensor, opts.rootRank, stream=stream, timeout=timeout)
+        comm.broadcast(_dense(tensor), opts.rootRank, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, tensors, tensors)
 
     def _allgather_base(self, output, input, opts=_ALLGATHER):
@@ -587,7 +589,7 @@ class ProcessGroup(dist.ProcessGroup):
             return self._gloo()._reduce_scatter_base(output, input, opts)
         source, op = _reduced("reduce_scatter", opts, input)
         comm, stream, timeout = self._begin(opts, input)
-        comm.reduce_scatter(source, output, op, stream=stream, timeout=timeout)
+        comm.reduce_scatter(*_real(op, source, output), op, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, [source], [output])
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
@@ -597,7 +599,7 @@ class ProcessGroup(dist.ProcessGroup):
         def call(comm, **options):
             for output, input in zip(outputs, inputs):
                 source, op = _reduced("reduce_scatter", opts, input)
-                comm.reduce_scatter(source, output, op, **options)
+                comm.reduce_scatter(*_real(op, source, output), op, **options)
 
         return self._compose(opts, inputs, outputs, call)
 
@@ -612,12 +614,12 @@ class ProcessGroup(dist.ProcessGroup):
 
         def call(comm, **options):
             source, op = _reduced("reduce_scatter", opts, _pack(pieces))
+            reduced = torch.empty_like(source[: counts[self._rank]])
             if len(set(counts)) == 1:
-                reduced = comm.reduce_scatter(source, torch.empty_like(source[: counts[0]]), op, **options)
+                comm.reduce_scatter(*_real(op, source, reduced), op, **options)
             else:  # one reduction a rank, as they are of different sizes
-                reduced = [
-                    comm.reduce(part, None, op, root, **options) for root, part in enumerate(source.split(counts))
-                ][self._rank]
+                for root, part in enumerate(source.split(counts)):
+                    comm.reduce(*_real(op, part, reduced if root == self._rank else part), op, root, **options)
             _unpack(reduced, [shard])
 
         return self._compose(opts, pieces, outputs, call)
@@ -656,9 +658,10 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().reduce(tensors, opts)
+        tensor = _dense(tensor)
         source, op = _reduced("reduce", opts, tensor)
         comm, stream, timeout = self._begin(opts, tensor)
-        comm.reduce(source, tensor, op, opts.rootRank, stream=stream, timeout=timeout)
+        comm.reduce(*_real(op, source, tensor), op, opts.rootRank, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, [source], tensors)
 
     def gather(self, outputs, inputs, opts=None, *more, **named):
@@ -701,13 +704,13 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().send(tensors, to, tag)
-        return self._in_lane(("to", to), tensor, lambda comm: comm.send(tensor, to, timeout=self._limit))
+        return self._in_lane("to", to, tensor)
 
     def recv(self, tensors, source, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv(tensors, source, tag)
-        return self._in_lane(("from", source), tensor, lambda comm: comm.recv(tensor, source, timeout=self._limit))
+        return self._in_lane("from", source, tensor)
 
     def recv_anysource(self, tensors, tag=0):
         (tensor,) = tensors
@@ -731,13 +734,14 @@ class ProcessGroup(dist.ProcessGroup):
             time.sleep(1e-4)
         raise Timeout(f"recv: rank {self._rank} waited {communicator.timeout:g} s for a message of any rank")
 
-    def _in_lane(self, key, tensor, call) -> Work:
+    def _in_lane(self, way: str, rank: int, tensor: torch.Tensor) -> MessageWork:
         communicator = self._communicator or self._connect(tensor.device)
         with self._lock:
-            lane = self._lanes.get(key)
+            lane = self._lanes.get((way, rank))
             if lane is None:
-                lane = self._lanes[key] = GpuLane(communicator) if self._gpu else HostLane(communicator)
-        work = lane.submit(call, tensor)
+                lane = self._lanes[way, rank] = GpuLane(communicator) if self._gpu else HostLane(communicator)
+        move, dense, limit = Communicator.send if way == "to" else Communicator.recv, _dense(tensor), self._limit
+        work = lane.submit(lambda comm: move(comm, dense, rank, timeout=limit), tensor)
         if self._coalesced.messages is not None:
             self._coalesced.messages.append(work)
         return work
@@ -988,6 +992,22 @@ def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor,
         factor = op.factor if hasattr(op, "factor") else op.__getstate__()[1]
         return tensor * factor, "sum"
     return tensor, _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
+
+
+def _real(op: str, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complex numbers as pairs of real ones, where that makes no difference; torch does so for all_reduce alone."""
+    if source.is_complex() and target.is_complex() and op in ("sum", "avg"):
+        return torch.view_as_real(source.detach()), torch.view_as_real(target.detach())
+    return source, target
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """One in channels_last as it lies in memory, for calls in which it lies so on all ranks; others as they are."""
+    if not tensor.is_contiguous():
+        for order in (torch.channels_last, torch.channels_last_3d):
+            if tensor.is_contiguous(memory_format=order):
+                return tensor.detach().as_strided((tensor.numel(),), (1,))
+    return tensor
 
 
 def _pack(pieces) -> torch.Tensor:

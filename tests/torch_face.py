@@ -78,6 +78,48 @@ def all_reduce():
     same(complexes.imag, SIZE * (SIZE - 1) / 2)
 
 
+def complex_sums():
+    """As of all_reduce, where it is torch that takes complex numbers for pairs of real ones."""
+    pieces = [full(2 * (rank + 1), 1 + 2j * RANK, torch.complex64) for rank in range(SIZE)]
+    expected = complex(SIZE, SIZE * (SIZE - 1))
+    dist.reduce(pieces[0], SIZE - 1)
+    same(pieces[0], expected if RANK == SIZE - 1 else 1 + 2j * RANK)
+    pieces[0].fill_(1 + 2j * RANK)
+    for piece in ([pieces[-1][:2].clone() for _ in range(SIZE)], pieces):
+        mine = torch.zeros_like(piece[RANK])
+        dist.reduce_scatter(mine, piece)
+        same(mine, expected)
+    shard = full(2, 0, torch.complex64)
+    dist.reduce_scatter_tensor(shard, full(2 * SIZE, 1 + 2j * RANK, torch.complex64), Op.AVG)
+    same(shard, expected / SIZE)
+    refused(lambda: dist.reduce_scatter_tensor(shard, shard.repeat(SIZE), Op.PRODUCT), "complex64")
+
+
+def channels_last():
+    """Images and volumes whose channels lie together are taken as they lie in memory, on all ranks alike."""
+    for shape, order in (((2, 3, 4, 5), torch.channels_last), ((2, 3, 2, 2, 2), torch.channels_last_3d)):
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=DEVICE).view(shape)
+        make = lambda: (numbers + RANK).contiguous(memory_format=order)  # noqa: E731, B023
+        total = numbers * SIZE + SIZE * (SIZE - 1) // 2
+        for call, expected in (
+            (dist.all_reduce, total),
+            (lambda x: dist.all_reduce(x, async_op=True).wait(), total),
+            (lambda x: dist.all_reduce_coalesced([x]), total),
+            (lambda x: dist.reduce(x, 0), total if RANK == 0 else make()),
+            (lambda x: dist.broadcast(x, SIZE - 1), numbers + SIZE - 1),
+        ):
+            tensor = make()
+            call(tensor)
+            same(tensor, expected)
+        if SIZE > 1 and RANK < 2:
+            tensor = make()
+            dist.send(tensor, 1) if RANK == 0 else dist.recv(tensor, 0)
+            same(tensor, numbers)
+    parameter = torch.nn.Parameter(make())
+    dist.broadcast(parameter, 0)
+    same(parameter.detach(), numbers)
+
+
 def sparse():
     """Rank r has r + 1 rows; rows at the same place add up."""
     for async_op in (False, True):
@@ -559,7 +601,8 @@ def saved_beside():
 
 
 EVERYWHERE = [
-    all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
+    all_reduce, complex_sums, channels_last, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast,
+    all_to_all, asynchronous,
     coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
     called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, monitored, refusals, groups_made_again,
     cpu_tensors,
