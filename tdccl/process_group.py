@@ -21,6 +21,7 @@ from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
 from tdccl.membership import survivors
+from tdccl.runtime.arenas import nothing_placed
 from tdccl.runtime.streams import current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
@@ -480,7 +481,8 @@ class ProcessGroup(dist.ProcessGroup):
             return self._gloo().allreduce(tensors, opts)
         if not tensor.is_contiguous():
             if tensor.is_sparse:
-                return self._allreduce_sparse(tensor, opts)
+                with nothing_placed():
+                    return self._allreduce_sparse(tensor, opts)
             tensor = _dense(tensor)
         source, op = _reduced("all_reduce", opts, tensor)
         comm, stream, timeout = self._begin(opts, tensor)
@@ -860,13 +862,13 @@ class ProcessGroup(dist.ProcessGroup):
     def _compose(self, opts, inputs, outputs, call):
         """A `call(communicator, timeout=)` of several steps, which go where torch's current stream is."""
         comm, stream, timeout = self._begin(opts, inputs[0])
-        with OnStream(self._beside.stream) if stream else contextlib.nullcontext():
+        with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
             call(comm, timeout=timeout)
         return _DONE if stream is None else self._work(comm, inputs, outputs)
 
     def _connect(self, device: torch.device | None) -> Communicator:
         """The communicator, made at the first call: only then is the device known."""
-        with self._lock:
+        with self._lock, nothing_placed():
             self._check_not_ended()
             if self._communicator is None:
                 seconds = self._timeout.total_seconds()

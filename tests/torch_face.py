@@ -360,8 +360,11 @@ def symmetric_memory():
     """Tensors made in a group's symmetric memory, the default group's where none is given, are not copied."""
     group = dist.new_group(list(range(SIZE)))
     for given, communicator in ((None, dist.group.WORLD.communicator), (group, group.communicator)):
+        pieces = [full(4, -1) for _ in range(SIZE)] if RANK == 0 else None
         with tdccl.symmetric(given):
             tensor = full(50_000, RANK)
+            dist.gather(tensor[:4], pieces, 0)  # for which the root alone needs a buffer
+            dist.scatter(tensor[:4], pieces, 0)
         assert communicator.explain("all_reduce", tensor, tensor).call.symmetric == {"send", "recv"}
         dist.all_reduce(tensor, group=given)
         same(tensor, SIZE * (SIZE - 1) // 2)
