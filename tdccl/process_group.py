@@ -251,6 +251,31 @@ class HostWork(MessageWork):
         return torch.futures.collect_all(ends).then(outcome)
 
 
+class TurnWork(HostWork):
+    """A receive that another thread begins in its turn, for it or one before it has yet to learn who sends to it."""
+
+    def _begun(self) -> MessageWork:
+        return self.calls[0].result()
+
+    def wait(self, timeout=None) -> bool:
+        return super().wait(timeout) and self._begun().wait(timeout)
+
+    synchronize = block_current_stream = wait
+
+    def is_completed(self) -> bool:
+        return super().is_completed() and (super().exception() is not None or self._begun().is_completed())
+
+    def exception(self):
+        return super().exception() or (self._begun().exception() if super().is_completed() else None)
+
+    def get_future(self) -> Future:
+        """Waits until the receive has been begun."""
+        return self._begun().get_future()
+
+    def _source_rank(self) -> int:
+        return self._begun().source
+
+
 class GpuLane:
     """Messages to or from one rank, on a stream of their own: other ranks' messages do not wait for them."""
 
@@ -371,6 +396,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._beside: Beside | None = None  # on a GPU, once there is a communicator
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
+        self._turns: HostLane | None = None  # where receives are begun, once there was one from anyone
         self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
         self._coalesced = Coalesced()
         self._limit: float | None = None  # of calls without a timeout; None: the communicator's
@@ -463,8 +489,8 @@ class ProcessGroup(dist.ProcessGroup):
         """Lets go of everything; returns the communicator, if there was one."""
         self._ended = True  # also for a thread that waits for ranks to come, with the lock
         with self._lock:
-            communicator, lanes = self._communicator, list(self._lanes.values())
-            self._communicator, self._gloo_group = None, None
+            communicator, lanes = self._communicator, [*self._lanes.values(), *filter(None, [self._turns])]
+            self._communicator, self._gloo_group, self._turns = None, None, None
             self._lanes.clear()
             self._backends.clear()
         for lane in lanes:
@@ -702,6 +728,8 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- messages between two ranks: always asynchronous, each peer and direction in a lane of its own ---
 
+    # Tags are not looked at, as NCCL does not: messages from one rank to another arrive in the order of their sends.
+
     def send(self, tensors, to, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
@@ -712,29 +740,59 @@ class ProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv(tensors, source, tag)
+        if self._turns is not None and not self._turns.idle():
+            return self._in_turn(tensor, source)
         return self._in_lane("from", source, tensor)
 
     def recv_anysource(self, tensors, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv_anysource(tensors, tag)
+        return self._in_turn(tensor, None)
+
+    def _in_turn(self, tensor: torch.Tensor, source: int | None) -> TurnWork:
+        """A receive from `source`, None: from whoever sends first, that is begun when all before it have been."""
+        if self._coalesced.messages is not None:
+            raise ArgumentError("recv: a receive from any source, and one that waits for its turn, cannot be coalesced")
         communicator = self._communicator or self._connect(tensor.device)
-        source = self._wait_for_message(communicator)
-        work = self.recv(tensors, source, tag)
-        work.source = source
-        return work
+        side = None
+        if self._gpu:  # not where the program goes on: what it does there later may wait for the sender
+            side, now = torch.cuda.Stream(communicator.device), _Event()
+            now.record(current_stream(communicator.device.index))
+
+        def begin(communicator):
+            with OnStream(side) if side else contextlib.nullcontext():
+                sender = self._wait_for_message(communicator) if source is None else source
+                if side:
+                    now.wait(side)
+                work = self._in_lane("from", sender, tensor)
+            work.source = sender
+            return work
+
+        with self._lock:
+            self._check_not_ended()
+            self._turns = self._turns or HostLane(communicator)
+            return TurnWork(self._turns.submit(begin, tensor).calls, [tensor])
 
     def _wait_for_message(self, communicator: Communicator) -> int:
         """The rank whose message is there first, of those from which no `recv` is under way; blocks the host."""
-        others = [rank for rank in range(self._ranks) if rank != self._rank]
-        deadline = time.monotonic() + communicator.timeout
+        seconds = self._limit or communicator.timeout
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for source in others:
-                lane = self._lanes.get(("from", source))
-                if (lane is None or lane.idle()) and communicator.has_message_from(source):
-                    return source
+            source = self._first_sender(communicator)
+            if source is not None:
+                return source
             time.sleep(1e-4)
-        raise Timeout(f"recv: rank {self._rank} waited {communicator.timeout:g} s for a message of any rank")
+        raise Timeout(f"recv: rank {self._rank} waited {seconds:g} s for a message of any rank")
+
+    def _first_sender(self, communicator: Communicator) -> int | None:
+        with self._lock:  # under which a group ends, and the memory that is looked at with it
+            self._check_not_ended()
+            for source in range(self._ranks):
+                lane = self._lanes.get(("from", source))
+                if source != self._rank and (lane is None or lane.idle()) and communicator.has_message_from(source):
+                    return source
+        return None
 
     def _in_lane(self, way: str, rank: int, tensor: torch.Tensor) -> MessageWork:
         communicator = self._communicator or self._connect(tensor.device)
@@ -1044,7 +1102,7 @@ def _keep_from_compiler() -> None:
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
-    classes = [ProcessGroup, OnStream, Beside, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    classes = [ProcessGroup, OnStream, Beside, Work, *Work.__subclasses__(), HostWork, TurnWork]
     for member in (member for each in classes for member in vars(each).values()):
         if isinstance(member, types.FunctionType):
             dynamo.set_code_exec_strategy(member.__code__, skip)

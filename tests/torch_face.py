@@ -535,6 +535,36 @@ def messages():
     dist.barrier()
 
 
+def messages_of_anyone():
+    """A receive from anyone does not wait in the call, and takes its message before receives that come after it."""
+    if SIZE == 1:
+        return
+    if RANK == 0:
+        first, second, third = (full(30_000, -1) for _ in range(3))
+        works = [dist.irecv(first), dist.irecv(second, 1), dist.irecv(third)]
+        assert not works[0].is_completed()
+        dist.send(full(1, 5), 1)
+        dist.barrier()  # which rank 1 comes to when its messages, more than the channel holds, have been taken
+        for work, tensor, value in zip(works, (first, second, third), (6, 7, 8)):
+            work.wait()
+            same(tensor, value)
+            assert work.is_completed() and work.is_success()
+        assert works[0]._source_rank() == works[2]._source_rank() == 1
+    else:
+        if RANK == 1:
+            told = full(1, -1)
+            dist.recv(told, 0)
+            for more in (1, 2, 3):
+                dist.send(full(30_000, told.item() + more), 0)
+        dist.barrier()
+    group = dist.new_group(list(range(SIZE)))
+    dist.barrier(group=group)
+    work = dist.irecv(full(3, -1), group=group) if RANK == 0 else None
+    dist.destroy_process_group(group)
+    if work:
+        refused(work.wait, "destroyed")
+
+
 def monitored():
     """A barrier of our own that names who is missing."""
     group = dist.group.WORLD
@@ -607,7 +637,8 @@ EVERYWHERE = [
     all_reduce, complex_sums, channels_last, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast,
     all_to_all, asynchronous,
     coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
-    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, monitored, refusals, groups_made_again,
+    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, messages_of_anyone, monitored, refusals,
+    groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
