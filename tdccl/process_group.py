@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from tdccl import environment, tuning
 from tdccl.communicator import Communicator
-from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
+from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.membership import survivors
 from tdccl.runtime.arenas import nothing_placed
 from tdccl.runtime.streams import current_stream
@@ -358,10 +358,14 @@ class Backend:
     def __getattr__(self, name: str):
         return getattr(self._shim, name)
 
-    def _nothing_to_do(self, device=None) -> None:
-        """Groups connect at their first call, need none but their members for it, and have no sequence numbers."""
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        """Where a group is made for a device: all ranks are there, and need not be at the first call any more."""
+        self._group.connect(device)
 
-    eager_connect_single_device = perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
+    def _nothing_to_do(self, device=None) -> None:
+        """Groups need none but their members to connect, and have no sequence numbers."""
+
+    perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:
         return (device.type == "cuda") != environment.emulated()
@@ -445,7 +449,7 @@ class ProcessGroup(dist.ProcessGroup):
     @property
     def communicator(self) -> Communicator:
         """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
-        return self._communicator or self._connect(None)
+        return self._communicator or self.connect(None)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Of calls from now on that are given none, and of the wait for ranks to come if there was no call yet."""
@@ -520,7 +524,7 @@ class ProcessGroup(dist.ProcessGroup):
         the host has to wait for the number of each rank's elements, on which the shape of the result depends."""
         if opts.reduceOp != ReduceOp.SUM:
             raise ArgumentError("all_reduce: a sparse tensor takes SUM alone")
-        comm = self._communicator or self._connect(tensor.device)
+        comm = self._communicator or self.connect(tensor.device)
         own = tensor.detach().coalesce()
         counts = comm.all_gather(torch.tensor([own._nnz()], device=own.device)).tolist()
         indices = comm.all_gather(own.indices().t().contiguous(), None, counts)
@@ -754,7 +758,7 @@ class ProcessGroup(dist.ProcessGroup):
         """A receive from `source`, None: from whoever sends first, that is begun when all before it have been."""
         if self._coalesced.messages is not None:
             raise ArgumentError("recv: a receive from any source, and one that waits for its turn, cannot be coalesced")
-        communicator = self._communicator or self._connect(tensor.device)
+        communicator = self._communicator or self.connect(tensor.device)
         side = None
         if self._gpu:  # not where the program goes on: what it does there later may wait for the sender
             side, now = torch.cuda.Stream(communicator.device), _Event()
@@ -795,7 +799,7 @@ class ProcessGroup(dist.ProcessGroup):
         return None
 
     def _in_lane(self, way: str, rank: int, tensor: torch.Tensor) -> MessageWork:
-        communicator = self._communicator or self._connect(tensor.device)
+        communicator = self._communicator or self.connect(tensor.device)
         with self._lock:
             lane = self._lanes.get((way, rank))
             if lane is None:
@@ -849,7 +853,7 @@ class ProcessGroup(dist.ProcessGroup):
         device = opts.device
         if self._gpu and device is not None and device.type == "cpu":
             return self._gloo().barrier(opts)
-        communicator = self._communicator or self._connect(device)
+        communicator = self._communicator or self.connect(device)
         seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else self._limit
         if not self._gpu:
             communicator.barrier(timeout=seconds)
@@ -894,7 +898,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _begin(self, opts, tensor) -> tuple[Communicator, int | None, float | None]:
         """(communicator, stream, timeout) of a call on `tensor`; a synchronous one goes where the caller is: None."""
-        communicator = self._communicator or self._connect(tensor.device)
+        communicator = self._communicator or self.connect(tensor.device)
         given = opts.timeout
         timeout = given.total_seconds() if given > _NONE else self._limit
         if not opts.asyncOp:
@@ -924,26 +928,33 @@ class ProcessGroup(dist.ProcessGroup):
             call(comm, timeout=timeout)
         return _DONE if stream is None else self._work(comm, inputs, outputs)
 
-    def _connect(self, device: torch.device | None) -> Communicator:
-        """The communicator, made at the first call: only then is the device known."""
+    def connect(self, device: torch.device | None) -> Communicator:
+        """The communicator; made now, by all ranks, if there is none: a group without a device has one from its first
+        call on, whose tensors tell the device."""
         with self._lock, nothing_placed():
             self._check_not_ended()
             if self._communicator is None:
-                seconds = self._timeout.total_seconds()
-                world_rank = self._members[self._rank] if self._members else self._rank
-                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
-                bootstrap.interrupt = self._check_not_ended
-                blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
-                if not self._gpu:
-                    self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)
-                    return self._communicator
-                device = self.bound_device_id or device or torch.device("cuda")
-                with torch.cuda.device(device):
-                    device = torch.device("cuda", torch.cuda.current_device())
-                    communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
-                    self._beside = Beside(device)
-                self._communicator = communicator  # last: other threads look at it without the lock
+                try:
+                    self._communicator = self._meet_all(device)  # last: other threads look at it without the lock
+                except InitError as error:
+                    if error.absent:
+                        error.args = (f"{error} A group's first call, be it a message of two, takes all of its ranks.",)
+                    raise
             return self._communicator
+
+    def _meet_all(self, device: torch.device | None) -> Communicator:
+        seconds = self._timeout.total_seconds()
+        world_rank = self._members[self._rank] if self._members else self._rank
+        bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
+        bootstrap.interrupt = self._check_not_ended
+        blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
+        if not self._gpu:
+            return Communicator(bootstrap, None, seconds, blocks, self._scratch)
+        with torch.cuda.device(self.bound_device_id or device or torch.device("cuda")):
+            device = torch.device("cuda", torch.cuda.current_device())
+            communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
+            self._beside = Beside(device)
+        return communicator
 
     def _check_not_ended(self) -> None:
         if self._ended:

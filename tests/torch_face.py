@@ -535,6 +535,18 @@ def messages():
     dist.barrier()
 
 
+def messages_before_any_collective():
+    """A group that was made for a device, as init_process_group and new_group do on GPUs, lets two ranks begin."""
+    group = dist.new_group(list(range(SIZE)))
+    group._get_backend(DEVICE).eager_connect_single_device(DEVICE)
+    into = full(3, -1)
+    if SIZE > 1 and RANK < 2:
+        dist.send(full(3, 4), 1, group=group) if RANK == 0 else dist.recv(into, 0, group=group)
+        same(into, 4 * RANK if RANK else -1)
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
 def messages_of_anyone():
     """A receive from anyone does not wait in the call, and takes its message before receives that come after it."""
     if SIZE == 1:
@@ -637,8 +649,8 @@ EVERYWHERE = [
     all_reduce, complex_sums, channels_last, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast,
     all_to_all, asynchronous,
     coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
-    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, messages_of_anyone, monitored, refusals,
-    groups_made_again,
+    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, messages_before_any_collective,
+    messages_of_anyone, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
