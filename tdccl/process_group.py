@@ -44,7 +44,7 @@ _GIVEN = {
     _Allreduce: ["reduceOp"], _Broadcast: ["rootRank"], _Reduce: ["rootRank", "reduceOp"], _Allgather: [],
     _ReduceScatter: ["reduceOp"], _Gather: ["rootRank"], _Scatter: ["rootRank"], _Barrier: [],
 }  # fmt: skip
-_FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}  # by the names of torch's arguments
+_FIELDS = {"op": "reduceOp", "root": "rootRank"}  # by torch's names of arguments, where they are others
 
 
 class OnStream:
@@ -1041,8 +1041,8 @@ def _in_full(kind: type, tensors: list, given: list, named: dict) -> list:
     """The arguments as torch itself gives them, lists and options, of a call with bare tensors, an op, a root, or a
     timeout, all of which torch's own groups take, too."""
     options = kind()
-    fields = dict(zip([*_GIVEN[kind], "timeout"], given)) | {_FIELDS[name]: value for name, value in named.items()}
-    for field, value in fields.items():
+    by_place = zip([*_GIVEN[kind], "timeout"], given)
+    for field, value in (*by_place, *((_FIELDS.get(name, name), value) for name, value in named.items())):
         if value is not None:
             setattr(options, field, value)
     bare = any(isinstance(each, torch.Tensor) for each in tensors)

@@ -44,7 +44,7 @@ def same(result, expected):
 def refused(call, *words):
     try:
         call()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         assert all(word in str(error) for word in words), f"expected {words} in: {error}"
     else:
         raise AssertionError(f"expected a refusal with {words}")
@@ -453,6 +453,7 @@ def called_directly():
     result(lambda x: group.gather(gathered if last == RANK else [], x, root=last), value=RANK - 1)
     same(torch.stack(gathered)[:, 0], everyone - 2 if last == RANK else everyone)
     group.barrier(timeout=second).wait()
+    refused(lambda: group.allreduce(full(3, 1), operation=Op.MAX), "operation")
 
 
 def timeout_set_later():
