@@ -36,6 +36,8 @@ class Calls(Membership):
         self._calls: dict[tuple, tuple] = {}  # made before, on these very arrays,
         self._calls_on: Any = None  # and while symmetric memory was this
         self._lock = threading.RLock()
+        # Of collectives. In emulation one that waits for its peers keeps it, and messages, which need the other, go on.
+        self._turn = threading.RLock() if self._emulated else self._lock
         self._streams: dict[Any, int] = {}  # where each lane's last call went, if it was no graph's; else
         self._captured: dict[Any, tuple[int, int | None]] = {}  # where it went, and the last that was none
         self._index = self.device.index
@@ -196,23 +198,24 @@ class Calls(Membership):
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
         call = call._replace(on_device=on_device, timeout=timeout)
-        with self._lock:
-            if self._debug:
-                self._compare(called or collective, source, target, count, op, root, splits, call)
-                if empty:
-                    return
-            plan = self._plan(call)
-            uneven = splits is not None or on_device is not None
-            elements = source.numel() if uneven else count
-            what = described(
-                called or collective, plan.choice.algorithm.name, source.dtype, op, root,
-                *self._places(call, source, target), uneven, elements, elements * source.itemsize,
-            )  # fmt: skip
-            ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
-            if key is not None and not self._debug and not source.dtype.is_complex:
-                if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
-                    self._calls, self._calls_on = {}, self._regions.table
-                self._calls[key] = ready
+        with self._turn:
+            with self._lock:
+                if self._debug:
+                    self._compare(called or collective, source, target, count, op, root, splits, call)
+                    if empty:
+                        return
+                plan = self._plan(call)
+                uneven = splits is not None or on_device is not None
+                elements = source.numel() if uneven else count
+                what = described(
+                    called or collective, plan.choice.algorithm.name, source.dtype, op, root,
+                    *self._places(call, source, target), uneven, elements, elements * source.itemsize,
+                )  # fmt: skip
+                ready = (what, plan.launch, *plan.at(source.data_ptr(), target.data_ptr()))
+                if key is not None and not self._debug and not source.dtype.is_complex:
+                    if len(self._calls) >= _MOST_PLANS or self._regions.table is not self._calls_on:
+                        self._calls, self._calls_on = {}, self._regions.table
+                    self._calls[key] = ready
             self._start(*ready, stream)
 
     def _plan(self, call: Call) -> Plan:
@@ -261,9 +264,10 @@ class Calls(Membership):
         """
         if profiler._is_profiler_enabled:
             launch = shown(what, launch)
-        with self._lock:
+        with self._turn:
             if self._emulated:
-                index = self._recorder.note(what, 0)
+                with self._lock:
+                    index = self._recorder.note(what, 0)
                 self._interpret(launch, send, recv)
                 self._recorder.end(index)
                 return

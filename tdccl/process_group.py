@@ -19,8 +19,9 @@ from torch.futures import Future
 
 from tdccl import environment, tuning
 from tdccl.communicator import Communicator
-from tdccl.errors import ArgumentError, DestroyedError, TdcclError, Timeout
+from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.membership import survivors
+from tdccl.runtime.arenas import nothing_placed
 from tdccl.runtime.streams import current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
@@ -32,10 +33,18 @@ _OPS = {
 _ON_BOOL = {"sum": "or", "max": "or", "min": "and", "prod": "and"}  # a bool is a truth value, as NCCL has it
 
 _NONE = timedelta(0)  # the timeout of a call that was given one is longer
-_ALLREDUCE, _COALESCED = c10d.AllreduceOptions(), c10d.AllreduceCoalescedOptions()
-_BROADCAST, _BARRIER = c10d.BroadcastOptions(), c10d.BarrierOptions()
-_REDUCE, _GATHER, _SCATTER = c10d.ReduceOptions(), c10d.GatherOptions(), c10d.ScatterOptions()
-_ALLGATHER, _REDUCE_SCATTER, _ALL_TO_ALL = c10d.AllgatherOptions(), c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
+_COALESCED, _ALLGATHER = c10d.AllreduceCoalescedOptions(), c10d.AllgatherOptions()
+_REDUCE_SCATTER, _ALL_TO_ALL = c10d.ReduceScatterOptions(), c10d.AllToAllOptions()
+
+_Allreduce, _Broadcast, _Reduce = c10d.AllreduceOptions, c10d.BroadcastOptions, c10d.ReduceOptions
+_Allgather, _ReduceScatter = c10d.AllgatherOptions, c10d.ReduceScatterOptions
+_Gather, _Scatter, _Barrier = c10d.GatherOptions, c10d.ScatterOptions, c10d.BarrierOptions
+# What a program may give in the place of options, in this order; then a timeout.
+_GIVEN = {
+    _Allreduce: ["reduceOp"], _Broadcast: ["rootRank"], _Reduce: ["rootRank", "reduceOp"], _Allgather: [],
+    _ReduceScatter: ["reduceOp"], _Gather: ["rootRank"], _Scatter: ["rootRank"], _Barrier: [],
+}  # fmt: skip
+_FIELDS = {"op": "reduceOp", "root": "rootRank"}  # by torch's names of arguments, where they are others
 
 
 class OnStream:
@@ -205,39 +214,66 @@ class MessageWork(Work):
 
 
 class HostWork(MessageWork):
-    """A message in emulation: a call that another thread makes."""
+    """A message in emulation: a call that another thread makes. Or several, which were coalesced."""
 
-    def __init__(self, pending, tensor):
-        super().__init__([tensor])
-        self._pending = pending
+    def __init__(self, calls: list[concurrent.futures.Future], outputs: list[torch.Tensor]):
+        super().__init__(outputs)
+        self.calls = calls
 
     def wait(self, timeout=None) -> bool:
         seconds = timeout.total_seconds() if timeout else None
-        if self._pending not in concurrent.futures.wait([self._pending], seconds).done:
+        if concurrent.futures.wait(self.calls, seconds).not_done:
             raise Timeout(f"wait: the message has not come within {seconds:g} s")
-        self._pending.result()
+        for call in self.calls:
+            call.result()
         return True
 
     synchronize = block_current_stream = wait
 
     def is_completed(self) -> bool:
-        return self._pending.done()
+        return all(call.done() for call in self.calls)
 
     def is_success(self) -> bool:
-        return self._pending.done() and self._pending.exception() is None
+        return self.is_completed() and self.exception() is None
 
     def exception(self):
-        return self._pending.exception() if self._pending.done() else None
+        return next(filter(None, (call.exception() for call in self.calls if call.done())), None)
 
     def get_future(self) -> Future:
-        ended = Future()
-        self._pending.add_done_callback(lambda _: ended.set_result(None))
+        ends = [Future() for _ in self.calls]
+        for call, ended in zip(self.calls, ends):
+            call.add_done_callback(lambda _, ended=ended: ended.set_result(None))
 
         def outcome(_):
-            self._pending.result()  # raises what the call raised: a future that was given an error crashes C++
+            self.wait()  # raises what a call raised: a future that was given an error crashes C++
             return self._outputs
 
-        return ended.then(outcome)
+        return torch.futures.collect_all(ends).then(outcome)
+
+
+class TurnWork(HostWork):
+    """A receive that another thread begins in its turn, for it or one before it has yet to learn who sends to it."""
+
+    def _begun(self) -> MessageWork:
+        return self.calls[0].result()
+
+    def wait(self, timeout=None) -> bool:
+        return super().wait(timeout) and self._begun().wait(timeout)
+
+    synchronize = block_current_stream = wait
+
+    def is_completed(self) -> bool:
+        return super().is_completed() and (super().exception() is not None or self._begun().is_completed())
+
+    def exception(self):
+        return super().exception() or (self._begun().exception() if super().is_completed() else None)
+
+    def get_future(self) -> Future:
+        """Waits until the receive has been begun."""
+        return self._begun().get_future()
+
+    def _source_rank(self) -> int:
+        return self._begun().source
 
 
 class GpuLane:
@@ -278,7 +314,7 @@ class HostLane:
     def submit(self, call, tensor) -> HostWork:
         self._last = concurrent.futures.Future()
         self._calls.put((call, self._last))
-        return HostWork(self._last, tensor)
+        return HostWork([self._last], [tensor])
 
     def idle(self) -> bool:
         return self._last is None or self._last.done()
@@ -299,6 +335,12 @@ class HostLane:
                 pending.set_exception(error)
 
 
+class Coalesced(threading.local):
+    """The messages that this thread has begun since `_start_coalescing`; None where it has begun no block."""
+
+    messages: list[MessageWork] | None = None
+
+
 # Work of synchronous calls: it is ordered on the caller's stream, so there is nothing to wait for.
 _DONE = Work()
 
@@ -316,10 +358,14 @@ class Backend:
     def __getattr__(self, name: str):
         return getattr(self._shim, name)
 
-    def _nothing_to_do(self, device=None) -> None:
-        """Groups connect at their first call, need none but their members for it, and have no sequence numbers."""
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        """Where a group is made for a device: all ranks are there, and need not be at the first call any more."""
+        self._group.connect(device)
 
-    eager_connect_single_device = perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
+    def _nothing_to_do(self, device=None) -> None:
+        """Groups need none but their members to connect, and have no sequence numbers."""
+
+    perform_nocolor_split = _set_sequence_number_for_group = _nothing_to_do
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:
         return (device.type == "cuda") != environment.emulated()
@@ -354,17 +400,21 @@ class ProcessGroup(dist.ProcessGroup):
         self._beside: Beside | None = None  # on a GPU, once there is a communicator
         self._gloo_group = None
         self._lanes: dict[tuple[str, int], GpuLane | HostLane] = {}
+        self._turns: HostLane | None = None  # where receives are begun, once there was one from anyone
         self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
+        self._coalesced = Coalesced()
+        self._limit: float | None = None  # of calls without a timeout; None: the communicator's
         self._barriers = 0
         self._ended = False
-        self._register_shim("cuda" if self._gpu else "cpu")
+        self._register_shim(["cuda", "cpu"] if self._gpu else ["cpu"])
 
-    def _register_shim(self, device: str) -> None:
-        """Tells torch our device, and makes calls that cannot reach Python fail rather than do nothing."""
+    def _register_shim(self, devices: list[str]) -> None:
+        """Tells torch our devices, and makes calls that cannot reach Python fail rather than do nothing."""
         options = c10d.FakeProcessGroup.Options()
         options.error_on_collective = True
         shim = c10d.FakeProcessGroup._create_internal(self._rank, self._ranks, options)
-        self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, shim)
+        for device in devices:
+            self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, shim)
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
 
     # ---- what torch asks of a group (its names) ------------------------------------------------------
@@ -381,6 +431,15 @@ class ProcessGroup(dist.ProcessGroup):
     def get_group_store(self):
         return self._store
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """On a GPU host the CPU is among them for "cpu:gloo,cuda:tdccl" only: where it is, torch puts objects, barriers
+        and what it makes by itself there, and saves checkpoints beside the training."""
+        config = dist.distributed_c10d._world.pg_backend_config.get(self, "")
+        if self._gpu and "cpu:gloo" not in config:
+            return [torch.device("cuda")]
+        return super()._device_types
+
     def _get_backend(self, device: torch.device) -> Backend:
         backend = self._backends.get(device)
         if backend is None:
@@ -390,7 +449,11 @@ class ProcessGroup(dist.ProcessGroup):
     @property
     def communicator(self) -> Communicator:
         """The group's communicator; made now, by all ranks, if no collective has needed it yet."""
-        return self._communicator or self._connect(None)
+        return self._communicator or self.connect(None)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Of calls from now on that are given none, and of the wait for ranks to come if there was no call yet."""
+        self._timeout, self._limit = timeout, timeout.total_seconds()
 
     def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
         """The group of these ranks of this one; None on ranks that are not among them."""
@@ -430,8 +493,8 @@ class ProcessGroup(dist.ProcessGroup):
         """Lets go of everything; returns the communicator, if there was one."""
         self._ended = True  # also for a thread that waits for ranks to come, with the lock
         with self._lock:
-            communicator, lanes = self._communicator, list(self._lanes.values())
-            self._communicator, self._gloo_group = None, None
+            communicator, lanes = self._communicator, [*self._lanes.values(), *filter(None, [self._turns])]
+            self._communicator, self._gloo_group, self._turns = None, None, None
             self._lanes.clear()
             self._backends.clear()
         for lane in lanes:
@@ -440,12 +503,17 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- collectives ---------------------------------------------------------------------------------
 
-    def allreduce(self, tensors, opts=_ALLREDUCE):
+    def allreduce(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Allreduce:
+            return self.allreduce(*_in_full(_Allreduce, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().allreduce(tensors, opts)
-        if tensor.is_sparse:
-            return self._allreduce_sparse(tensor, opts)
+        if not tensor.is_contiguous():
+            if tensor.is_sparse:
+                with nothing_placed():
+                    return self._allreduce_sparse(tensor, opts)
+            tensor = _dense(tensor)
         source, op = _reduced("all_reduce", opts, tensor)
         comm, stream, timeout = self._begin(opts, tensor)
         comm.all_reduce(source, tensor, op, stream=stream, timeout=timeout)
@@ -456,7 +524,7 @@ class ProcessGroup(dist.ProcessGroup):
         the host has to wait for the number of each rank's elements, on which the shape of the result depends."""
         if opts.reduceOp != ReduceOp.SUM:
             raise ArgumentError("all_reduce: a sparse tensor takes SUM alone")
-        comm = self._communicator or self._connect(tensor.device)
+        comm = self._communicator or self.connect(tensor.device)
         own = tensor.detach().coalesce()
         counts = comm.all_gather(torch.tensor([own._nnz()], device=own.device)).tolist()
         indices = comm.all_gather(own.indices().t().contiguous(), None, counts)
@@ -473,18 +541,20 @@ class ProcessGroup(dist.ProcessGroup):
             return self._gloo().allreduce_coalesced(tensors, opts)
 
         def call(comm, **options):
-            for tensor in tensors:
+            for tensor in map(_dense, tensors):
                 source, op = _reduced("all_reduce", opts, tensor)
                 comm.all_reduce(source, tensor, op, **options)
 
         return self._compose(opts, tensors, tensors, call)
 
-    def broadcast(self, tensors, opts=_BROADCAST):
+    def broadcast(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Broadcast:
+            return self.broadcast(*_in_full(_Broadcast, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().broadcast(tensors, opts)
         comm, stream, timeout = self._begin(opts, tensor)
-        comm.broadcast(tensor, opts.rootRank, stream=stream, timeout=timeout)
+        comm.broadcast(_dense(tensor), opts.rootRank, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, tensors, tensors)
 
     def _allgather_base(self, output, input, opts=_ALLGATHER):
@@ -504,7 +574,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, outputs, call)
 
-    def allgather(self, outputs, inputs, opts=_ALLGATHER):
+    def allgather(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Allgather:
+            return self.allgather(*_in_full(_Allgather, [outputs, inputs], [opts, *more], named))
         (pieces,), (shard,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().allgather(outputs, inputs, opts)
@@ -549,7 +621,7 @@ class ProcessGroup(dist.ProcessGroup):
             return self._gloo()._reduce_scatter_base(output, input, opts)
         source, op = _reduced("reduce_scatter", opts, input)
         comm, stream, timeout = self._begin(opts, input)
-        comm.reduce_scatter(source, output, op, stream=stream, timeout=timeout)
+        comm.reduce_scatter(*_real(op, source, output), op, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, [source], [output])
 
     def reduce_scatter_tensor_coalesced(self, outputs, inputs, opts=_REDUCE_SCATTER):
@@ -559,11 +631,13 @@ class ProcessGroup(dist.ProcessGroup):
         def call(comm, **options):
             for output, input in zip(outputs, inputs):
                 source, op = _reduced("reduce_scatter", opts, input)
-                comm.reduce_scatter(source, output, op, **options)
+                comm.reduce_scatter(*_real(op, source, output), op, **options)
 
         return self._compose(opts, inputs, outputs, call)
 
-    def reduce_scatter(self, outputs, inputs, opts=_REDUCE_SCATTER):
+    def reduce_scatter(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _ReduceScatter:
+            return self.reduce_scatter(*_in_full(_ReduceScatter, [outputs, inputs], [opts, *more], named))
         (shard,), (pieces,) = outputs, inputs
         if self._gpu and shard.is_cpu:
             return self._gloo().reduce_scatter(outputs, inputs, opts)
@@ -572,12 +646,12 @@ class ProcessGroup(dist.ProcessGroup):
 
         def call(comm, **options):
             source, op = _reduced("reduce_scatter", opts, _pack(pieces))
+            reduced = torch.empty_like(source[: counts[self._rank]])
             if len(set(counts)) == 1:
-                reduced = comm.reduce_scatter(source, torch.empty_like(source[: counts[0]]), op, **options)
+                comm.reduce_scatter(*_real(op, source, reduced), op, **options)
             else:  # one reduction a rank, as they are of different sizes
-                reduced = [
-                    comm.reduce(part, None, op, root, **options) for root, part in enumerate(source.split(counts))
-                ][self._rank]
+                for root, part in enumerate(source.split(counts)):
+                    comm.reduce(*_real(op, part, reduced if root == self._rank else part), op, root, **options)
             _unpack(reduced, [shard])
 
         return self._compose(opts, pieces, outputs, call)
@@ -610,16 +684,21 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, outputs, call)
 
-    def reduce(self, tensors, opts=_REDUCE):
+    def reduce(self, tensors, opts=None, *more, **named):
+        if type(opts) is not _Reduce:
+            return self.reduce(*_in_full(_Reduce, [tensors], [opts, *more], named))
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().reduce(tensors, opts)
+        tensor = _dense(tensor)
         source, op = _reduced("reduce", opts, tensor)
         comm, stream, timeout = self._begin(opts, tensor)
-        comm.reduce(source, tensor, op, opts.rootRank, stream=stream, timeout=timeout)
+        comm.reduce(*_real(op, source, tensor), op, opts.rootRank, stream=stream, timeout=timeout)
         return _DONE if stream is None else self._work(comm, [source], tensors)
 
-    def gather(self, outputs, inputs, opts=_GATHER):
+    def gather(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Gather:
+            return self.gather(*_in_full(_Gather, [outputs, inputs], [opts, *more], named))
         (shard,), root = inputs, opts.rootRank
         if self._gpu and shard.is_cpu:
             return self._gloo().gather(outputs, inputs, opts)
@@ -634,7 +713,9 @@ class ProcessGroup(dist.ProcessGroup):
 
         return self._compose(opts, inputs, pieces, call)
 
-    def scatter(self, outputs, inputs, opts=_SCATTER):
+    def scatter(self, outputs, inputs, opts=None, *more, **named):
+        if type(opts) is not _Scatter:
+            return self.scatter(*_in_full(_Scatter, [outputs, inputs], [opts, *more], named))
         (shard,), root = outputs, opts.rootRank
         if self._gpu and shard.is_cpu:
             return self._gloo().scatter(outputs, inputs, opts)
@@ -651,47 +732,83 @@ class ProcessGroup(dist.ProcessGroup):
 
     # ---- messages between two ranks: always asynchronous, each peer and direction in a lane of its own ---
 
+    # Tags are not looked at, as NCCL does not: messages from one rank to another arrive in the order of their sends.
+
     def send(self, tensors, to, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().send(tensors, to, tag)
-        return self._in_lane(("to", to), tensor, lambda comm: comm.send(tensor, to))
+        return self._in_lane("to", to, tensor)
 
     def recv(self, tensors, source, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv(tensors, source, tag)
-        return self._in_lane(("from", source), tensor, lambda comm: comm.recv(tensor, source))
+        if self._turns is not None and not self._turns.idle():
+            return self._in_turn(tensor, source)
+        return self._in_lane("from", source, tensor)
 
     def recv_anysource(self, tensors, tag=0):
         (tensor,) = tensors
         if self._gpu and tensor.is_cpu:
             return self._gloo().recv_anysource(tensors, tag)
-        communicator = self._communicator or self._connect(tensor.device)
-        source = self._wait_for_message(communicator)
-        work = self.recv(tensors, source, tag)
-        work.source = source
-        return work
+        return self._in_turn(tensor, None)
+
+    def _in_turn(self, tensor: torch.Tensor, source: int | None) -> TurnWork:
+        """A receive from `source`, None: from whoever sends first, that is begun when all before it have been."""
+        if self._coalesced.messages is not None:
+            raise ArgumentError("recv: a receive from any source, and one that waits for its turn, cannot be coalesced")
+        communicator = self._communicator or self.connect(tensor.device)
+        side = None
+        if self._gpu:  # not where the program goes on: what it does there later may wait for the sender
+            side, now = torch.cuda.Stream(communicator.device), _Event()
+            now.record(current_stream(communicator.device.index))
+
+        def begin(communicator):
+            with OnStream(side) if side else contextlib.nullcontext():
+                sender = self._wait_for_message(communicator) if source is None else source
+                if side:
+                    now.wait(side)
+                work = self._in_lane("from", sender, tensor)
+            work.source = sender
+            return work
+
+        with self._lock:
+            self._check_not_ended()
+            self._turns = self._turns or HostLane(communicator)
+            return TurnWork(self._turns.submit(begin, tensor).calls, [tensor])
 
     def _wait_for_message(self, communicator: Communicator) -> int:
         """The rank whose message is there first, of those from which no `recv` is under way; blocks the host."""
-        others = [rank for rank in range(self._ranks) if rank != self._rank]
-        deadline = time.monotonic() + communicator.timeout
+        seconds = self._limit or communicator.timeout
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for source in others:
-                lane = self._lanes.get(("from", source))
-                if (lane is None or lane.idle()) and communicator.has_message_from(source):
-                    return source
+            source = self._first_sender(communicator)
+            if source is not None:
+                return source
             time.sleep(1e-4)
-        raise Timeout(f"recv: rank {self._rank} waited {communicator.timeout:g} s for a message of any rank")
+        raise Timeout(f"recv: rank {self._rank} waited {seconds:g} s for a message of any rank")
 
-    def _in_lane(self, key, tensor, call) -> Work:
-        communicator = self._communicator or self._connect(tensor.device)
+    def _first_sender(self, communicator: Communicator) -> int | None:
+        with self._lock:  # under which a group ends, and the memory that is looked at with it
+            self._check_not_ended()
+            for source in range(self._ranks):
+                lane = self._lanes.get(("from", source))
+                if source != self._rank and (lane is None or lane.idle()) and communicator.has_message_from(source):
+                    return source
+        return None
+
+    def _in_lane(self, way: str, rank: int, tensor: torch.Tensor) -> MessageWork:
+        communicator = self._communicator or self.connect(tensor.device)
         with self._lock:
-            lane = self._lanes.get(key)
+            lane = self._lanes.get((way, rank))
             if lane is None:
-                lane = self._lanes[key] = GpuLane(communicator) if self._gpu else HostLane(communicator)
-        return lane.submit(call, tensor)
+                lane = self._lanes[way, rank] = GpuLane(communicator) if self._gpu else HostLane(communicator)
+        move, dense, limit = Communicator.send if way == "to" else Communicator.recv, _dense(tensor), self._limit
+        work = lane.submit(lambda comm: move(comm, dense, rank, timeout=limit), tensor)
+        if self._coalesced.messages is not None:
+            self._coalesced.messages.append(work)
+        return work
 
     def monitored_barrier(self, timeout=None, wait_all_ranks=False):
         """A barrier on the host that names the ranks which do not come within `timeout` (default: the group's).
@@ -730,12 +847,14 @@ class ProcessGroup(dist.ProcessGroup):
                 f"Rank 0 timed out in monitoredBarrier after {milliseconds} ms: {ranks} failed to pass monitoredBarrier"
             )
 
-    def barrier(self, opts=_BARRIER):
+    def barrier(self, opts=None, **named):
+        if type(opts) is not _Barrier:
+            return self.barrier(*_in_full(_Barrier, [], [opts], named))
         device = opts.device
         if self._gpu and device is not None and device.type == "cpu":
             return self._gloo().barrier(opts)
-        communicator = self._communicator or self._connect(device)
-        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else None
+        communicator = self._communicator or self.connect(device)
+        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else self._limit
         if not self._gpu:
             communicator.barrier(timeout=seconds)
             return BarrierWork([])
@@ -749,12 +868,21 @@ class ProcessGroup(dist.ProcessGroup):
         return work
 
     def _start_coalescing(self, device) -> None:
-        """Nothing to prepare: each call is one launch already."""
+        """Each call is one launch already; messages, which go in lanes of their own, are kept for `_end_coalescing`."""
+        if self._gpu and device.type == "cpu":
+            return self._gloo()._start_coalescing(device)  # which says that it cannot
+        self._coalesced.messages = []
 
     def _end_coalescing(self, device):
-        """One Work for all: asynchronous calls share a stream, so its end now is the end of each of them."""
+        """One Work for all: the stream of asynchronous calls, made to wait for the others, ends when all have ended."""
+        messages, self._coalesced.messages = self._coalesced.messages, None
+        if not self._gpu:
+            return HostWork([call for message in messages for call in message.calls], [])
         if self._beside is None:
-            return Work([])
+            return Work([])  # all were Gloo's, or there were none
+        self._beside.follow()
+        for message in messages:
+            message.mark_end().wait(self._beside.stream)
         work = Work([], self._communicator, self._beside.stream)
         work.mark_end()
         return work
@@ -770,9 +898,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _begin(self, opts, tensor) -> tuple[Communicator, int | None, float | None]:
         """(communicator, stream, timeout) of a call on `tensor`; a synchronous one goes where the caller is: None."""
-        communicator = self._communicator or self._connect(tensor.device)
+        communicator = self._communicator or self.connect(tensor.device)
         given = opts.timeout
-        timeout = given.total_seconds() if given > _NONE else None
+        timeout = given.total_seconds() if given > _NONE else self._limit
         if not opts.asyncOp:
             return communicator, None, timeout
         beside = self._beside
@@ -796,30 +924,37 @@ class ProcessGroup(dist.ProcessGroup):
     def _compose(self, opts, inputs, outputs, call):
         """A `call(communicator, timeout=)` of several steps, which go where torch's current stream is."""
         comm, stream, timeout = self._begin(opts, inputs[0])
-        with OnStream(self._beside.stream) if stream else contextlib.nullcontext():
+        with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
             call(comm, timeout=timeout)
         return _DONE if stream is None else self._work(comm, inputs, outputs)
 
-    def _connect(self, device: torch.device | None) -> Communicator:
-        """The communicator, made at the first call: only then is the device known."""
-        with self._lock:
+    def connect(self, device: torch.device | None) -> Communicator:
+        """The communicator; made now, by all ranks, if there is none: a group without a device has one from its first
+        call on, whose tensors tell the device."""
+        with self._lock, nothing_placed():
             self._check_not_ended()
             if self._communicator is None:
-                seconds = self._timeout.total_seconds()
-                world_rank = self._members[self._rank] if self._members else self._rank
-                bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
-                bootstrap.interrupt = self._check_not_ended
-                blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
-                if not self._gpu:
-                    self._communicator = Communicator(bootstrap, None, seconds, blocks, self._scratch)
-                    return self._communicator
-                device = self.bound_device_id or device or torch.device("cuda")
-                with torch.cuda.device(device):
-                    device = torch.device("cuda", torch.cuda.current_device())
-                    communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
-                    self._beside = Beside(device)
-                self._communicator = communicator  # last: other threads look at it without the lock
+                try:
+                    self._communicator = self._meet_all(device)  # last: other threads look at it without the lock
+                except InitError as error:
+                    if error.absent:
+                        error.args = (f"{error} A group's first call, be it a message of two, takes all of its ranks.",)
+                    raise
             return self._communicator
+
+    def _meet_all(self, device: torch.device | None) -> Communicator:
+        seconds = self._timeout.total_seconds()
+        world_rank = self._members[self._rank] if self._members else self._rank
+        bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
+        bootstrap.interrupt = self._check_not_ended
+        blocks = environment.most_blocks() or tuning.BESIDE_COMPUTATION
+        if not self._gpu:
+            return Communicator(bootstrap, None, seconds, blocks, self._scratch)
+        with torch.cuda.device(self.bound_device_id or device or torch.device("cuda")):
+            device = torch.device("cuda", torch.cuda.current_device())
+            communicator = Communicator(bootstrap, device, seconds, blocks, self._scratch)
+            self._beside = Beside(device)
+        return communicator
 
     def _check_not_ended(self) -> None:
         if self._ended:
@@ -902,6 +1037,18 @@ def shrink(group: "ProcessGroup | None" = None, *, exclude: list[int]) -> Proces
     return smaller
 
 
+def _in_full(kind: type, tensors: list, given: list, named: dict) -> list:
+    """The arguments as torch itself gives them, lists and options, of a call with bare tensors, an op, a root, or a
+    timeout, all of which torch's own groups take, too."""
+    options = kind()
+    by_place = zip([*_GIVEN[kind], "timeout"], given)
+    for field, value in (*by_place, *((_FIELDS.get(name, name), value) for name, value in named.items())):
+        if value is not None:
+            setattr(options, field, value)
+    bare = any(isinstance(each, torch.Tensor) for each in tensors)
+    return [*([each] if bare else each for each in tensors), options]
+
+
 def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
     """(input, op) as the communicator takes them: of a PREMUL_SUM the sum of the input times its factor."""
     op = opts.reduceOp
@@ -916,6 +1063,22 @@ def _reduced(collective: str, opts, tensor: torch.Tensor) -> tuple[torch.Tensor,
         factor = op.factor if hasattr(op, "factor") else op.__getstate__()[1]
         return tensor * factor, "sum"
     return tensor, _ON_BOOL.get(name, name) if tensor.dtype is torch.bool else name
+
+
+def _real(op: str, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complex numbers as pairs of real ones, where that makes no difference; torch does so for all_reduce alone."""
+    if source.is_complex() and target.is_complex() and op in ("sum", "avg"):
+        return torch.view_as_real(source.detach()), torch.view_as_real(target.detach())
+    return source, target
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """One in channels_last as it lies in memory, for calls in which it lies so on all ranks; others as they are."""
+    if not tensor.is_contiguous():
+        for order in (torch.channels_last, torch.channels_last_3d):
+            if tensor.is_contiguous(memory_format=order):
+                return tensor.detach().as_strided((tensor.numel(),), (1,))
+    return tensor
 
 
 def _pack(pieces) -> torch.Tensor:
@@ -950,7 +1113,7 @@ def _keep_from_compiler() -> None:
     """
     dynamo = torch._C._dynamo.eval_frame
     skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # callees, too
-    classes = [ProcessGroup, OnStream, Beside, Work, *Work.__subclasses__(), *MessageWork.__subclasses__()]
+    classes = [ProcessGroup, OnStream, Beside, Work, *Work.__subclasses__(), HostWork, TurnWork]
     for member in (member for each in classes for member in vars(each).values()):
         if isinstance(member, types.FunctionType):
             dynamo.set_code_exec_strategy(member.__code__, skip)

@@ -87,6 +87,11 @@ def kinds_of(comm) -> list[Kind]:
             False,
             lambda: comm.all_to_all(make(4 * size + odd), None, [4 + odd] + [4] * (size - 1), [4] * size),
         ),
+        Kind(
+            f"count: 4 on {'rank 0' if size == 2 else 'ranks 0, 1'}, by splits on rank {size - 1}",
+            False,
+            lambda: comm.all_to_all(make(4 * size), None, *[[4] * size] * 2 * odd),
+        ),
         Kind("no collective", True, lambda: comm.empty(4) if odd else comm.barrier()),
     ]
 

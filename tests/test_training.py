@@ -1,6 +1,8 @@
 """The examples, and torch's ways to train in parallel, learn on "tdccl" what they learn on Gloo, or NCCL on GPUs."""
 
+import contextlib
 import json
+import math
 import os
 import socket
 import sys
@@ -33,6 +35,19 @@ def torchrun(ranks: int, program: str, *arguments, path=(CHECKOUT,), **variables
 def test_example_has_the_loss_curve_of_another_backend(program, ranks, options, installed):
     command = [f"examples/{program}.py", "--backend=tdccl", f"--compare-with={REFERENCE}", *options]
     assert "differ by at most" in torchrun(ranks, *command, path=(CHECKOUT, installed))
+
+
+@pytest.mark.parametrize("losses, agree", [([3.0, 2.0], True), ([3.0, 2.1], False), ([3.0, math.nan], False)])
+def test_example_compares_all_losses(losses, agree, monkeypatch):
+    monkeypatch.syspath_prepend(CHECKOUT / "examples")
+    import training
+
+    curves = iter([losses, [3.0, 2.0]])
+    monkeypatch.setattr(training, "train", lambda *_: next(curves))
+    monkeypatch.setattr(sys, "argv", ["train", "--compare-with=gloo"])
+    monkeypatch.setenv("RANK", "1")
+    with contextlib.nullcontext() if agree else pytest.raises(SystemExit, match="differ by at most"):
+        training.main(None)
 
 
 def check_training(comm, kinds: list[str], port: int):

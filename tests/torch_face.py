@@ -8,12 +8,15 @@ import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+import torch.distributed.checkpoint as checkpoint
 
 import tdccl
 
@@ -41,7 +44,7 @@ def same(result, expected):
 def refused(call, *words):
     try:
         call()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         assert all(word in str(error) for word in words), f"expected {words} in: {error}"
     else:
         raise AssertionError(f"expected a refusal with {words}")
@@ -73,6 +76,48 @@ def all_reduce():
     complexes = torch.complex(full(5, 1.0), full(5, RANK))
     dist.all_reduce(complexes)
     same(complexes.imag, SIZE * (SIZE - 1) / 2)
+
+
+def complex_sums():
+    """As of all_reduce, where it is torch that takes complex numbers for pairs of real ones."""
+    pieces = [full(2 * (rank + 1), 1 + 2j * RANK, torch.complex64) for rank in range(SIZE)]
+    expected = complex(SIZE, SIZE * (SIZE - 1))
+    dist.reduce(pieces[0], SIZE - 1)
+    same(pieces[0], expected if RANK == SIZE - 1 else 1 + 2j * RANK)
+    pieces[0].fill_(1 + 2j * RANK)
+    for piece in ([pieces[-1][:2].clone() for _ in range(SIZE)], pieces):
+        mine = torch.zeros_like(piece[RANK])
+        dist.reduce_scatter(mine, piece)
+        same(mine, expected)
+    shard = full(2, 0, torch.complex64)
+    dist.reduce_scatter_tensor(shard, full(2 * SIZE, 1 + 2j * RANK, torch.complex64), Op.AVG)
+    same(shard, expected / SIZE)
+    refused(lambda: dist.reduce_scatter_tensor(shard, shard.repeat(SIZE), Op.PRODUCT), "complex64")
+
+
+def channels_last():
+    """Images and volumes whose channels lie together are taken as they lie in memory, on all ranks alike."""
+    for shape, order in (((2, 3, 4, 5), torch.channels_last), ((2, 3, 2, 2, 2), torch.channels_last_3d)):
+        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device=DEVICE).view(shape)
+        make = lambda: (numbers + RANK).contiguous(memory_format=order)  # noqa: E731, B023
+        total = numbers * SIZE + SIZE * (SIZE - 1) // 2
+        for call, expected in (
+            (dist.all_reduce, total),
+            (lambda x: dist.all_reduce(x, async_op=True).wait(), total),
+            (lambda x: dist.all_reduce_coalesced([x]), total),
+            (lambda x: dist.reduce(x, 0), total if RANK == 0 else make()),
+            (lambda x: dist.broadcast(x, SIZE - 1), numbers + SIZE - 1),
+        ):
+            tensor = make()
+            call(tensor)
+            same(tensor, expected)
+        if SIZE > 1 and RANK < 2:
+            tensor = make()
+            dist.send(tensor, 1) if RANK == 0 else dist.recv(tensor, 0)
+            same(tensor, numbers)
+    parameter = torch.nn.Parameter(make())
+    dist.broadcast(parameter, 0)
+    same(parameter.detach(), numbers)
 
 
 def sparse():
@@ -260,6 +305,23 @@ def coalesced():
         same(output, SIZE * RANK)
 
 
+def coalesced_messages():
+    """The one Work of a block has waited for its messages, though they do not go where its collectives go."""
+    if SIZE == 1:
+        return
+    for ask in (lambda work: work.wait(), lambda work: work.get_future().wait()):
+        into, total = full(5, -1), full(3, 1)
+        with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
+            dist.irecv(into, (RANK - 1) % SIZE)
+            time.sleep(0.3 * (RANK == 0))
+            dist.isend(full(5, RANK), (RANK + 1) % SIZE)
+            dist.broadcast(total, 0, async_op=True)
+        (work,) = manager.works
+        ask(work)
+        same(into, (RANK - 1) % SIZE)
+        assert GPU or work.is_success()
+
+
 def functionals():
     world = dist.group.WORLD
     same(functional.all_reduce(full(8, RANK + 1), "sum", world), SIZE * (SIZE + 1) / 2)
@@ -298,8 +360,11 @@ def symmetric_memory():
     """Tensors made in a group's symmetric memory, the default group's where none is given, are not copied."""
     group = dist.new_group(list(range(SIZE)))
     for given, communicator in ((None, dist.group.WORLD.communicator), (group, group.communicator)):
+        pieces = [full(4, -1) for _ in range(SIZE)] if RANK == 0 else None
         with tdccl.symmetric(given):
             tensor = full(50_000, RANK)
+            dist.gather(tensor[:4], pieces, 0)  # for which the root alone needs a buffer
+            dist.scatter(tensor[:4], pieces, 0)
         assert communicator.explain("all_reduce", tensor, tensor).call.symmetric == {"send", "recv"}
         dist.all_reduce(tensor, group=given)
         same(tensor, SIZE * (SIZE - 1) // 2)
@@ -362,6 +427,44 @@ def rooted():
         share = full((4, 2), -1)
         dist.scatter(share, shares, root)
         same(share, 10 * root + RANK)
+
+
+def called_directly():
+    """A group's own methods take bare tensors, an op, a root and a timeout in the place of lists and options."""
+    group, total, last = dist.group.WORLD, SIZE * (SIZE + 1) // 2, SIZE - 1
+    second, everyone = timedelta(seconds=50), torch.arange(1, SIZE + 1)
+
+    def result(call, value=RANK + 1):
+        tensor = full(3, value)
+        call(tensor).wait()
+        return tensor
+
+    same(result(group.allreduce), total)
+    same(result(lambda x: group.allreduce([x], Op.MAX)), SIZE)
+    same(result(lambda x: group.allreduce(x, Op.MIN, second)), 1)
+    same(result(lambda x: group.allreduce(x, op=Op.MAX, timeout=second)), SIZE)
+    same(result(lambda x: group.broadcast(x, last)), SIZE)
+    same(result(lambda x: group.reduce(x, last, Op.SUM)), total if last == RANK else RANK + 1)
+    gathered = [full(3, -1) for _ in range(SIZE)]
+    result(lambda x: group.allgather(gathered, x))
+    same(torch.stack(gathered)[:, 0], everyone)
+    same(result(lambda x: group.reduce_scatter(x, [full(3, rank + 1) for rank in range(SIZE)])), SIZE * (RANK + 1))
+    same(result(lambda x: group.scatter(x, [piece + 1 for piece in gathered] if RANK == 0 else [], 0)), RANK + 2)
+    result(lambda x: group.gather(gathered if last == RANK else [], x, root=last), value=RANK - 1)
+    same(torch.stack(gathered)[:, 0], everyone - 2 if last == RANK else everyone)
+    group.barrier(timeout=second).wait()
+    refused(lambda: group.allreduce(full(3, 1), operation=Op.MAX), "operation")
+
+
+def timeout_set_later():
+    """It holds for a group's calls from then on."""
+    group = dist.new_group(list(range(SIZE)))
+    dist.barrier(group=group)
+    group.set_timeout(timedelta(seconds=0.3))
+    if SIZE > 1 and RANK == 0:
+        refused(lambda: dist.barrier(group=group), "0.3 s")
+    dist.barrier()
+    dist.destroy_process_group(group)
 
 
 def uneven_lists():
@@ -433,6 +536,48 @@ def messages():
     dist.barrier()
 
 
+def messages_before_any_collective():
+    """A group that was made for a device, as init_process_group and new_group do on GPUs, lets two ranks begin."""
+    group = dist.new_group(list(range(SIZE)))
+    group._get_backend(DEVICE).eager_connect_single_device(DEVICE)
+    into = full(3, -1)
+    if SIZE > 1 and RANK < 2:
+        dist.send(full(3, 4), 1, group=group) if RANK == 0 else dist.recv(into, 0, group=group)
+        same(into, 4 * RANK if RANK else -1)
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
+def messages_of_anyone():
+    """A receive from anyone does not wait in the call, and takes its message before receives that come after it."""
+    if SIZE == 1:
+        return
+    if RANK == 0:
+        first, second, third = (full(30_000, -1) for _ in range(3))
+        works = [dist.irecv(first), dist.irecv(second, 1), dist.irecv(third)]
+        assert not works[0].is_completed()
+        dist.send(full(1, 5), 1)
+        dist.barrier()  # which rank 1 comes to when its messages, more than the channel holds, have been taken
+        for work, tensor, value in zip(works, (first, second, third), (6, 7, 8)):
+            work.wait()
+            same(tensor, value)
+            assert work.is_completed() and work.is_success()
+        assert works[0]._source_rank() == works[2]._source_rank() == 1
+    else:
+        if RANK == 1:
+            told = full(1, -1)
+            dist.recv(told, 0)
+            for more in (1, 2, 3):
+                dist.send(full(30_000, told.item() + more), 0)
+        dist.barrier()
+    group = dist.new_group(list(range(SIZE)))
+    dist.barrier(group=group)
+    work = dist.irecv(full(3, -1), group=group) if RANK == 0 else None
+    dist.destroy_process_group(group)
+    if work:
+        refused(work.wait, "destroyed")
+
+
 def monitored():
     """A barrier of our own that names who is missing."""
     group = dist.group.WORLD
@@ -491,15 +636,28 @@ def cpu_tensors():
         assert torch.equal(gathered, 10 * everyone + RANK)
 
 
+def saved_beside():
+    """A checkpoint that is written while the program goes on; torch wants a backend for the CPU by name."""
+    folder = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    saved, loaded = {"x": torch.arange(5)}, {"x": torch.zeros(5, dtype=torch.int64)}
+    checkpoint.async_save(saved, checkpoint_id=folder[0]).result()
+    checkpoint.load(loaded, checkpoint_id=folder[0])
+    assert torch.equal(loaded["x"], saved["x"])
+
+
 EVERYWHERE = [
-    all_reduce, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast, all_to_all, asynchronous,
-    coalesced, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted, uneven_lists,
-    scaled_sums, messages, monitored, refusals, groups_made_again,
+    all_reduce, complex_sums, channels_last, sparse, bools_are_truth_values, all_gather, reduce_scatter, broadcast,
+    all_to_all, asynchronous,
+    coalesced, coalesced_messages, functionals, objects, groups, symmetric_memory, threads, data_parallel, rooted,
+    called_directly, timeout_set_later, uneven_lists, scaled_sums, messages, messages_before_any_collective,
+    messages_of_anyone, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
 ON_GPUS = [streams, ends, one_after_another] if GPU else []
 AT_FIRST = [cpu_tensors] if GLOO else [*EVERYWHERE, *ON_GPUS]
-AGAIN = [cpu_tensors] if GLOO else [all_reduce, groups, messages, monitored]  # in a default group made anew
+# In a default group made anew.
+AGAIN = [cpu_tensors, objects, saved_beside] if GLOO else [all_reduce, groups, messages, monitored]
 
 
 def main():
@@ -509,9 +667,10 @@ def main():
     if GPU:
         torch.cuda.set_device(DEVICE)
     for again in (False, True):  # on the store of the first time, under torchrun
-        dist.init_process_group("tdccl", timeout=timedelta(seconds=100))
+        backend = "cpu:gloo,cuda:tdccl" if GLOO and again else "tdccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=100))
         RANK, SIZE = dist.get_rank(), dist.get_world_size()
-        assert dist.get_backend() == "tdccl"
+        assert dist.get_backend() == "tdccl" or backend != "tdccl"
         for check in AGAIN if again else AT_FIRST:
             try:
                 check()

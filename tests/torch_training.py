@@ -167,8 +167,8 @@ def ddp_step_in_a_graph():
     return [whole(parameter) for parameter in model.parameters()]
 
 
-def ddp_uneven_inputs():
-    model = ddp()
+def ddp_uneven_inputs(model=None):
+    model = model or ddp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with model.join():
         for step in range(1 + RANK):
@@ -176,6 +176,10 @@ def ddp_uneven_inputs():
             model(batch(step)).square().mean().backward()
             optimizer.step()
     return list(map(whole, model.parameters()))
+
+
+def ddp_uneven_inputs_and_unused_parameters():
+    return ddp_uneven_inputs(ddp(Skipping(*net()), find_unused_parameters=True))
 
 
 def ddp_bf16_hook():
@@ -543,8 +547,8 @@ def autograd_collectives():
 CASES = {
     "data_parallel": [
         ddp_many_buckets, ddp_static_graph, ddp_step_in_a_graph, ddp_gradient_as_bucket_view, ddp_unused_parameters,
-        ddp_buffers, ddp_no_sync, ddp_uneven_inputs, ddp_bf16_hook, ddp_fp16_hook, ddp_power_sgd_hook,
-        zero_redundancy_optimizer, zero_redundancy_with_ddp_uneven,
+        ddp_buffers, ddp_no_sync, ddp_uneven_inputs, ddp_uneven_inputs_and_unused_parameters,
+        ddp_bf16_hook, ddp_fp16_hook, ddp_power_sgd_hook, zero_redundancy_optimizer, zero_redundancy_with_ddp_uneven,
     ],
     "sharded": [
         fsdp1, fsdp2, fsdp2_mixed_precision, fsdp2_kept_after_forward, fsdp2_gradient_divide_factor,

@@ -71,7 +71,7 @@ class Workspace:
         """
         comm = self.comm
         key = (kernel, dtype, warps, *constants.values())
-        with comm._lock:
+        with comm._turn:
             start = self._launches.get(key)
             if start is None:
                 start = self._launches[key] = self._bind(kernel, dtype, warps, constants, len(tensors), len(sizes))

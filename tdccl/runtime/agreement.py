@@ -52,7 +52,9 @@ def _differing(everyone: list) -> list[str]:
         for rank, proposal in enumerate(everyone):
             having.setdefault(getattr(proposal, name), []).append(rank)
         if len(having) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in having.items()))
+            shown = {None: "by splits"} if name == "count" else {}
+            told = (f"{shown.get(value, value)} on {_ranks(ranks)}" for value, ranks in having.items())
+            lines.append(f"{name}: " + ", ".join(told))
     return lines
 
 

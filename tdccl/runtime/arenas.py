@@ -152,6 +152,16 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+@contextlib.contextmanager
+def nothing_placed():
+    """What this thread makes inside it stays where torch puts it, in a block too: what one rank alone has to make."""
+    before, _thread.placing = _thread.placing, True
+    try:
+        yield
+    finally:
+        _thread.placing = before
+
+
 class _Placing(TorchDispatchMode):
     """Moves what operators allocate on the arenas' device into the arenas, before anyone has seen it."""
 
