@@ -27,8 +27,8 @@ def context_for(
     rules: tuning.Rules | None = None,
 ) -> Context:
     """What algorithms know of a communicator of `size` ranks on each of `nodes` nodes, with so many bytes of scratch
-    (None: as the environment says) inside, and as many across, under these rules (None: as kernels run here). Raises
-    InitError if it is too small for them."""
+    (None: as the environment says) inside, and across as many in slots along rails and up to half as many between
+    pairs, under these rules (None: as kernels run here). Raises InitError if it is too small for them."""
     rules = rules or (tuning.EMULATION if environment.emulated() else tuning.GPU)
     scratch = scratch or environment.scratch_bytes()
     plenty = scratch >= tuning.LITTLE_SCRATCH or rules is tuning.EMULATION

@@ -32,8 +32,8 @@ import tdccl.language as shmem
 import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from bench.launch import processes
-from tdccl import environment, model
-from tdccl.decisions import ACROSS_NODES
+from tdccl import environment, model, tuning
+from tdccl.decisions import ACROSS_NODES, context_for
 from tdccl.overlap import all_gather_gemm
 from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
@@ -691,6 +691,18 @@ def test_members_take_memory_that_is_free_on_all_of_them():
     library._give_back(free[0], 512, 768)
     library._give_back(free[2], 512, 768)
     assert take([0, 1, 2], 512) == 512
+
+
+@pytest.mark.parametrize(("nodes", "size"), [(16, 8), (128, 8)])
+def test_tiles_across_are_as_large_as_the_scratch_allows(nodes, size, scratch=64 << 20):
+    context = context_for(size, scratch=scratch, nodes=nodes, rules=tuning.GPU)
+    rings, channels, pairs = context.rules.rings, context.rules.channels, nodes * size
+    assert 16 * rings * nodes * context.rail_slot == scratch  # 16 slots of each, in and out, in two stages
+    assert 16 * channels * pairs * context.pair_slot == scratch // 2
+    geometry = ACROSS_NODES["all_reduce"][-1].geometry(model.call_of("all_reduce", 1 << 30, pairs), context)
+    assert 2 * geometry.constants["TILE"] == context.rail_slot
+    lanes = rails.rail_bytes(rings, nodes, context.rail_slot) + rails.rail_bytes(channels, pairs, context.pair_slot)
+    assert lanes < 1.52 * scratch
 
 
 def test_bitcode_is_found_in_either_layout(tmp_path, monkeypatch):

@@ -67,9 +67,9 @@ def rail_bytes(blocks: int, nodes: int, slot_bytes: int) -> int:
 
 
 def slot_bytes_within(nbytes: int, blocks: int, nodes: int) -> int:
-    """The largest slots with which all lanes take no more than `nbytes` bytes, a multiple of 128."""
-    lane = nbytes // (blocks * STAGES.value * nodes)
-    return max(0, lane - LANE_WORD_BYTES.value) // (2 * LANE_DEPTH.value) // 128 * 128
+    """The largest slots that take no more than `nbytes` bytes in all lanes, a multiple of 128. The lanes' words come on
+    top: else the slots would be a little less than a power of two, which tiles are, and half empty."""
+    return nbytes // (blocks * STAGES.value * nodes * 2 * LANE_DEPTH.value) // 128 * 128
 
 
 def has_come(words: list[int]) -> bool:
