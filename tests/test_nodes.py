@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import cases
+import numpy as np
 import pool
 import pytest
 import reference
@@ -675,6 +677,43 @@ def test_the_table_of_faults_holds_across_drawn_nodes():
 
 
 # ---- memory from NVSHMEM -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvshmem4py(monkeypatch):
+    """Stand-ins for NVSHMEM and its Python binding, of which nothing is started yet."""
+    identity = types.SimpleNamespace(_data=np.frombuffer(bytearray(random.randbytes(128)), np.int8))
+    core = {"get_unique_id": lambda empty: identity, "init": lambda **_: None, "my_pe": lambda: 0}
+    modules = {"nvshmem.core": core, "nvshmem.bindings": {"align": lambda alignment, nbytes: 1 << 20}}
+    modules["cuda.core"] = {"Device": lambda index: types.SimpleNamespace(set_current=lambda: None)}
+    modules |= {name: {"__path__": []} for name in ("nvshmem", "cuda")}
+    for name, members in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("core", "bindings"):
+        monkeypatch.setattr(sys.modules["nvshmem"], name, sys.modules[f"nvshmem.{name}"], raising=False)
+    monkeypatch.setattr(library, "_started", None)
+    monkeypatch.setattr(library, "_unusable", lambda: None)
+    monkeypatch.setattr(environment, "forbid_multicast_to_others", lambda: None)
+
+
+def beside(*others):
+    """The bootstrap of rank 0, to whom the other ranks say so much of where NVSHMEM was started on them."""
+    theirs = [(world, None) for world in others]
+    return types.SimpleNamespace(rank=0, size=1 + len(theirs), exchange=lambda value: [value, *theirs])
+
+
+def test_worlds_that_started_nvshmem_apart_are_told(nvshmem4py):
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(tdccl.InitError, match=r"among ranks \[1, 2\] alone"):
+        library._start(beside(b"one", b"one"), gpu)
+    started = library._start(beside(), gpu)
+    assert library._start(beside(started.world), gpu) is started
+    with pytest.raises(tdccl.InitError, match=r"\[0, 3\] and among \[1, 2\] alone.* communicator of all ranks first"):
+        library._start(beside(b"one", b"one", started.world), gpu)
+    with pytest.raises(tdccl.InitError, match=r"among ranks \[0\] alone"):
+        library._start(beside(None), gpu)
 
 
 def test_members_take_memory_that_is_free_on_all_of_them():

@@ -28,6 +28,7 @@ _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13 (cu12 for CUDA 12)"
 class _Started(NamedTuple):
     """NVSHMEM in this process."""
 
+    world: bytes  # the unique id with which it was started, the same on all its PEs
     pe: int
     pool: int  # its address
     free: list[tuple[int, int]]  # parts of the pool, as (begin, end) in bytes
@@ -145,17 +146,19 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     """NVSHMEM, started by the first call."""
     global _started
     environment.forbid_multicast_to_others()
-    everyone = bootstrap.exchange((_started is not None, _unusable()))
+    everyone = bootstrap.exchange((_started and _started.world, _unusable()))
     for rank, (_, reason) in enumerate(everyone):
         if reason:
             raise InitError(f"ranks are on several nodes, which needs NVSHMEM; rank {rank} says: {reason}")
-    strangers = [str(rank) for rank, (known, _) in enumerate(everyone) if not known]
-    if not strangers:
-        return _started
-    if len(strangers) < bootstrap.size:
+    worlds = [world for world, _ in everyone]
+    if len(set(worlds)) > 1:
+        apart = sorted([rank for rank, other in enumerate(worlds) if other == world] for world in {*worlds} - {None})
         raise InitError(
-            f"NVSHMEM was started without rank {', '.join(strangers)}: make a communicator of all ranks first"
+            f"NVSHMEM was started among ranks {' and among '.join(map(str, apart))} alone, and starts once in a "
+            "process: make a communicator of all ranks first (torch.distributed: a collective of the default group)"
         )
+    if _started is not None:
+        return _started
     import numpy as np
     from cuda.core import Device
     from nvshmem import bindings, core
@@ -182,7 +185,7 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     word = together(bootstrap, identify)[0]
     identity._data.view(np.int8)[:] = np.frombuffer(word, np.int8)
     pes = together(bootstrap, start)
-    _started = _Started(pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())])
+    _started = _Started(word, pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())])
     return _started
 
 
