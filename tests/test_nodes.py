@@ -35,7 +35,7 @@ import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from bench.launch import processes
 from tdccl import environment, model, tuning
-from tdccl.decisions import ACROSS_NODES, context_for
+from tdccl.decisions import ACROSS_NODES, context_for, device_of
 from tdccl.overlap import all_gather_gemm
 from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
@@ -114,6 +114,24 @@ def test_ranks_of_a_place_share_a_node_if_they_can(places, nodes):
     assert list(topology.nodes) == nodes
     assert topology.node == len(nodes) - 1 and topology.local == list(nodes[-1])
     assert topology.rail == [ranks[-1] for ranks in nodes]
+
+
+@pytest.mark.parametrize(
+    ("places", "gpus"),
+    [
+        (["a", "b"] * 4, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (["a"] * 3 + ["b"] * 3, [0, 1, 2, 0, 1, 2]),
+        (["a"] * 3 + ["b"] * 6, [0, 1, 2, 0, 1, 2, 3, 0, 1]),  # more ranks than GPUs share them
+        (["a/part 0"] * 2 + ["a/part 1"] * 2, [0, 1, 2, 3]),
+        (["a", None], [0, 0]),  # a rank that does not know raises, and no other instead
+    ],
+)
+def test_gpus_are_taken_in_the_order_of_the_ranks_of_a_host(monkeypatch, places, gpus):
+    monkeypatch.setattr(environment, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    numbers = [topology_of(rank, places).number_on_host for rank in range(len(places))]
+    assert [device_of(None, number).index for number in numbers] == gpus
 
 
 def check_topology(comm):
