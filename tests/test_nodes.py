@@ -4,6 +4,7 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 """
 
 import contextlib
+import ctypes
 import errno
 import importlib.util
 import itertools
@@ -12,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from unittest import mock
@@ -36,6 +38,7 @@ import tdccl.language.rails as rails
 from bench.launch import processes
 from tdccl import environment, model, tuning
 from tdccl.decisions import ACROSS_NODES, context_for, device_of
+from tdccl.ep import ExpertParallel
 from tdccl.overlap import all_gather_gemm
 from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
@@ -250,8 +253,7 @@ def stream(team, rail, recv, count, TILE: tl.constexpr):
     epoch, place = shmem.begin(team), tl.arange(0, TILE)
     for tile in range(count):
         if rail.node == 0:
-            epoch, number = rails.next_out(team, rail, rails.INPUTS, 1, epoch)
-            slot = rails.out_slot(rail, rails.INPUTS, 1, number, tl.int32)
+            epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, 1, epoch, tl.int32)
             tl.store(slot + place, place + tile * 1000)
             rails.put_tile(team, rail, rails.INPUTS, 1, number, slot, TILE * 4)
         else:
@@ -519,6 +521,41 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     said = [*itertools.chain(*ranks.run(check_timeout, 4, absent=3, size=size))]
     waited = {line for line in said if line.startswith("rank ")}
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
+
+
+def check_kept(comm, call):
+    """Rank 0 calls alone, more than there are slots for: what it has put is still there when its waits have failed."""
+    put, sent = network.put_signal_nbi, {}
+
+    def kept(target, source, nbytes, *rest):
+        if not sent:
+            threading.Timer(0.2, group.abort).start()
+        sent[source] = ctypes.string_at(source, nbytes)
+        put(target, source, nbytes, *rest)
+
+    with fresh(comm, 1) as group:
+        send, tokens = torch.arange(1 << 18, dtype=torch.float32), torch.ones(160, 64, dtype=torch.bfloat16)
+        ep = ExpertParallel(group, len(tokens), tokens.shape[1], 2 * comm.size, 2)
+        plan = ep.plan(torch.arange(2 * len(tokens)).view(-1, 2) % (2 * comm.size))
+        rows = ep.dispatch(tokens, plan).rows
+        tokens, rows = (values * torch.arange(len(values))[:, None] for values in (tokens, rows))
+        group._bootstrap.barrier()
+        if comm.rank == 1:
+            return
+        calls = {
+            "send": lambda: group.send(send, 1), "dispatch": lambda: ep.dispatch(tokens, plan),
+            "combine": lambda: ep.combine(rows, plan),
+        }  # fmt: skip
+        with mock.patch.object(network, "put_signal_nbi", kept), pytest.raises(tdccl.Aborted):
+            calls.get(call, lambda: getattr(group, call)(send))()
+            group.check()
+        assert sent and all(ctypes.string_at(source, len(data)) == data for source, data in sent.items())
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="seen in the emulated network")
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "all_to_all", "broadcast", "send", "dispatch", "combine"])
+def test_what_is_under_way_is_not_written_over_after_a_failed_wait(ranks, call):
+    ranks.run(check_kept, 2, call=call)
 
 
 def check_short(comm):

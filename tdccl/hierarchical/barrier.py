@@ -23,8 +23,7 @@ def dissemination(team, rail):
     distance = 1
     while distance < rail.nodes:
         after, before = (rail.node + distance) % rail.nodes, (rail.node + rail.nodes - distance) % rail.nodes
-        epoch, number = rails.next_out(team, rail, rails.INPUTS, after, epoch)
-        slot = rails.out_slot(rail, rails.INPUTS, after, number, tl.int8)
+        epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, after, epoch, tl.int8)
         rails.put_tile(team, rail, rails.INPUTS, after, number, slot, _SIGNAL_BYTES)
         epoch, number = rails.next_in(team, rail, rails.INPUTS, before, epoch)
         rails.took(team, rail, rails.INPUTS, before, number)

@@ -60,8 +60,7 @@ def _exchange(
         for distance in range(1, rail.nodes):  # rank + 1 first: no two ranks on one target
             pe = (rail.node + distance) % rail.nodes
             if step < _of(sending, pe):
-                epoch, number = rails.next_out(team, rail, STAGE, pe, epoch)
-                slot = rails.out_slot(rail, STAGE, pe, number, DTYPE)
+                epoch, number, slot = rails.next_out(team, rail, STAGE, pe, epoch, DTYPE)
                 count = _count(send_counts, pe, lanes)
                 tile = tl.load(_at(sends, pe, DTYPE, ALIGN) + index, mask=index < count)
                 tl.store(slot + place, tile, mask=index < count)
@@ -154,8 +153,7 @@ def on_device(
     mine, room = send_counts // row, recv_count // row
     for distance in range(1, rail.nodes):
         pe = (rail.node + distance) % rail.nodes
-        epoch, number = rails.next_out(team, rail, rails.RESULTS, pe, epoch)
-        slot = rails.out_slot(rail, rails.RESULTS, pe, number, tl.int64)
+        epoch, number, slot = rails.next_out(team, rail, rails.RESULTS, pe, epoch, tl.int64)
         tl.store(slot, _of(mine, pe))
         tl.store(slot + 1, room)
         rails.put_tile(team, rail, rails.RESULTS, pe, number, slot, 16)

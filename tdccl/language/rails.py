@@ -12,7 +12,8 @@ tile q goes out when tile q - LANE_DEPTH has been taken, which has the same slot
 left, and nothing that comes later into a slot, or into the words of one, can be overtaken by what came before. Nothing
 is asked of the order in which the network delivers, but that a signal comes after its own tile.
 
-The lane for this rank's own node goes nowhere: its outgoing slots hold tiles that all nodes are sent, or none.
+The lane for this rank's own node goes nowhere: its outgoing slots hold tiles that all nodes are sent, or none; its
+incoming slots nothing but what finds no free slot because a wait has failed.
 """
 
 from typing import NamedTuple
@@ -115,15 +116,19 @@ def _wait_lane(team, rail, STAGE: tl.constexpr, node, epoch, index, value):
 
 
 @triton.jit
-def next_out(team, rail, STAGE: tl.constexpr, node, epoch):
-    """(epoch to go on with, number) of the next tile for `node`, once its slot is free to be written.
+def next_out(team, rail, STAGE: tl.constexpr, node, epoch, DTYPE: tl.constexpr):
+    """(epoch to go on with, number, pointer to the slot) of the next tile for `node`, once its slot is free.
 
-    Ordering: acquire at sys scope, then a block barrier. Bounded, as `wait_peers`.
+    Ordering: acquire at sys scope, then a block barrier. Bounded, as `wait_peers`; after a failed wait the pointer is
+    to a slot that nobody sends or looks at, for what is in the tile's own may still be under way.
     """
     number = tl.load(_word(rail, STAGE, node, SENT))
     taken = number % LANE_DEPTH + TAKEN_WORD
-    epoch = _wait_lane(team, rail, STAGE, node, epoch, taken, number + 1 - LANE_DEPTH)
-    return epoch, number
+    later = _wait_lane(team, rail, STAGE, node, epoch, taken, number + 1 - LANE_DEPTH)
+    slot = out_slot(rail, STAGE, node, number, DTYPE).to(tl.int64)
+    unused = in_slot(rail, STAGE, rail.node, number, DTYPE).to(tl.int64)
+    slot = tl.where(later == epoch, slot, unused).to(tl.pointer_type(DTYPE))
+    return later, number, tl.multiple_of(slot, 16)
 
 
 @triton.jit
