@@ -36,7 +36,7 @@ import tdccl.language as shmem
 import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from bench.launch import processes
-from tdccl import environment, model, tuning
+from tdccl import environment, model, transport, tuning
 from tdccl.decisions import ACROSS_NODES, context_for, device_of
 from tdccl.ep import ExpertParallel
 from tdccl.overlap import all_gather_gemm
@@ -737,26 +737,39 @@ def test_the_table_of_faults_holds_across_drawn_nodes():
 @pytest.fixture
 def nvshmem4py(monkeypatch):
     """Stand-ins for NVSHMEM and its Python binding, of which nothing is started yet."""
-    identity = types.SimpleNamespace(_data=np.frombuffer(bytearray(random.randbytes(128)), np.int8))
+    identity, done = types.SimpleNamespace(_data=np.frombuffer(bytearray(random.randbytes(128)), np.int8)), []
     core = {"get_unique_id": lambda empty: identity, "init": lambda **_: None, "my_pe": lambda: 0}
-    modules = {"nvshmem.core": core, "nvshmem.bindings": {"align": lambda alignment, nbytes: 1 << 20}}
+    bindings = {"align": lambda alignment, nbytes: 1 << 20, "quiet_on_stream": lambda stream: done.append("quiet")}
+    runtime = types.SimpleNamespace(cudaMemsetAsync=lambda *_: done.append("zeros"))
+    modules = {"nvshmem.core": core, "nvshmem.bindings": bindings, "cuda.bindings": {"runtime": runtime}}
     modules["cuda.core"] = {"Device": lambda index: types.SimpleNamespace(set_current=lambda: None)}
     modules |= {name: {"__path__": []} for name in ("nvshmem", "cuda")}
+    modules["tdccl.transport.p2p"] = {"check": lambda *_: None, "tensor_at": lambda *_: torch.empty(1)}
     for name, members in modules.items():
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("core", "bindings"):
-        monkeypatch.setattr(sys.modules["nvshmem"], name, sys.modules[f"nvshmem.{name}"], raising=False)
+    monkeypatch.setattr(transport, "p2p", sys.modules["tdccl.transport.p2p"], raising=False)
+    monkeypatch.setattr(library, "_own_stream", contextlib.nullcontext)
     monkeypatch.setattr(library, "_started", None)
     monkeypatch.setattr(library, "_unusable", lambda: None)
     monkeypatch.setattr(environment, "forbid_multicast_to_others", lambda: None)
+    return done
 
 
 def beside(*others):
     """The bootstrap of rank 0, to whom the other ranks say so much of where NVSHMEM was started on them."""
     theirs = [(world, None) for world in others]
     return types.SimpleNamespace(rank=0, size=1 + len(theirs), exchange=lambda value: [value, *theirs])
+
+
+def test_memory_is_given_back_when_all_that_was_put_has_arrived(nvshmem4py):
+    alone = beside()
+    memory, pes = library.allocate(alone, 1000, torch.device("cuda", 0))
+    assert pes == [0] and library._started.free[0][0] == 1024 and nvshmem4py == ["zeros"]
+    alone.barrier = lambda: nvshmem4py.append(("barrier", library._started.free[0][0]))
+    memory.release(alone, lambda: False)
+    assert nvshmem4py == ["zeros", "quiet", ("barrier", 1024)] and library._started.free[0][0] == 0
 
 
 def test_worlds_that_started_nvshmem_apart_are_told(nvshmem4py):

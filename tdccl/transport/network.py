@@ -123,7 +123,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
     network.met.update(pes)
 
     def release(bootstrap, peers_gone):
-        network.quiet()
+        network.quiet()  # as `nvshmem.allocate`'s; here what came later would find no memory at all
         network.segments.remove(segment)
         memory.release(bootstrap, peers_gone)
 

@@ -120,15 +120,14 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
 
     def prepare() -> None:
         nonlocal memory
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
-            p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
-            stream.synchronize()
+        with _own_stream(device) as stream:
+            p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream), "cudaMemsetAsync")
         memory = SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release)
 
     def release(bootstrap, peers_gone):
         try:
             if bootstrap is not None:
+                _quiet(device)
                 bootstrap.barrier()
                 _give_back(started.free, begin, begin + nbytes)
         except TdcclError:
@@ -140,6 +139,23 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
         _give_back(started.free, begin, begin + nbytes)
         raise
     return memory, [pe for pe, _ in everyone]
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device):
+    """The number of a stream on which nothing waits for a peer that is busy right here; waits for what goes there."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        yield stream.cuda_stream
+        stream.synchronize()
+
+
+def _quiet(device: torch.device) -> None:
+    """Returns when all that kernels of this rank put has arrived: their last signals are on the way when they end."""
+    from nvshmem import bindings
+
+    with _own_stream(device) as stream:
+        bindings.quiet_on_stream(stream)
 
 
 def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
