@@ -67,7 +67,7 @@ class Membership:
         else:
             self._node = bootstrap
             self._plan_with(transport.multicast_between(bootstrap, self.device))
-        self._control = transport.Control(bootstrap, pinned=not self._emulated)
+        self._control = transport.Control(bootstrap, not self._emulated, self.topology.local)
         self._control.words[layout.FIRST_WORD.value] = self.topology.local[0]
         self._abort_word = self._control.abort
         self._dead: set[int] = set()

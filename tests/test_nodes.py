@@ -616,6 +616,7 @@ def check_hosts(comm):
         other.all_reduce(torch.ones(9))
     assert time.monotonic() - start < 5
     comm._bootstrap.barrier()
+    assert group._control.peers_gone()  # nobody else has this host's memory mapped
     with two_hosts(comm.rank):
         if comm.rank == 0:
             other._store.set("shrink/[0, 1, 2]", "localhost:1")  # what an attempt that failed has left
@@ -770,6 +771,28 @@ def test_memory_is_given_back_when_all_that_was_put_has_arrived(nvshmem4py):
     alone.barrier = lambda: nvshmem4py.append(("barrier", library._started.free[0][0]))
     memory.release(alone, lambda: False)
     assert nvshmem4py == ["zeros", "quiet", ("barrier", 1024)] and library._started.free[0][0] == 0
+
+
+def test_after_a_failure_memory_is_given_back_when_all_its_ranks_are_met_again(nvshmem4py):
+    gpu, left = torch.device("cuda", 0), []
+
+    def answers(value):
+        """Rank 1's: its memory is taken like rank 0's; of what is kept it has `left`."""
+        if value and value[0] == 0:
+            return 1, {*left} if isinstance(value[1], set) else value[1]
+        return value
+
+    both = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, answers(value)])
+    lost, _ = library.allocate(both, 1000, gpu)
+    lost.release(None, lambda: True)
+    assert library._started.kept == {((0, 1), 0, 1024)}
+    library.allocate(both, 1000, gpu)  # rank 1 has not yet destroyed what has failed
+    assert library._started.free[0][0] == 2048 and "quiet" not in nvshmem4py
+    library.allocate(beside(), 1000, gpu)  # and is not here
+    assert library._started.free[0][0] == 3072 and "quiet" not in nvshmem4py
+    left.extend(library._started.kept)
+    library.allocate(both, 1000, gpu)
+    assert library._started.free[0][0] == 3072 and nvshmem4py[-2:] == ["quiet", "zeros"] and not library._started.kept
 
 
 def test_worlds_that_started_nvshmem_apart_are_told(nvshmem4py):

@@ -32,6 +32,7 @@ class _Started(NamedTuple):
     pe: int
     pool: int  # its address
     free: list[tuple[int, int]]  # parts of the pool, as (begin, end) in bytes
+    kept: set[tuple[tuple[int, ...], int, int]]  # after failures: (PEs that share it, begin, end)
 
 
 _started: _Started | None = None
@@ -104,6 +105,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
     from tdccl.transport import p2p
 
     started = _start(bootstrap, device)
+    _give_back_kept(started, bootstrap, device)
     nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     everyone = bootstrap.exchange((started.pe, started.free))
     begin = first_fit([free for _, free in everyone], nbytes)
@@ -112,6 +114,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
             f"no {nbytes} bytes are free on all ranks in NVSHMEM's pool of {environment.nvshmem_bytes()}: raise "
             "TDCCL_NVSHMEM_MB, or destroy communicators that are done with"
         )
+    pes = [pe for pe, _ in everyone]
     _take(started.free, begin, begin + nbytes)
     address = started.pool + begin
     addresses = [0] * bootstrap.size
@@ -130,15 +133,29 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
                 _quiet(device)
                 bootstrap.barrier()
                 _give_back(started.free, begin, begin + nbytes)
+                return
         except TdcclError:
-            pass  # what a peer may still write to is not used again
+            pass
+        started.kept.add((tuple(pes), begin, begin + nbytes))  # a peer may still write there
 
     try:
         together(bootstrap, prepare)  # what a peer puts comes after the zeros
     except InitError:
         _give_back(started.free, begin, begin + nbytes)
         raise
-    return memory, [pe for pe, _ in everyone]
+    return memory, pes
+
+
+def _give_back_kept(started: _Started, bootstrap: Bootstrap, device: torch.device) -> None:
+    """Gives back what failures left behind, where all that shared it are here and have done with it; collective. What a
+    rank shared that has died, or is left out from now on, stays. Before it is used again: an exchange of all ranks."""
+    kept = dict(bootstrap.exchange((started.pe, started.kept)))
+    done = [part for part in started.kept if all(part in kept.get(pe, ()) for pe in part[0])]
+    if done:
+        _quiet(device)
+    for part in done:
+        started.kept.remove(part)
+        _give_back(started.free, *part[1:])
 
 
 @contextlib.contextmanager
@@ -201,7 +218,7 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     word = together(bootstrap, identify)[0]
     identity._data.view(np.int8)[:] = np.frombuffer(word, np.int8)
     pes = together(bootstrap, start)
-    _started = _Started(word, pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())])
+    _started = _Started(word, pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())], set())
     return _started
 
 
