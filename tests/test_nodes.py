@@ -173,7 +173,8 @@ def test_a_bad_node_size_is_refused(monkeypatch, bad):
 @triton.jit
 def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
     """Node 0 puts two tiles to node 1, and tells it by a signal; node 1 copies what it then has to `recv`."""
-    place = tl.arange(0, TILE)
+    place, one = tl.arange(0, TILE), tl.full([], 1, tl.int64)
+    ADDS: tl.constexpr = HOW == "add" or HOW == "put_signal_add"
     arrived = rails._word(rail, rails.RESULTS, 0, rails.ARRIVED_WORD)
     for tile in range(2):
         source = rails.out_slot(rail, rails.RESULTS, 0, tile, tl.int32)
@@ -185,6 +186,12 @@ def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
             shmem.fence()
             if HOW == "put_signal" and tile == 1:
                 nvshmem.put_signal_nbi(target, source, nbytes, arrived, round, pe)
+            elif HOW == "add":
+                nvshmem.put_signal_nbi(target, source, nbytes, arrived, one, pe, nvshmem.ADD)
+            elif HOW == "put_signal_add":
+                nvshmem.put_signal(target, source, nbytes, arrived, one, pe, nvshmem.ADD)
+                shmem.fence()
+                tl.store(source + place, 0)
             elif HOW == "put":
                 nvshmem.put(target, source, nbytes, pe)
             else:
@@ -194,11 +201,11 @@ def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
             nvshmem.quiet()
         elif HOW == "fence" or HOW == "put":
             nvshmem.fence()
-        if HOW != "put_signal":
+        if HOW != "put_signal" and not ADDS:
             nvshmem.signal_op(arrived, round, tl.load(rail.pes + 1))
         nvshmem.quiet()
     else:
-        shmem.signal_wait(team, arrived, round, 0)
+        shmem.signal_wait(team, arrived, 2 * round if ADDS else round, 0)
         for tile in range(2):
             slot = rails.in_slot(rail, rails.RESULTS, 0, tile, tl.int32)
             tl.store(recv + tile * TILE + place, tl.load(slot + place))
@@ -231,6 +238,13 @@ def told(comm, how, seeds):
 def test_a_signal_behind_a_fence_comes_after_what_was_put(ranks, how):
     _, seen = ranks.run(told, 2, how=how, seeds=range(8))
     assert seen == [[True, True]] * 8
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+@pytest.mark.parametrize("how", ["add", "put_signal_add"])
+def test_puts_that_add_to_one_signal_are_all_there_when_it_has_counted_them(ranks, how):
+    _, seen = ranks.run(told, 2, how=how, seeds=range(4))
+    assert seen == [[True, True]] * 4
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")

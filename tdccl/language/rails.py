@@ -178,6 +178,25 @@ def took(team, rail, STAGE: tl.constexpr, node, number):
 
 
 @triton.jit
+def barrier(team, rail, epoch):
+    """Block b leaves when block b of this rank's likes in all nodes has come; returns the epoch to go on with.
+
+    Every block tells its likes 1, 2, 4, ... nodes further what it knows by then, in lanes of INPUTS.
+    Ordering: what these blocks stored before is visible after it; what they put, if `nvshmem.quiet` came before it.
+    Bounded, as `wait_peers`.
+    """
+    distance = 1
+    while distance < rail.nodes:
+        after, before = (rail.node + distance) % rail.nodes, (rail.node + rail.nodes - distance) % rail.nodes
+        epoch, number, slot = next_out(team, rail, INPUTS, after, epoch, tl.int8)
+        put_tile(team, rail, INPUTS, after, number, slot, 16)  # of anything
+        epoch, number = next_in(team, rail, INPUTS, before, epoch)
+        took(team, rail, INPUTS, before, number)
+        distance *= 2
+    return epoch
+
+
+@triton.jit
 def sent(rail, STAGE: tl.constexpr, node):
     """The number of the next tile for `node`, for whom `next_out` has found a slot. Ordering: none."""
     return tl.load(_word(rail, STAGE, node, SENT))
