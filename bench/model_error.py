@@ -49,10 +49,12 @@ class Comparison(NamedTuple):
             f"{100 * np.mean(errors):.0f}% in the mean and {100 * max(errors):.0f}% at most"
             for errors in (self.errors(True), self.errors(False))
         )
+        inside = any(stage.inside for point in self.points for stage in point.schedule.stages)
+        alone = "" if inside else " Nodes are of one: no stage inside a node is compared."
         links = f"{self.links.across:.0f} GB/s and {self.links.across_us:.1f} us across"
         return (
             f"Model: {links}, fitted on the {FITTED_ON}s: of these it is off by {fitted}; "
-            f"of the other collectives, which it foretells, by {foretold}."
+            f"of the other collectives, which it foretells, by {foretold}.{alone}"
         )
 
 

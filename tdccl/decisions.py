@@ -27,8 +27,8 @@ def context_for(
     rules: tuning.Rules | None = None,
 ) -> Context:
     """What algorithms know of a communicator of `size` ranks on each of `nodes` nodes, with so many bytes of scratch
-    (None: as the environment says) inside, and as many across, under these rules (None: as kernels run here). Raises
-    InitError if it is too small for them."""
+    (None: as the environment says) inside, and across as many in slots along rails and up to half as many between
+    pairs, under these rules (None: as kernels run here). Raises InitError if it is too small for them."""
     rules = rules or (tuning.EMULATION if environment.emulated() else tuning.GPU)
     scratch = scratch or environment.scratch_bytes()
     plenty = scratch >= tuning.LITTLE_SCRATCH or rules is tuning.EMULATION
@@ -95,12 +95,13 @@ def forced_algorithms() -> dict[str, str]:
     return forced
 
 
-def device_of(device, rank: int) -> torch.device:
-    """This rank's device, made the current one. Raises InitError if it is none that kernels run on."""
+def device_of(device, number: int) -> torch.device:
+    """This rank's device, made the current one; by default that of its number among the ranks of its host. Raises
+    InitError if it is none that kernels run on."""
     if environment.emulated():
         return torch.device("cpu")
     if device is None:
-        device = rank % torch.cuda.device_count()
+        device = number % torch.cuda.device_count()
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type != "cuda":
         raise InitError(f"device is {device}, expected a GPU (TDCCL_EMULATE=1 runs on CPU tensors)")

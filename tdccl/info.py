@@ -1,6 +1,7 @@
 """What this host offers, and which algorithm each collective would take: `python -m tdccl.info`. Needs no GPU.
 
-Started by torchrun or mpirun, it also tells on which nodes the ranks are, and what they take across nodes.
+Started by torchrun or mpirun, it also tells on which nodes the ranks are, which have other versions installed, and what
+they take across nodes.
 """
 
 import argparse
@@ -119,12 +120,23 @@ def network() -> str:
         return str(error)
 
 
-def topology() -> transport.Topology | None:
-    """On which nodes the ranks of the launcher are; None without a launcher. Collective."""
+def everyone() -> tuple[transport.Topology | None, list[dict[str, str]]]:
+    """(on which nodes the ranks of the launcher are, None without one; what each has installed). Collective."""
+    installed = versions() | {"NVSHMEM": network()}
     if not launched():
-        return None
+        return None, [installed]
     bootstrap = discover(timeout=60)
-    return transport.topology_of(bootstrap.rank, bootstrap.exchange(transport.place_of(bootstrap)))
+    places, installed = zip(*bootstrap.exchange((transport.place_of(bootstrap), installed)))
+    return transport.topology_of(bootstrap.rank, [*places]), [*installed]
+
+
+def others(installed: list[dict[str, str]]) -> list[str]:
+    """A line for what some ranks have installed that rank 0 has not."""
+    ranks: dict[str, list[int]] = {}
+    for rank, theirs in enumerate(installed):
+        if different := [f"{name} {said}" for name, said in theirs.items() if said != installed[0][name]]:
+            ranks.setdefault("  ".join(different), []).append(rank)
+    return [f"otherwise on ranks {', '.join(map(str, members))}: {said}" for said, members in ranks.items()]
 
 
 def _supported(index: int) -> bool:
@@ -181,7 +193,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--gpu", help="show what this kind of GPU would take, as 'NVIDIA H200'")
     parser.add_argument("--multicast", action="store_true", help="show what it would take with NVLink multicast")
     options = parser.parse_args(words)
-    lying = topology()
+    lying, installed = everyone()
     if lying is not None and lying.rank != 0:
         return
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
@@ -194,7 +206,7 @@ def main(words: list[str]) -> None:
         marks = [[str(row), *("yes" if cell else "no" for cell in cells)] for row, cells in enumerate(reach())]
         _table("Which GPU (row) reaches the memory of which", ["", *map(str, range(len(found)))], marks)
     print(f"NVLink multicast: {multicast()}")
-    print(f"NVSHMEM: {network()}")
+    print(f"NVSHMEM: {network()}", *others(installed), sep="\n")
     for place, members in zip(lying.hosts, lying.nodes) if lying is not None else ():
         print(f"node {place}: ranks {members[0]} to {members[-1]}")
     if lying is not None and len(lying.nodes) > 1:

@@ -67,7 +67,7 @@ class Membership:
         else:
             self._node = bootstrap
             self._plan_with(transport.multicast_between(bootstrap, self.device))
-        self._control = transport.Control(bootstrap, pinned=not self._emulated)
+        self._control = transport.Control(bootstrap, not self._emulated, self.topology.local)
         self._control.words[layout.FIRST_WORD.value] = self.topology.local[0]
         self._abort_word = self._control.abort
         self._dead: set[int] = set()
@@ -107,7 +107,7 @@ class Membership:
         self._forced = forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
         self._context = self._context_for(self.max_blocks)
-        self.device = device_of(device, self.rank)
+        self.device = device_of(device, self.topology.number_on_host)
         self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
         self._algorithms = ALGORITHMS if self._context.nodes == 1 else ACROSS_NODES
         self.table = self._table_for(False)

@@ -4,20 +4,22 @@ Times are predicted from what the algorithms send and in how many steps, which i
 calls (`tdccl.hierarchical.schedule`), and from latencies and bandwidths of two links that are given:
 
     us = launch + fill + (steps - 1) x step
-    step: the longest of what NVLink carries, what the network card carries, a signal for every turn, a message to every
-          node, and the network's latency
+    step: the longest of what NVLink carries, what the network card carries, a signal inside for every turn, a message
+          to every node, and the network's latency
     fill: for each stage the time of its first step inside, and across, one after another
 
 Beside them stand a ring and a double binary tree through all GPUs, in the usual terms: bytes over the slowest link, and
-hops. None of it has been compared with a real network.
+hops. None of it has been compared with a real network, and no stage inside a node with anything.
 """
 
 import argparse
+import itertools
 import sys
 from typing import NamedTuple
 
 from tdccl import tuning
 from tdccl.decisions import ACROSS_NODES, context_for
+from tdccl.errors import InitError
 from tdccl.hierarchical.schedule import Schedule, schedule_of
 from tdccl.runtime.algorithm import Call, Context
 
@@ -139,23 +141,44 @@ def lines(collective: str, nodes: int, width: int, sizes: list[int], links: Link
     return said
 
 
+def _at_least(least: float, kind=float):
+    """What argparse takes numbers by that must not be less."""
+
+    def number(word: str):
+        if not (value := kind(word)) >= least:
+            raise argparse.ArgumentTypeError(f"{word} is less than {least}")
+        return value
+
+    return number
+
+
+def _numbers_of_nodes(word: str) -> list[int]:
+    return [*map(_at_least(2, int), word.split(","))]
+
+
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tdccl.model", description=__doc__.partition(":")[0])
     parser.add_argument("collectives", nargs="*", choices=[*COLLECTIVES, []], help="default: all_reduce")
-    parser.add_argument("--nodes", default="2,16,128", help="numbers of nodes, from 2 on (default %(default)s)")
+    counts = {"type": _numbers_of_nodes, "default": "2,16,128"}
+    parser.add_argument("--nodes", **counts, help="numbers of nodes, from 2 on (default %(default)s)")
     parser.add_argument("--gpus", type=int, default=8, choices=range(1, 9), help="of a node (default %(default)s)")
-    parser.add_argument("--scratch", type=int, default=64, help="MiB, as TDCCL_SCRATCH_MB (default %(default)s)")
-    parser.add_argument("-b", "--smallest", type=int, default=10, help="log2 of bytes (default %(default)s)")
-    parser.add_argument("-e", "--largest", type=int, default=32, help="log2 of bytes (default %(default)s)")
+    whole = _at_least(1, int)
+    parser.add_argument("--scratch", type=whole, default=64, help="MiB, as TDCCL_SCRATCH_MB (default %(default)s)")
+    parser.add_argument("-b", "--smallest", type=whole, default=10, help="log2 of bytes (default %(default)s)")
+    parser.add_argument("-e", "--largest", type=whole, default=32, help="log2 of bytes (default %(default)s)")
     for name, value in Links()._asdict().items():
-        unit = "microseconds" if name.endswith("_us") else "GB/s a GPU"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"{unit} (default {value})")
+        unit, least = ("microseconds", 0) if name.endswith("_us") else ("GB/s a GPU", 0.001)
+        about = {"type": _at_least(least), "default": value, "help": f"{unit} (default {value})"}
+        parser.add_argument(f"--{name.replace('_', '-')}", **about)
     options = parser.parse_args(words)
     links = Links(*(getattr(options, name) for name in Links._fields))
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, 2)]
-    for collective in options.collectives or ["all_reduce"]:
-        for nodes in map(int, options.nodes.split(",")):
-            print("\n".join(lines(collective, nodes, options.gpus, sizes, links, options.scratch << 20)), end="\n\n")
+    for collective, nodes in itertools.product(options.collectives or ["all_reduce"], options.nodes):
+        try:
+            said = lines(collective, nodes, options.gpus, sizes, links, options.scratch << 20)
+        except InitError as error:  # too little scratch for so many
+            parser.error(str(error))
+        print("\n".join(said), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def pair(monkeypatch):
     made = []
     for rank in range(2):
         store = Flaky(shared)
-        control = Control(StoreBootstrap(dist.HashStore(), 0, 1, 10), pinned=False)
+        control = Control(StoreBootstrap(dist.HashStore(), 0, 1, 10), pinned=False, node=[0])
         made.append((Heartbeat(store, rank, 2, 1 - rank, rank == 0, control, died.append), store))
     yield made, died
     heartbeat.end_all()

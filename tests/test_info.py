@@ -9,6 +9,8 @@ import pool
 import pytest
 import torch
 
+from tdccl.info import others
+
 
 def info(*words, **variables) -> str:
     kept = {name: value for name, value in os.environ.items() if not re.search("NVLS|MULTICAST|SCRATCH", name)}
@@ -32,7 +34,14 @@ def test_it_tells_on_which_nodes_the_ranks_are():
     assert done.returncode == 0, done.stderr
     nodes = [line.rpartition(": ")[2] for line in done.stdout.splitlines() if line.startswith("node ")]
     assert nodes == ["ranks 0 to 1", "ranks 2 to 3"]
+    assert "otherwise" not in done.stdout
     assert "NVSHMEM: " in done.stdout and "2 nodes of 2 ranks" in done.stdout and "two_shot_rails" in done.stdout
+
+
+def test_it_tells_which_ranks_have_other_versions():
+    first, other = {"torch": "2.11", "nvidia-nvshmem-cu13": "3.4.5"}, {"torch": "2.11", "nvidia-nvshmem-cu13": "3.8.0"}
+    assert others([first, first]) == []
+    assert others([first, other, first, other]) == ["otherwise on ranks 1, 3: nvidia-nvshmem-cu13 3.8.0"]
 
 
 @pytest.mark.parametrize("multicast", [False, True])

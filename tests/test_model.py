@@ -67,6 +67,15 @@ def test_time_is_fill_and_then_the_slowest_of_a_step():
     assert model.predicted(signals, 64, LINKS) == pytest.approx(2 + (64 + 5 + 31.5) + 9 * 64)
 
 
+def test_nodes_of_one_wait_for_no_signal_inside():
+    for collective in model.COLLECTIVES:
+        for algorithm in ACROSS_NODES[collective]:
+            call = model.call_of(collective, 1 << 16, 2)
+            if algorithm.unfit(call, model.context_of(2, 1)) is None:
+                schedules = [schedule_of(algorithm, call, model.context_of(2, width)) for width in (1, 2)]
+                assert schedules[0].turns == 0 < schedules[1].turns
+
+
 @pytest.mark.parametrize("collective", model.COLLECTIVES)
 def test_large_messages_go_at_the_speed_of_the_slower_link(collective):
     nodes, width, nbytes = 4, 8, 1 << 32
@@ -96,6 +105,22 @@ def test_it_prints_a_table_up_to_1024_gpus():
     for table in range(4):
         times = [float(row[1]) for row in rows[11 * table : 11 * table + 11]]
         assert times == sorted(times) and times[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--nodes 1", "1 is less than 2"),
+        ("--nodes 2,x", "--nodes"),
+        ("--nodes 4096", "too little for 4096 nodes of 8 ranks"),
+        ("--across 0", "0 is less than 0.001"),
+        ("-b -1", "-1 is less than 1"),
+    ],
+)
+def test_what_it_cannot_predict_it_says_in_a_line(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        model.main(words.split())
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def measured_by(links):

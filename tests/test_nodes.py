@@ -4,6 +4,7 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 """
 
 import contextlib
+import ctypes
 import errno
 import importlib.util
 import itertools
@@ -12,10 +13,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from unittest import mock
 
 import cases
+import numpy as np
 import pool
 import pytest
 import reference
@@ -32,8 +36,9 @@ import tdccl.language as shmem
 import tdccl.language.nvshmem as nvshmem
 import tdccl.language.rails as rails
 from bench.launch import processes
-from tdccl import environment, model
-from tdccl.decisions import ACROSS_NODES
+from tdccl import environment, model, transport, tuning
+from tdccl.decisions import ACROSS_NODES, context_for, device_of
+from tdccl.ep import ExpertParallel
 from tdccl.overlap import all_gather_gemm
 from tdccl.runtime import heartbeat, launch
 from tdccl.runtime.algorithm import Geometry
@@ -114,6 +119,24 @@ def test_ranks_of_a_place_share_a_node_if_they_can(places, nodes):
     assert topology.rail == [ranks[-1] for ranks in nodes]
 
 
+@pytest.mark.parametrize(
+    ("places", "gpus"),
+    [
+        (["a", "b"] * 4, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (["a"] * 3 + ["b"] * 3, [0, 1, 2, 0, 1, 2]),
+        (["a"] * 3 + ["b"] * 6, [0, 1, 2, 0, 1, 2, 3, 0, 1]),  # more ranks than GPUs share them
+        (["a/part 0"] * 2 + ["a/part 1"] * 2, [0, 1, 2, 3]),
+        (["a", None], [0, 0]),  # a rank that does not know raises, and no other instead
+    ],
+)
+def test_gpus_are_taken_in_the_order_of_the_ranks_of_a_host(monkeypatch, places, gpus):
+    monkeypatch.setattr(environment, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    numbers = [topology_of(rank, places).number_on_host for rank in range(len(places))]
+    assert [device_of(None, number).index for number in numbers] == gpus
+
+
 def check_topology(comm):
     group = drawn(comm, 2)
     assert group.topology.nodes == ((0, 1), (2, 3)), group.topology
@@ -150,7 +173,8 @@ def test_a_bad_node_size_is_refused(monkeypatch, bad):
 @triton.jit
 def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
     """Node 0 puts two tiles to node 1, and tells it by a signal; node 1 copies what it then has to `recv`."""
-    place = tl.arange(0, TILE)
+    place, one = tl.arange(0, TILE), tl.full([], 1, tl.int64)
+    ADDS: tl.constexpr = HOW == "add" or HOW == "put_signal_add"
     arrived = rails._word(rail, rails.RESULTS, 0, rails.ARRIVED_WORD)
     for tile in range(2):
         source = rails.out_slot(rail, rails.RESULTS, 0, tile, tl.int32)
@@ -162,6 +186,12 @@ def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
             shmem.fence()
             if HOW == "put_signal" and tile == 1:
                 nvshmem.put_signal_nbi(target, source, nbytes, arrived, round, pe)
+            elif HOW == "add":
+                nvshmem.put_signal_nbi(target, source, nbytes, arrived, one, pe, nvshmem.ADD)
+            elif HOW == "put_signal_add":
+                nvshmem.put_signal(target, source, nbytes, arrived, one, pe, nvshmem.ADD)
+                shmem.fence()
+                tl.store(source + place, 0)
             elif HOW == "put":
                 nvshmem.put(target, source, nbytes, pe)
             else:
@@ -171,11 +201,11 @@ def tell(team, rail, recv, round, HOW: tl.constexpr, TILE: tl.constexpr):
             nvshmem.quiet()
         elif HOW == "fence" or HOW == "put":
             nvshmem.fence()
-        if HOW != "put_signal":
+        if HOW != "put_signal" and not ADDS:
             nvshmem.signal_op(arrived, round, tl.load(rail.pes + 1))
         nvshmem.quiet()
     else:
-        shmem.signal_wait(team, arrived, round, 0)
+        shmem.signal_wait(team, arrived, 2 * round if ADDS else round, 0)
         for tile in range(2):
             slot = rails.in_slot(rail, rails.RESULTS, 0, tile, tl.int32)
             tl.store(recv + tile * TILE + place, tl.load(slot + place))
@@ -211,6 +241,13 @@ def test_a_signal_behind_a_fence_comes_after_what_was_put(ranks, how):
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
+@pytest.mark.parametrize("how", ["add", "put_signal_add"])
+def test_puts_that_add_to_one_signal_are_all_there_when_it_has_counted_them(ranks, how):
+    _, seen = ranks.run(told, 2, how=how, seeds=range(4))
+    assert seen == [[True, True]] * 4
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
 def test_a_put_with_signal_is_there_when_its_signal_is(ranks):
     _, seen = ranks.run(told, 2, how="put_signal", seeds=range(8))
     assert all(second for _, second in seen)
@@ -230,8 +267,7 @@ def stream(team, rail, recv, count, TILE: tl.constexpr):
     epoch, place = shmem.begin(team), tl.arange(0, TILE)
     for tile in range(count):
         if rail.node == 0:
-            epoch, number = rails.next_out(team, rail, rails.INPUTS, 1, epoch)
-            slot = rails.out_slot(rail, rails.INPUTS, 1, number, tl.int32)
+            epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, 1, epoch, tl.int32)
             tl.store(slot + place, place + tile * 1000)
             rails.put_tile(team, rail, rails.INPUTS, 1, number, slot, TILE * 4)
         else:
@@ -501,6 +537,41 @@ def test_a_missing_rank_is_named_by_its_number_in_the_communicator(ranks, size):
     assert len(said) == 3 and any("for rank 3" in line for line in waited), said
 
 
+def check_kept(comm, call):
+    """Rank 0 calls alone, more than there are slots for: what it has put is still there when its waits have failed."""
+    put, sent = network.put_signal_nbi, {}
+
+    def kept(target, source, nbytes, *rest):
+        if not sent:
+            threading.Timer(0.2, group.abort).start()
+        sent[source] = ctypes.string_at(source, nbytes)
+        put(target, source, nbytes, *rest)
+
+    with fresh(comm, 1) as group:
+        send, tokens = torch.arange(1 << 18, dtype=torch.float32), torch.ones(160, 64, dtype=torch.bfloat16)
+        ep = ExpertParallel(group, len(tokens), tokens.shape[1], 2 * comm.size, 2)
+        plan = ep.plan(torch.arange(2 * len(tokens)).view(-1, 2) % (2 * comm.size))
+        rows = ep.dispatch(tokens, plan).rows
+        tokens, rows = (values * torch.arange(len(values))[:, None] for values in (tokens, rows))
+        group._bootstrap.barrier()
+        if comm.rank == 1:
+            return
+        calls = {
+            "send": lambda: group.send(send, 1), "dispatch": lambda: ep.dispatch(tokens, plan),
+            "combine": lambda: ep.combine(rows, plan),
+        }  # fmt: skip
+        with mock.patch.object(network, "put_signal_nbi", kept), pytest.raises(tdccl.Aborted):
+            calls.get(call, lambda: getattr(group, call)(send))()
+            group.check()
+        assert sent and all(ctypes.string_at(source, len(data)) == data for source, data in sent.items())
+
+
+@pytest.mark.skipif(not environment.emulated(), reason="seen in the emulated network")
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "all_to_all", "broadcast", "send", "dispatch", "combine"])
+def test_what_is_under_way_is_not_written_over_after_a_failed_wait(ranks, call):
+    ranks.run(check_kept, 2, call=call)
+
+
 def check_short(comm):
     """Memory that one node cannot have no other keeps; a fault on it ends the wait of its ranks."""
 
@@ -559,6 +630,7 @@ def check_hosts(comm):
         other.all_reduce(torch.ones(9))
     assert time.monotonic() - start < 5
     comm._bootstrap.barrier()
+    assert group._control.peers_gone()  # nobody else has this host's memory mapped
     with two_hosts(comm.rank):
         if comm.rank == 0:
             other._store.set("shrink/[0, 1, 2]", "localhost:1")  # what an attempt that failed has left
@@ -677,6 +749,78 @@ def test_the_table_of_faults_holds_across_drawn_nodes():
 # ---- memory from NVSHMEM -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nvshmem4py(monkeypatch):
+    """Stand-ins for NVSHMEM and its Python binding, of which nothing is started yet."""
+    identity, done = types.SimpleNamespace(_data=np.frombuffer(bytearray(random.randbytes(128)), np.int8)), []
+    core = {"get_unique_id": lambda empty: identity, "init": lambda **_: None, "my_pe": lambda: 0}
+    bindings = {"align": lambda alignment, nbytes: 1 << 20, "quiet_on_stream": lambda stream: done.append("quiet")}
+    runtime = types.SimpleNamespace(cudaMemsetAsync=lambda *_: done.append("zeros"))
+    modules = {"nvshmem.core": core, "nvshmem.bindings": bindings, "cuda.bindings": {"runtime": runtime}}
+    modules["cuda.core"] = {"Device": lambda index: types.SimpleNamespace(set_current=lambda: None)}
+    modules |= {name: {"__path__": []} for name in ("nvshmem", "cuda")}
+    modules["tdccl.transport.p2p"] = {"check": lambda *_: None, "tensor_at": lambda *_: torch.empty(1)}
+    for name, members in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(transport, "p2p", sys.modules["tdccl.transport.p2p"], raising=False)
+    monkeypatch.setattr(library, "_own_stream", contextlib.nullcontext)
+    monkeypatch.setattr(library, "_started", None)
+    monkeypatch.setattr(library, "_unusable", lambda: None)
+    monkeypatch.setattr(environment, "forbid_multicast_to_others", lambda: None)
+    return done
+
+
+def beside(*others):
+    """The bootstrap of rank 0, to whom the other ranks say so much of where NVSHMEM was started on them."""
+    theirs = [(world, None) for world in others]
+    return types.SimpleNamespace(rank=0, size=1 + len(theirs), exchange=lambda value: [value, *theirs])
+
+
+def test_memory_is_given_back_when_all_that_was_put_has_arrived(nvshmem4py):
+    alone = beside()
+    memory, pes = library.allocate(alone, 1000, torch.device("cuda", 0))
+    assert pes == [0] and library._started.free[0][0] == 1024 and nvshmem4py == ["zeros"]
+    alone.barrier = lambda: nvshmem4py.append(("barrier", library._started.free[0][0]))
+    memory.release(alone, lambda: False)
+    assert nvshmem4py == ["zeros", "quiet", ("barrier", 1024)] and library._started.free[0][0] == 0
+
+
+def test_after_a_failure_memory_is_given_back_when_all_its_ranks_are_met_again(nvshmem4py):
+    gpu, left = torch.device("cuda", 0), []
+
+    def answers(value):
+        """Rank 1's: its memory is taken like rank 0's; of what is kept it has `left`."""
+        if value and value[0] == 0:
+            return 1, {*left} if isinstance(value[1], set) else value[1]
+        return value
+
+    both = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, answers(value)])
+    lost, _ = library.allocate(both, 1000, gpu)
+    lost.release(None, lambda: True)
+    assert library._started.kept == {((0, 1), 0, 1024)}
+    library.allocate(both, 1000, gpu)  # rank 1 has not yet destroyed what has failed
+    assert library._started.free[0][0] == 2048 and "quiet" not in nvshmem4py
+    library.allocate(beside(), 1000, gpu)  # and is not here
+    assert library._started.free[0][0] == 3072 and "quiet" not in nvshmem4py
+    left.extend(library._started.kept)
+    library.allocate(both, 1000, gpu)
+    assert library._started.free[0][0] == 3072 and nvshmem4py[-2:] == ["quiet", "zeros"] and not library._started.kept
+
+
+def test_worlds_that_started_nvshmem_apart_are_told(nvshmem4py):
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(tdccl.InitError, match=r"among ranks \[1, 2\] alone"):
+        library._start(beside(b"one", b"one"), gpu)
+    started = library._start(beside(), gpu)
+    assert library._start(beside(started.world), gpu) is started
+    with pytest.raises(tdccl.InitError, match=r"\[0, 3\] and among \[1, 2\] alone.* communicator of all ranks first"):
+        library._start(beside(b"one", b"one", started.world), gpu)
+    with pytest.raises(tdccl.InitError, match=r"among ranks \[0\] alone"):
+        library._start(beside(None), gpu)
+
+
 def test_members_take_memory_that_is_free_on_all_of_them():
     free = {rank: [(0, 1024)] for rank in range(3)}
 
@@ -691,6 +835,18 @@ def test_members_take_memory_that_is_free_on_all_of_them():
     library._give_back(free[0], 512, 768)
     library._give_back(free[2], 512, 768)
     assert take([0, 1, 2], 512) == 512
+
+
+@pytest.mark.parametrize(("nodes", "size"), [(16, 8), (128, 8)])
+def test_tiles_across_are_as_large_as_the_scratch_allows(nodes, size, scratch=64 << 20):
+    context = context_for(size, scratch=scratch, nodes=nodes, rules=tuning.GPU)
+    rings, channels, pairs = context.rules.rings, context.rules.channels, nodes * size
+    assert 16 * rings * nodes * context.rail_slot == scratch  # 16 slots of each, in and out, in two stages
+    assert 16 * channels * pairs * context.pair_slot == scratch // 2
+    geometry = ACROSS_NODES["all_reduce"][-1].geometry(model.call_of("all_reduce", 1 << 30, pairs), context)
+    assert 2 * geometry.constants["TILE"] == context.rail_slot
+    lanes = rails.rail_bytes(rings, nodes, context.rail_slot) + rails.rail_bytes(channels, pairs, context.pair_slot)
+    assert lanes < 1.52 * scratch
 
 
 def test_bitcode_is_found_in_either_layout(tmp_path, monkeypatch):

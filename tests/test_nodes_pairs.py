@@ -8,7 +8,10 @@ import test_send_recv
 import torch
 from test_nodes import drawn, long, pytestmark  # noqa: F401
 
-from tdccl import environment
+import tdccl
+from tdccl import environment, tuning
+from tdccl.decisions import ACROSS_NODES, context_for
+from tdccl.runtime.algorithm import Call
 from tdccl.transport import network
 
 
@@ -17,6 +20,18 @@ def on_nodes(comm, check, size, **arguments):
     if environment.emulated():
         network.reseed(comm.rank)
     check(drawn(comm, size), **arguments)
+
+
+def test_lists_of_more_ranks_than_a_kernel_takes_are_refused():
+    one, many = (1,) * 8, (1,) * 1024
+    for collective, splits in (("send_recv", None), ("all_to_all", (many, many)), ("all_gather", (many, many))):
+        call = Call(collective, 0, "u8", None, 0, 16, splits, (None, None), False)
+        algorithm = next(each for each in ACROSS_NODES[collective] if each.pairs)
+        with pytest.raises(tdccl.ArgumentError, match=f"{collective}: 1024 ranks, .* 1000 at most"):
+            algorithm.geometry(call, context_for(8, scratch=64 << 20, nodes=128, rules=tuning.GPU))
+        fewer = call._replace(splits=splits and (one * 125, one * 125))
+        geometry = algorithm.geometry(fewer, context_for(8, scratch=64 << 20, nodes=125, rules=tuning.GPU))
+        assert sum(8 * len(numbers) for numbers in geometry.counts.values()) + 500 < 32764
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 4, reason="needs 4 ranks")

@@ -75,8 +75,7 @@ def _send_chunk(
         goes = _going(sent_node, node, first, last, CHUNK, rail.nodes)
         count = tl.sum(goes)
         if count > 0:
-            epoch, number = rails.next_out(team, rail, rails.INPUTS, node, epoch)
-            slot = rails.out_slot(rail, rails.INPUTS, node, number, tl.int8)
+            epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, node, epoch, tl.int8)
             for token in range(first, last):
                 offset, sent = _record_of(goes, token - first, RECORD, CHUNK)
                 record, row = tl.multiple_of(slot + offset, 16), wide(token)
@@ -269,8 +268,7 @@ def _return_chunk(
     goes = _coming(passed, first, last, CHUNK, team.size)
     count = tl.sum(goes)
     if count > 0:
-        epoch, number = rails.next_out(team, rail, rails.RESULTS, node, epoch)
-        slot = rails.out_slot(rail, rails.RESULTS, node, number, tl.int8)
+        epoch, number, slot = rails.next_out(team, rail, rails.RESULTS, node, epoch, tl.int8)
         for token in range(first, last):
             offset, sent = _record_of(goes, token - first, RECORD, CHUNK)
             record = tl.multiple_of(slot + offset, 16)

@@ -20,8 +20,7 @@ def _send_across(team, rail, epoch, node, step, send, part, count, DTYPE: tl.con
     Waits:    for a free slot of the rail.
     Ordering: stores, block barrier, put with signal.
     """
-    epoch, number = rails.next_out(team, rail, rails.INPUTS, node, epoch)
-    slot = rails.out_slot(rail, rails.INPUTS, node, number, DTYPE)
+    epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, node, epoch, DTYPE)
     for local in tl.static_range(team.size):
         index, mask = stages.tile_of(team, node, local, step, part, count, TILE)
         tl.store(slot + local * TILE + tl.arange(0, TILE), tl.load(send + index, mask=mask))

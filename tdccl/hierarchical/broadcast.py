@@ -36,8 +36,7 @@ def _hand_out(
     if node == rail.node:
         tl.store(recv + index, tile, mask=mask)
     else:
-        epoch, number = rails.next_out(team, rail, rails.INPUTS, node, epoch)
-        slot = rails.out_slot(rail, rails.INPUTS, node, number, DTYPE)
+        epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, node, epoch, DTYPE)
         tl.store(slot + place, tile)
         rails.put_tile(team, rail, rails.INPUTS, node, number, slot, TILE * DTYPE.primitive_bitwidth // 8)
     return epoch

@@ -43,7 +43,8 @@ def _exchange(
 
     sends, recvs: addresses, by rank; send_counts, arriving: elements that are sent to it and come from it; of these
     recv_counts are stored. Returns the epoch.
-    Waits:    for free slots, and for tiles, of the ranks to and from which there is something.
+    Waits:    for free slots, and for tiles, of the ranks to and from which there is something; all in step, so that a
+              rank which does not come holds up what passes to and from the others.
     Ordering: stores, block barrier, put with signal; acquire at sys scope, block barrier, loads.
     Reuse:    that of lanes, see `tdccl.language.rails`: a tile for which there must be a free slot was taken in by its
               receiver before anybody came to this step.
@@ -60,8 +61,7 @@ def _exchange(
         for distance in range(1, rail.nodes):  # rank + 1 first: no two ranks on one target
             pe = (rail.node + distance) % rail.nodes
             if step < _of(sending, pe):
-                epoch, number = rails.next_out(team, rail, STAGE, pe, epoch)
-                slot = rails.out_slot(rail, STAGE, pe, number, DTYPE)
+                epoch, number, slot = rails.next_out(team, rail, STAGE, pe, epoch, DTYPE)
                 count = _count(send_counts, pe, lanes)
                 tile = tl.load(_at(sends, pe, DTYPE, ALIGN) + index, mask=index < count)
                 tl.store(slot + place, tile, mask=index < count)
@@ -154,8 +154,7 @@ def on_device(
     mine, room = send_counts // row, recv_count // row
     for distance in range(1, rail.nodes):
         pe = (rail.node + distance) % rail.nodes
-        epoch, number = rails.next_out(team, rail, rails.RESULTS, pe, epoch)
-        slot = rails.out_slot(rail, rails.RESULTS, pe, number, tl.int64)
+        epoch, number, slot = rails.next_out(team, rail, rails.RESULTS, pe, epoch, tl.int64)
         tl.store(slot, _of(mine, pe))
         tl.store(slot + 1, room)
         rails.put_tile(team, rail, rails.RESULTS, pe, number, slot, 16)

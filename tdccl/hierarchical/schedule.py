@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
 
     blocks  that work at once
     steps   of the block that has the most
-    turns   in a step
+    turns   in a step in which the ranks of a node wait for each other's signals: none on nodes of one
     stages  one after another, all of the whole call
     """
 
@@ -37,11 +37,11 @@ class Schedule(NamedTuple):
 def schedule_of(algorithm: Algorithm, call: Call, context: Context) -> Schedule:
     """The schedule of a call by an algorithm of `tdccl.hierarchical`."""
     geometry, nodes, width = algorithm.geometry(call, context), context.nodes, context.size
-    tile = geometry.constants["TILE"]
+    tile, has_peers = geometry.constants["TILE"], width > 1
     if algorithm.packets is not None:
         word = 4 if call.itemsize < 8 else 8
         inside = (width - 1) * words_of(call) * word // 4 * _PACKET_BYTES
-        return Schedule(geometry.grid, 1, 1, (Stage(inside, (nodes - 1) * geometry.grid * tile * word),))
+        return Schedule(geometry.grid, 1, int(has_peers), (Stage(inside, (nodes - 1) * geometry.grid * tile * word),))
     tiles = -(-geometry.counts["part"] // tile)
     moved = tiles * tile * ITEMSIZE[geometry.dtype]  # of one rank's part, in whole tiles
     inside, across = nodes * (width - 1) * moved, (nodes - 1) * moved
@@ -54,4 +54,4 @@ def schedule_of(algorithm: Algorithm, call: Call, context: Context) -> Schedule:
         "broadcast": (shares, shares),
         "all_to_all": (Stage(inside, width * across),),
     }[call.collective]
-    return Schedule(geometry.grid, -(-tiles // geometry.grid), nodes, stages)
+    return Schedule(geometry.grid, -(-tiles // geometry.grid), nodes * has_peers, stages)

@@ -79,8 +79,7 @@ def forward_sum(
     if node == rail.node:
         tl.store(rails.out_slot(rail, rails.INPUTS, node, step, WIRE) + place, total)
     else:
-        epoch, number = rails.next_out(team, rail, rails.INPUTS, node, epoch)
-        slot = rails.out_slot(rail, rails.INPUTS, node, number, WIRE)
+        epoch, number, slot = rails.next_out(team, rail, rails.INPUTS, node, epoch, WIRE)
         tl.store(slot + place, total)
         rails.put_tile(team, rail, rails.INPUTS, node, number, slot, TILE * WIRE.primitive_bitwidth // 8)
     return epoch
@@ -128,11 +127,12 @@ def share_across(team, rail, epoch, tile, DTYPE: tl.constexpr, TILE: tl.constexp
     Waits:    for a free slot at every one of them.
     Ordering: stores, block barrier, puts with signals.
     """
+    opened = epoch
     for distance in range(1, rail.nodes):
-        epoch, _ = rails.next_out(team, rail, rails.RESULTS, (rail.node + distance) % rail.nodes, epoch)
+        epoch, _, _ = rails.next_out(team, rail, rails.RESULTS, (rail.node + distance) % rail.nodes, epoch, DTYPE)
     shared = rails.next_shared(rail)
     slot = rails.out_slot(rail, rails.RESULTS, rail.node, shared, DTYPE)
-    tl.store(slot + tl.arange(0, TILE), tile)
+    tl.store(slot + tl.arange(0, TILE), tile, mask=epoch == opened)  # else it may still be under way to someone
     for distance in range(1, rail.nodes):
         node = (rail.node + distance) % rail.nodes
         number = rails.sent(rail, rails.RESULTS, node)

@@ -8,11 +8,12 @@ at the same place on every PE, and so do sources that a network card is to read.
 (`Rail.pes`).
 
 What moves data is called by the whole block, once: a Triton program cannot call for one of its warps or threads alone.
-So a signal without data is a `put_signal_nbi` of 8 bytes, which one thread signals; `signal_op`, `fence` and `quiet`
-are calls of every thread, as are `my_pe` and `n_pes`.
+So a signal without data is a `put_signal_nbi` of 8 bytes, which one thread signals; `signal_op`, which therefore cannot
+add, `fence` and `quiet` are calls of every thread, as are `my_pe` and `n_pes`.
 
-There is no call here that waits for a signal: NVSHMEM's has no end. `tdccl.language.signal_wait` on this rank's own
-signal sees what came before it just as well.
+There is no call here that waits for other PEs: NVSHMEM's have no end, and its barriers ask for a cooperative launch.
+`tdccl.language.signal_wait` on this rank's own signal sees what came before it just as well, and
+`tdccl.language.rails.barrier` has a deadline.
 """
 
 import triton.language as tl
@@ -21,14 +22,15 @@ from tdccl.language.signals import fence as block_fence
 from tdccl.language.target import device
 from tdccl.transport import network
 
-_SET = tl.constexpr(network.SET)
+# What a put does to the signal: makes it the value, or adds the value to it.
+SET, ADD = tl.constexpr(network.SET), tl.constexpr(network.ADD)
 
 
 def _emulated(call):
     """The Python function that takes the place of a device function: `call` with plain integers."""
 
     def number(value):
-        return int(value.handle.data.reshape(-1)[0]) if hasattr(value, "handle") else int(value)
+        return int(value.handle.data.reshape(-1)[0] if hasattr(value, "handle") else getattr(value, "value", value))
 
     return lambda *values: call(*map(number, values))
 
@@ -66,20 +68,30 @@ def get(destination, source, nbytes, pe):
     _call("nvshmemx_getmem_block", destination.to(tl.int64), source.to(tl.int64), nbytes, pe)
 
 
-@device(_emulated(lambda *numbers: network.put_signal_nbi(*numbers[:5], network.SET, numbers[5])))
-def put_signal_nbi(destination, source, nbytes, signal, value, pe):
-    """`put_nbi`, and then the PE's signal becomes `value` (int64).
+@device(_emulated(network.put_signal))
+def put_signal(destination, source, nbytes, signal, value, pe, OP: tl.constexpr = SET):
+    """`put`, and then `value` (int64) becomes the PE's signal, or is added to it (OP=ADD).
+
+    Ordering: as `put_signal_nbi`. Block barriers before and after.
+    """
+    address, data, word = destination.to(tl.int64), source.to(tl.int64), signal.to(tl.int64)
+    _call("nvshmemx_putmem_signal_block", address, data, nbytes, word, value, tl.full([], OP, tl.int32), pe)
+
+
+@device(_emulated(lambda *numbers: network.put_signal_nbi(*numbers)))
+def put_signal_nbi(destination, source, nbytes, signal, value, pe, OP: tl.constexpr = SET):
+    """`put_nbi`, and then `value` (int64) becomes the PE's signal, or is added to it (OP=ADD).
 
     Ordering: who sees the signal sees these bytes; nothing else, not even what was put before.
     """
     address, data, word = destination.to(tl.int64), source.to(tl.int64), signal.to(tl.int64)
-    _call("nvshmemx_putmem_signal_nbi_block", address, data, nbytes, word, value, tl.full([], _SET, tl.int32), pe)
+    _call("nvshmemx_putmem_signal_nbi_block", address, data, nbytes, word, value, tl.full([], OP, tl.int32), pe)
 
 
-@device(_emulated(lambda signal, value, pe: network.signal_op(signal, value, network.SET, pe)))
+@device(_emulated(network.signal_op))
 def signal_op(signal, value, pe):
     """The PE's signal becomes `value` (int64). Ordering: none; `fence` before it covers what was put."""
-    _call("nvshmemx_signal_op", signal.to(tl.int64), value, tl.full([], _SET, tl.int32), pe)
+    _call("nvshmemx_signal_op", signal.to(tl.int64), value, tl.full([], SET, tl.int32), pe)
 
 
 @device(_emulated(network.fence))

@@ -12,7 +12,8 @@ tile q goes out when tile q - LANE_DEPTH has been taken, which has the same slot
 left, and nothing that comes later into a slot, or into the words of one, can be overtaken by what came before. Nothing
 is asked of the order in which the network delivers, but that a signal comes after its own tile.
 
-The lane for this rank's own node goes nowhere: its outgoing slots hold tiles that all nodes are sent, or none.
+The lane for this rank's own node goes nowhere: its outgoing slots hold tiles that all nodes are sent, or none; its
+incoming slots nothing but what finds no free slot because a wait has failed.
 """
 
 from typing import NamedTuple
@@ -67,9 +68,9 @@ def rail_bytes(blocks: int, nodes: int, slot_bytes: int) -> int:
 
 
 def slot_bytes_within(nbytes: int, blocks: int, nodes: int) -> int:
-    """The largest slots with which all lanes take no more than `nbytes` bytes, a multiple of 128."""
-    lane = nbytes // (blocks * STAGES.value * nodes)
-    return max(0, lane - LANE_WORD_BYTES.value) // (2 * LANE_DEPTH.value) // 128 * 128
+    """The largest slots that take no more than `nbytes` bytes in all lanes, a multiple of 128. The lanes' words come on
+    top: else the slots would be a little less than a power of two, which tiles are, and half empty."""
+    return nbytes // (blocks * STAGES.value * nodes * 2 * LANE_DEPTH.value) // 128 * 128
 
 
 def has_come(words: list[int]) -> bool:
@@ -115,15 +116,19 @@ def _wait_lane(team, rail, STAGE: tl.constexpr, node, epoch, index, value):
 
 
 @triton.jit
-def next_out(team, rail, STAGE: tl.constexpr, node, epoch):
-    """(epoch to go on with, number) of the next tile for `node`, once its slot is free to be written.
+def next_out(team, rail, STAGE: tl.constexpr, node, epoch, DTYPE: tl.constexpr):
+    """(epoch to go on with, number, pointer to the slot) of the next tile for `node`, once its slot is free.
 
-    Ordering: acquire at sys scope, then a block barrier. Bounded, as `wait_peers`.
+    Ordering: acquire at sys scope, then a block barrier. Bounded, as `wait_peers`; after a failed wait the pointer is
+    to a slot that nobody sends or looks at, for what is in the tile's own may still be under way.
     """
     number = tl.load(_word(rail, STAGE, node, SENT))
     taken = number % LANE_DEPTH + TAKEN_WORD
-    epoch = _wait_lane(team, rail, STAGE, node, epoch, taken, number + 1 - LANE_DEPTH)
-    return epoch, number
+    later = _wait_lane(team, rail, STAGE, node, epoch, taken, number + 1 - LANE_DEPTH)
+    slot = out_slot(rail, STAGE, node, number, DTYPE).to(tl.int64)
+    unused = in_slot(rail, STAGE, rail.node, number, DTYPE).to(tl.int64)
+    slot = tl.where(later == epoch, slot, unused).to(tl.pointer_type(DTYPE))
+    return later, number, tl.multiple_of(slot, 16)
 
 
 @triton.jit
@@ -170,6 +175,25 @@ def took(team, rail, STAGE: tl.constexpr, node, number):
         pe = tl.load(rail.pes + node)
         nvshmem.put_signal_nbi(there, nothing, tl.full([], 8, tl.int64), taken, number + 1, pe)
     _count(rail, STAGE, node, RECEIVED, number)
+
+
+@triton.jit
+def barrier(team, rail, epoch):
+    """Block b leaves when block b of this rank's likes in all nodes has come; returns the epoch to go on with.
+
+    Every block tells its likes 1, 2, 4, ... nodes further what it knows by then, in lanes of INPUTS.
+    Ordering: what these blocks stored before is visible after it; what they put, if `nvshmem.quiet` came before it.
+    Bounded, as `wait_peers`.
+    """
+    distance = 1
+    while distance < rail.nodes:
+        after, before = (rail.node + distance) % rail.nodes, (rail.node + rail.nodes - distance) % rail.nodes
+        epoch, number, slot = next_out(team, rail, INPUTS, after, epoch, tl.int8)
+        put_tile(team, rail, INPUTS, after, number, slot, 16)  # of anything
+        epoch, number = next_in(team, rail, INPUTS, before, epoch)
+        took(team, rail, INPUTS, before, number)
+        distance *= 2
+    return epoch
 
 
 @triton.jit

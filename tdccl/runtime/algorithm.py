@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from tdccl.errors import ArgumentError
 from tdccl.runtime import bare
 from tdccl.transport import Multicast
 from tdccl.tuning import Rules
@@ -56,6 +57,8 @@ ITEMSIZE = {
     "fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
 }  # fmt: skip
 _UNITS = {16: "i64", 8: "i64", 4: "i32", 2: "i16", 1: "i8"}
+# The most ranks of which four lists of 8 bytes a rank fit into a kernel's parameters, 32764 bytes in CUDA.
+_MOST_LISTED = 1000
 
 
 class Context(NamedTuple):
@@ -328,6 +331,7 @@ def _counts_on_device(call: Call) -> tuple[str, int, dict[str, int]]:
 def between_pairs(call: Call, context: Context) -> Geometry:
     """Lays messages between pairs out, in tiles of a channel's slot, across nodes of a lane's; addresses and counts
     come with each call."""
+    _check_listed(call, context)
     dtype = _UNITS[call.alignment]
     nobody, slot = (0,) * context.size, context.rules.slot_bytes
     if context.nodes > 1:
@@ -342,9 +346,19 @@ def between_pairs(call: Call, context: Context) -> Geometry:
     )
 
 
+def _check_listed(call: Call, context: Context) -> None:
+    """Raises ArgumentError where the call has lists of more ranks than a kernel takes."""
+    if (ranks := context.size * context.nodes) > _MOST_LISTED:
+        raise ArgumentError(
+            f"{call.collective}: {ranks} ranks, but messages and split lists go into the parameters of a kernel, which "
+            f"hold those of {_MOST_LISTED} at most; all_to_all_vdev has its lists on the device"
+        )
+
+
 def in_pieces(call: Call, context: Context, same: bool = False) -> Geometry:
     """Lays pieces by split lists, across nodes, out in tiles of a slot of the lanes between pairs; same as in
     `splitting`."""
+    _check_listed(call, context)
     dtype, itemsize, aligned = _unit(call)
     geometry = _between_all(context, dtype, 16 if aligned else itemsize)
     send, recv = (tuple(count * call.itemsize // itemsize for count in counts) for counts in call.splits)

@@ -28,9 +28,12 @@ class Control:
     The memory has no name, so that no crash leaves anything behind.
     """
 
-    def __init__(self, bootstrap: Bootstrap, pinned: bool):
-        """Collective; pinned: kernels of a GPU look at it. Raises InitError if it cannot be pinned."""
-        self._rank, self._unpin = bootstrap.rank, lambda: None
+    def __init__(self, bootstrap: Bootstrap, pinned: bool, node: list[int]):
+        """Collective; pinned: kernels of a GPU look at it; node: the ranks that may have this one's memory mapped.
+
+        Raises InitError if it cannot be pinned.
+        """
+        self._rank, self._unpin, self._node = bootstrap.rank, lambda: None, node
         descriptor = os.memfd_create("tdccl")
         try:
             os.ftruncate(descriptor, mmap.PAGESIZE)
@@ -110,9 +113,8 @@ class Control:
         return bool(self._blocks[rank][_LEFT])
 
     def peers_gone(self) -> bool:
-        """Whether each peer has left or died, so that none has this rank's memory mapped."""
-        others = [rank for rank in range(len(self.pids)) if rank != self._rank]
-        return all(self.has_left(rank) or _dead(self.pids[rank]) for rank in others)
+        """Whether each peer in this rank's node has left or died, so that none has its memory mapped."""
+        return all(self.has_left(rank) or _dead(self.pids[rank]) for rank in self._node if rank != self._rank)
 
     def announce(self, members: int, port: int) -> None:
         """Says at which port the ranks in the bit mask `members` meet; port 0 takes it back."""

@@ -123,7 +123,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
     network.met.update(pes)
 
     def release(bootstrap, peers_gone):
-        network.quiet()
+        network.quiet()  # as `nvshmem.allocate`'s; here what came later would find no memory at all
         network.segments.remove(segment)
         memory.release(bootstrap, peers_gone)
 
@@ -143,21 +143,32 @@ def put_nbi(destination: int, source: int, nbytes: int, pe: int) -> None:
     _here().send(lambda: ctypes.memmove(target, source, nbytes), pe)
 
 
-def put_signal_nbi(destination: int, source: int, nbytes: int, signal: int, value: int, operation: int, pe: int):
-    """`put_nbi`, and then the signal, an int64, is SET to `value` or has it ADDed."""
+def put_signal(destination: int, source: int, nbytes: int, signal: int, value: int, pe: int, operation: int = SET):
+    """`put`, and then the signal, an int64, is SET to `value` or has it ADDed."""
+    _send_with_signal(destination, ctypes.string_at(source, nbytes), nbytes, signal, value, pe, operation)
+
+
+def put_signal_nbi(destination: int, source: int, nbytes: int, signal: int, value: int, pe: int, operation: int = SET):
+    """`put_signal`, but the source must stay as it is until `quiet`."""
+    _send_with_signal(destination, source, nbytes, signal, value, pe, operation)
+
+
+def _send_with_signal(
+    destination: int, data: int | bytes, nbytes: int, signal: int, value: int, pe: int, operation: int
+) -> None:
     target, word = _here().at(destination, pe), _here().at(signal, pe)
 
     def deliver():
-        ctypes.memmove(target, source, nbytes)
+        ctypes.memmove(target, data, nbytes)
         _update(word, value, operation)
 
     _here().send(deliver, pe)
 
 
-def signal_op(signal: int, value: int, operation: int, pe: int) -> None:
+def signal_op(signal: int, value: int, pe: int) -> None:
     """A signal without data."""
     word = _here().at(signal, pe)
-    _here().send(lambda: _update(word, value, operation), pe)
+    _here().send(lambda: _update(word, value, SET), pe)
 
 
 def get(destination: int, source: int, nbytes: int, pe: int) -> None:

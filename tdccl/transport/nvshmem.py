@@ -28,9 +28,11 @@ _INSTALL = "pip install nvshmem4py-cu13 nvidia-nvshmem-cu13 (cu12 for CUDA 12)"
 class _Started(NamedTuple):
     """NVSHMEM in this process."""
 
+    world: bytes  # the unique id with which it was started, the same on all its PEs
     pe: int
     pool: int  # its address
     free: list[tuple[int, int]]  # parts of the pool, as (begin, end) in bytes
+    kept: set[tuple[tuple[int, ...], int, int]]  # after failures: (PEs that share it, begin, end)
 
 
 _started: _Started | None = None
@@ -103,6 +105,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
     from tdccl.transport import p2p
 
     started = _start(bootstrap, device)
+    _give_back_kept(started, bootstrap, device)
     nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     everyone = bootstrap.exchange((started.pe, started.free))
     begin = first_fit([free for _, free in everyone], nbytes)
@@ -111,6 +114,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
             f"no {nbytes} bytes are free on all ranks in NVSHMEM's pool of {environment.nvshmem_bytes()}: raise "
             "TDCCL_NVSHMEM_MB, or destroy communicators that are done with"
         )
+    pes = [pe for pe, _ in everyone]
     _take(started.free, begin, begin + nbytes)
     address = started.pool + begin
     addresses = [0] * bootstrap.size
@@ -119,43 +123,75 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
 
     def prepare() -> None:
         nonlocal memory
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
-            p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
-            stream.synchronize()
+        with _own_stream(device) as stream:
+            p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream), "cudaMemsetAsync")
         memory = SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release)
 
     def release(bootstrap, peers_gone):
         try:
             if bootstrap is not None:
+                _quiet(device)
                 bootstrap.barrier()
                 _give_back(started.free, begin, begin + nbytes)
+                return
         except TdcclError:
-            pass  # what a peer may still write to is not used again
+            pass
+        started.kept.add((tuple(pes), begin, begin + nbytes))  # a peer may still write there
 
     try:
         together(bootstrap, prepare)  # what a peer puts comes after the zeros
     except InitError:
         _give_back(started.free, begin, begin + nbytes)
         raise
-    return memory, [pe for pe, _ in everyone]
+    return memory, pes
+
+
+def _give_back_kept(started: _Started, bootstrap: Bootstrap, device: torch.device) -> None:
+    """Gives back what failures left behind, where all that shared it are here and have done with it; collective. What a
+    rank shared that has died, or is left out from now on, stays. Before it is used again: an exchange of all ranks."""
+    kept = dict(bootstrap.exchange((started.pe, started.kept)))
+    done = [part for part in started.kept if all(part in kept.get(pe, ()) for pe in part[0])]
+    if done:
+        _quiet(device)
+    for part in done:
+        started.kept.remove(part)
+        _give_back(started.free, *part[1:])
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device):
+    """The number of a stream on which nothing waits for a peer that is busy right here; waits for what goes there."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        yield stream.cuda_stream
+        stream.synchronize()
+
+
+def _quiet(device: torch.device) -> None:
+    """Returns when all that kernels of this rank put has arrived: their last signals are on the way when they end."""
+    from nvshmem import bindings
+
+    with _own_stream(device) as stream:
+        bindings.quiet_on_stream(stream)
 
 
 def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     """NVSHMEM, started by the first call."""
     global _started
     environment.forbid_multicast_to_others()
-    everyone = bootstrap.exchange((_started is not None, _unusable()))
+    everyone = bootstrap.exchange((_started and _started.world, _unusable()))
     for rank, (_, reason) in enumerate(everyone):
         if reason:
             raise InitError(f"ranks are on several nodes, which needs NVSHMEM; rank {rank} says: {reason}")
-    strangers = [str(rank) for rank, (known, _) in enumerate(everyone) if not known]
-    if not strangers:
-        return _started
-    if len(strangers) < bootstrap.size:
+    worlds = [world for world, _ in everyone]
+    if len(set(worlds)) > 1:
+        apart = sorted([rank for rank, other in enumerate(worlds) if other == world] for world in {*worlds} - {None})
         raise InitError(
-            f"NVSHMEM was started without rank {', '.join(strangers)}: make a communicator of all ranks first"
+            f"NVSHMEM was started among ranks {' and among '.join(map(str, apart))} alone, and starts once in a "
+            "process: make a communicator of all ranks first (torch.distributed: a collective of the default group)"
         )
+    if _started is not None:
+        return _started
     import numpy as np
     from cuda.core import Device
     from nvshmem import bindings, core
@@ -182,7 +218,7 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     word = together(bootstrap, identify)[0]
     identity._data.view(np.int8)[:] = np.frombuffer(word, np.int8)
     pes = together(bootstrap, start)
-    _started = _Started(pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())])
+    _started = _Started(word, pes[bootstrap.rank], pool, [(0, environment.nvshmem_bytes())], set())
     return _started
 
 

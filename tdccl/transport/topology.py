@@ -8,6 +8,8 @@ from typing import NamedTuple
 from tdccl import environment
 from tdccl.transport.bootstrap import Bootstrap
 
+_PART = "/part "
+
 
 class Topology(NamedTuple):
     """How the ranks of a group lie on nodes, as one of them sees it.
@@ -43,6 +45,13 @@ class Topology(NamedTuple):
         """The ranks with the same place in their nodes as this one, one a node."""
         return [ranks[self.rank % self.width] for ranks in self.nodes]
 
+    @property
+    def number_on_host(self) -> int:
+        """How many ranks before this one are on its host, in its node or not."""
+        here = _host_of(self.hosts[self.node])
+        places = [place for place, ranks in zip(self.hosts, self.nodes) for _ in ranks]
+        return [_host_of(place) for place in places[: self.rank]].count(here)
+
 
 def topology_of(rank: int, places: list[str | None]) -> Topology:
     """The topology of ranks that are at these places, one a rank."""
@@ -59,8 +68,13 @@ def topology_of(rank: int, places: list[str | None]) -> Topology:
 def place_of(bootstrap: Bootstrap) -> str:
     """Where this rank is, equal for ranks of one node alone. Raises InitError for a bad TDCCL_NODE_SIZE."""
     size = environment.node_size()
-    drawn = "" if size is None else f"/part {bootstrap.world_rank // size}"
+    drawn = "" if size is None else f"{_PART}{bootstrap.world_rank // size}"
     return f"{socket.gethostname()}/{boot_id()}{drawn}"
+
+
+def _host_of(place: str | None) -> str:
+    """A place without the boundaries that are drawn inside a host."""
+    return str(place).partition(_PART)[0]
 
 
 def boot_id() -> str:
