@@ -363,6 +363,12 @@ class Calls(Membership):
         self._plans.clear()
         self._calls.clear()
 
+    def limit_waits(self, seconds: float) -> None:
+        """From the next call on a wait of one that is given no timeout lasts so long at most."""
+        self.timeout, self._team = seconds, self._team._replace(timeout=int(seconds * 1e9))
+        self._plans.clear()
+        self._calls.clear()
+
     def use_table(self, table: tuning.Table) -> None:
         """Decides by another tuning table from the next call on; every rank has to be given the same."""
         self.table = table

@@ -403,7 +403,6 @@ class ProcessGroup(dist.ProcessGroup):
         self._turns: HostLane | None = None  # where receives are begun, once there was one from anyone
         self._backends: dict[torch.device, Backend] = {}  # FSDP2 asks for it in every allocation
         self._coalesced = Coalesced()
-        self._limit: float | None = None  # of calls without a timeout; None: the communicator's
         self._barriers = 0
         self._ended = False
         self._register_shim(["cuda", "cpu"] if self._gpu else ["cpu"])
@@ -453,7 +452,9 @@ class ProcessGroup(dist.ProcessGroup):
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Of calls from now on that are given none, and of the wait for ranks to come if there was no call yet."""
-        self._timeout, self._limit = timeout, timeout.total_seconds()
+        self._timeout = timeout
+        if self._communicator is not None:
+            self._communicator.limit_waits(timeout.total_seconds())
 
     def split_group(self, ranks, timeout=None, opts=None, group_name=None, group_desc=None, device_types=None):
         """The group of these ranks of this one; None on ranks that are not among them."""
@@ -780,14 +781,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _wait_for_message(self, communicator: Communicator) -> int:
         """The rank whose message is there first, of those from which no `recv` is under way; blocks the host."""
-        seconds = self._limit or communicator.timeout
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + communicator.timeout
         while time.monotonic() < deadline:
             source = self._first_sender(communicator)
             if source is not None:
                 return source
             time.sleep(1e-4)
-        raise Timeout(f"recv: rank {self._rank} waited {seconds:g} s for a message of any rank")
+        raise Timeout(f"recv: rank {self._rank} waited {communicator.timeout:g} s for a message of any rank")
 
     def _first_sender(self, communicator: Communicator) -> int | None:
         with self._lock:  # under which a group ends, and the memory that is looked at with it
@@ -804,8 +804,8 @@ class ProcessGroup(dist.ProcessGroup):
             lane = self._lanes.get((way, rank))
             if lane is None:
                 lane = self._lanes[way, rank] = GpuLane(communicator) if self._gpu else HostLane(communicator)
-        move, dense, limit = Communicator.send if way == "to" else Communicator.recv, _dense(tensor), self._limit
-        work = lane.submit(lambda comm: move(comm, dense, rank, timeout=limit), tensor)
+        move, dense = Communicator.send if way == "to" else Communicator.recv, _dense(tensor)
+        work = lane.submit(lambda comm: move(comm, dense, rank), tensor)
         if self._coalesced.messages is not None:
             self._coalesced.messages.append(work)
         return work
@@ -854,7 +854,7 @@ class ProcessGroup(dist.ProcessGroup):
         if self._gpu and device is not None and device.type == "cpu":
             return self._gloo().barrier(opts)
         communicator = self._communicator or self.connect(device)
-        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else self._limit
+        seconds = opts.timeout.total_seconds() if opts.timeout > _NONE else None
         if not self._gpu:
             communicator.barrier(timeout=seconds)
             return BarrierWork([])
@@ -900,7 +900,7 @@ class ProcessGroup(dist.ProcessGroup):
         """(communicator, stream, timeout) of a call on `tensor`; a synchronous one goes where the caller is: None."""
         communicator = self._communicator or self.connect(tensor.device)
         given = opts.timeout
-        timeout = given.total_seconds() if given > _NONE else self._limit
+        timeout = given.total_seconds() if given > _NONE else None
         if not opts.asyncOp:
             return communicator, None, timeout
         beside = self._beside
