@@ -407,7 +407,11 @@ class Communicator(Calls):
         timeout: float | None = None,
     ) -> None:
         """Sends each array to its rank and receives each from its, all under way together, so that ranks may send to
-        each other at once. The k-th message to a rank is the k-th that this rank receives from here."""
+        each other at once. The k-th message to a rank is the k-th that this rank receives from here.
+
+        The messages of a call go in step: a large one that nobody takes in holds the others up. Where its receiver
+        comes only after something that depends on one of the others, give each a call and a stream of its own.
+        """
         out = self._messages("send", sends)
         into = self._messages("recv", recvs, written=True)
         local = zip(out.pop(self.rank, []), into.pop(self.rank, []))

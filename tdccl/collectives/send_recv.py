@@ -37,7 +37,8 @@ def transfer(
     """At step s a block stores tile s of each message into its receiver's ring, and takes in tile s - LAG of what
     others send. sends, recvs: addresses, one a rank; send_counts, recv_counts: elements, 0 for no message.
 
-    Waits:    block b for block b of a receiver, for a free slot; for block b of a sender, for its tile.
+    Waits:    block b for block b of a receiver, for a free slot; for block b of a sender, for its tile; all in step, so
+              that a rank which does not come holds up what passes to and from the others.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
     Reuse:    a slot is written again only after its receiver has counted it as taken. Rings outlive launches.
     """

@@ -43,7 +43,8 @@ def _exchange(
 
     sends, recvs: addresses, by rank; send_counts, arriving: elements that are sent to it and come from it; of these
     recv_counts are stored. Returns the epoch.
-    Waits:    for free slots, and for tiles, of the ranks to and from which there is something.
+    Waits:    for free slots, and for tiles, of the ranks to and from which there is something; all in step, so that a
+              rank which does not come holds up what passes to and from the others.
     Ordering: stores, block barrier, put with signal; acquire at sys scope, block barrier, loads.
     Reuse:    that of lanes, see `tdccl.language.rails`: a tile for which there must be a free slot was taken in by its
               receiver before anybody came to this step.
