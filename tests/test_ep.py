@@ -305,7 +305,33 @@ def check_refusals(comm):
     if low:
         with pytest.raises(tdccl.ArgumentError, match=r"h is torch\.bfloat16"):
             low.combine(x, low.plan(taken), torch.ones(4, 2, device=comm.device))
+        check_plans_of_others(comm, ep, low, taken, x)
     comm._bootstrap.barrier()
+
+
+def check_plans_of_others(comm, ep, low, idx, x):
+    """A plan is refused where its rows may have no room, and taken where they have."""
+    plan, sizes = ep.plan(idx, align=2), (64, ep.num_experts, 2)
+    equal, larger = ExpertParallel(comm, 4, *sizes), ExpertParallel(comm, 5, *sizes)
+    rows = ep.dispatch(x, plan).rows.clone()
+    assert same_bits(equal.combine(rows, plan), ep.combine(rows, plan))
+    few, planned, weights = LowLatency(comm, 5, *sizes), autograd.plan(ep, idx, align=2), torch.ones(4, 2)
+    arrived = few.dispatch(x, few.plan(idx)).rows
+    for call, text in (
+        (lambda: larger.dispatch(x, plan), "plan is for ranks .* max_tokens 4.*; expected one for .* max_tokens 5"),
+        (lambda: larger.combine(rows, plan), "max_tokens 5"),
+        (lambda: larger.plan_of(plan.memory, 4, 2), "the memory of the plan is"),
+        (lambda: ep.plan_of(plan.memory, 4, 1 + ep.max_rows), "the memory of the plan is"),
+        (lambda: autograd.dispatch(larger, x, planned), "max_tokens 5"),
+        (lambda: autograd.combine(larger, rows, planned), "max_tokens 5"),
+        (lambda: autograd.dispatch(ep, x[:3], planned), "the plan's 4 tokens"),
+        (lambda: few.dispatch(x, low.plan(idx)), "max_tokens 5"),
+        (lambda: few.combine(arrived, low.plan(idx), weights.to(comm.device)), "max_tokens 5"),
+        (lambda: low.dispatch(x, plan), "plan is Plan"),
+        (lambda: ep.dispatch(x, low.plan(idx)), "plan is BatchedPlan"),
+    ):
+        with pytest.raises(tdccl.ArgumentError, match=text):
+            call()
 
 
 def wait(comm):
@@ -495,21 +521,26 @@ def test_bench(tmp_path):
 
 
 def check_gradients(comm, compiled):
-    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by."""
-    given, problem = shape_of(comm, 7, max_tokens=5, tokens=[rank % 5 + 1 for rank in range(comm.size)])
+    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by, for any tokens."""
+    counts = [[(rank + more) % 5 + 1 for rank in range(comm.size)] for more in range(1 + compiled)]
+    given, _ = shape_of(comm, 7, max_tokens=5)
     ep = ExpertParallel(comm, 5, given["hidden"], given["experts"], given["top_k"], torch.float32)
-    idx = problem.idx[comm.rank]
-    for layout in ("compact", "expert"):
+
+    def layer(x, weights, idx, layout):
+        plan = autograd.plan(ep, idx, align=3)
+        rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
+        total = factors if layout == "expert" else factors.sum(1)
+        return autograd.combine(ep, rows * total[:, None], plan, layout)
+
+    run = {
+        layout: torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic) if compiled else layer
+        for layout, dynamic in (("compact", True), ("expert", None))  # None: from the second number of tokens on
+    }
+    for layout, tokens in itertools.product(run, counts):
+        _, problem = shape_of(comm, 7, max_tokens=5, tokens=tokens)
+        idx = problem.idx[comm.rank]
         x, weights = problem.x[comm.rank].float().requires_grad_(), problem.weights[comm.rank].requires_grad_()
-
-        def layer(x, weights, idx=idx, layout=layout):
-            plan = autograd.plan(ep, idx)
-            rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
-            total = factors if layout == "expert" else factors.sum(1)
-            return autograd.combine(ep, rows * total[:, None], plan, len(x), layout)
-
-        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-        y = run(x, weights)
+        y = run[layout](x, weights, idx, layout)
         y.square().sum().backward()
         kept = torch.where(idx >= 0, weights.detach(), 0.0)
         total = kept.sum(1, keepdim=True)
@@ -518,7 +549,6 @@ def check_gradients(comm, compiled):
         torch.testing.assert_close(x.grad, 2 * exact * total)
         of_weights = (2 * exact * x.detach()).sum(1, keepdim=True).expand_as(kept)
         torch.testing.assert_close(weights.grad, torch.where(idx >= 0, of_weights, 0.0))
-        weights.grad = None
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
