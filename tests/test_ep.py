@@ -336,9 +336,13 @@ def check_plans_of_others(comm, ep, low, idx, x):
 
 def wait(comm):
     """For what was launched to have ended, on all ranks."""
+    wait_here(comm)
+    comm._bootstrap.barrier()
+
+
+def wait_here(comm):
     if not environment.emulated():
         torch.cuda.synchronize(comm.device)
-    comm._bootstrap.barrier()
 
 
 def test_what_is_wrong_is_said(ranks, world):
@@ -405,6 +409,35 @@ def check_one_ahead(comm):
 
 def test_a_peer_one_call_ahead(ranks, world):
     ranks.run(check_one_ahead, world)
+
+
+def check_late(comm):
+    """Who gave up waiting for a rank writes nothing to a landing buffer that the rank may still be reading."""
+    _, problem = shape_of(comm, 4, max_tokens=6, tokens=[6] * comm.size, experts=comm.size, top_k=1, hidden=64)
+    idx, x, last = problem.idx[comm.rank], problem.x[comm.rank], comm.size - 1
+    for again in (lambda ep, plan: ep.dispatch(-x, plan), lambda ep, plan: ep.combine(-ep.landing, plan)):
+        hurried = comm.split(0)
+        hurried.timeout = 1
+        group = hurried.split(0)  # whose kernels' waits are as short
+        ep = ExpertParallel(group, 6, 64, comm.size, 1)
+        plan = ep.plan(idx)
+        ep.dispatch(x, plan)
+        wait(comm)
+        kept = ep.landing.clone()
+        comm._bootstrap.barrier()
+        if comm.rank != last:
+            with pytest.raises(tdccl.Timeout):
+                again(ep, plan)
+                wait_here(comm)
+                ep.check()
+        wait(comm)
+        assert same_bits(ep.landing, kept)
+        for each in (group, hurried):
+            each.destroy()
+
+
+def test_a_late_rank_keeps_its_rows(ranks):
+    ranks.run(check_late, min(2, pool.LARGEST_WORLD))
 
 
 def recorded(call):
