@@ -229,7 +229,20 @@ def check_arguments(comm):
         x, idx, weights = problem.x[comm.rank], problem.idx[comm.rank], problem.weights[comm.rank]
         layout = layout_of(buffer, idx, problem.experts)
         handle = buffer.dispatch(x, **layout)[4]
+        rows, _, few, *_ = buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False)
+
+        def few_back(topk_idx, given=few):
+            return lambda: buffer.low_latency_combine(rows, topk_idx, weights, given)
+
         refused = [
+            (few_back(idx[1:]), "as in the dispatch"),
+            (few_back(idx[:, 1:]), "as in the dispatch"),
+            (few_back(idx.float()), "torch.float32"),
+            (few_back(idx, handle), "handle is a Handle, expected a LowLatencyHandle"),
+            (few_back(idx, tuple(few)), "as it was returned"),
+            (lambda: buffer.get_next_low_latency_combine_buffer(tuple(few)), "as it was returned"),
+            (lambda: buffer.combine(x, tuple(handle)), "handle is a tuple, expected a Handle"),
+            (lambda: buffer.dispatch(x, tuple(handle)), "as it was returned"),
             (lambda: buffer.dispatch(x), "get_dispatch_layout"),
             (lambda: buffer.dispatch(x, **layout, topk_idx=idx), "both topk_idx and topk_weights"),
             (lambda: buffer.dispatch(x, **layout, num_worst_tokens=99), "no num_worst_tokens"),

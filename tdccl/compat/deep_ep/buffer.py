@@ -17,6 +17,7 @@ from tdccl.errors import ArgumentError, PeerFailure, Timeout
 from tdccl.transport.bootstrap import discover
 
 _TIMEOUT = 600.0  # seconds, of communicators that are made for a Buffer, as in tdccl.init
+_INDICES = (torch.int64, torch.int32)
 _MOST_PENDING = 2  # low-latency calls of one kind whose hooks are to come
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -213,6 +214,7 @@ class Buffer:
         """
         self._check_whole()
         if handle is not None:
+            _check_handle(handle, Handle)
             if topk_idx is not None or topk_weights is not None:
                 raise ArgumentError("dispatch: a handle is given, so expected neither topk_idx nor topk_weights")
 
@@ -256,6 +258,7 @@ class Buffer:
         Returns (combined_x [n, hidden], combined_topk_weights [n, top_k] or None, event).
         """
         self._check_whole()
+        _check_handle(handle, Handle)
         biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
         if len(x) != handle.rows:
             raise ArgumentError(f"combine: x has {len(x)} rows, expected the {handle.rows} of the dispatch")
@@ -413,6 +416,8 @@ class Buffer:
         _refuse(use_logfmt, "use_logfmt: rows go as they are")
         _refuse(combine_wait_recv_cost_stats is not None, "combine_wait_recv_cost_stats: waits are not timed by rank")
         _check_finish(async_finish, return_recv_hook)
+        _check_handle(handle, LowLatencyHandle)
+        _check_routing(topk_idx, handle.plan.topk_idx)
         if zero_copy and handle.buffer is None:
             raise ArgumentError(
                 "low_latency_combine: zero_copy, but get_next_low_latency_combine_buffer was not called"
@@ -437,6 +442,7 @@ class Buffer:
 
         No combine copies rows before it sends them; this one is for those who ask for it.
         """
+        _check_handle(handle, LowLatencyHandle)
         if handle.buffer is None:
             shape = (len(handle.plan.counts), self.group_size * handle.max_tokens, handle.hidden)
             handle.buffer = torch.empty(shape, dtype=torch.bfloat16, device=self._comm.device)
@@ -551,6 +557,20 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def _unpacked(scales: torch.Tensor, groups: int) -> torch.Tensor:
     """UE8M0 words [.., words] as float32 [.., groups]."""
     return (scales.view(torch.uint8)[..., :groups].int() << 23).view(torch.float32)
+
+
+def _check_handle(handle: Any, kind: type) -> None:
+    if not isinstance(handle, kind):
+        raise ArgumentError(f"handle is a {type(handle).__name__}, expected a {kind.__name__}, as it was returned")
+
+
+def _check_routing(topk_idx: torch.Tensor, sent: torch.Tensor) -> None:
+    """That of a combine is read by the sizes of the dispatch, whose routing was `sent`."""
+    if topk_idx.shape != sent.shape or topk_idx.device != sent.device or topk_idx.dtype not in _INDICES:
+        raise ArgumentError(
+            f"low_latency_combine: topk_idx is {topk_idx.dtype} {tuple(topk_idx.shape)} on {topk_idx.device}, expected "
+            f"int64 or int32 {tuple(sent.shape)} on {sent.device}, as in the dispatch that made the handle"
+        )
 
 
 def _refuse(asked: bool, what: str) -> None:
