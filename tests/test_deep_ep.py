@@ -67,6 +67,10 @@ def check_layout(comm):
             assert per_rank.dtype is torch.int32 and per_rank.tolist() == in_rank.sum(0).tolist()
             assert of_experts.dtype is torch.int32 and of_experts.tolist() == per_expert(problem, comm.rank)
             assert rdma is None and event.event is None
+            for none in (-7, problem.experts):
+                strange = torch.where(idx < 0, none, idx).T.contiguous().T
+                found = buffer.get_dispatch_layout(strange, problem.experts)
+                assert found[2].equal(of_experts) and found[3].equal(in_rank)
         if comm.size > 1:
             with pytest.raises(tdccl.ArgumentError, match="multiple of"):
                 buffer.get_dispatch_layout(idx, problem.experts + 1)
@@ -260,6 +264,8 @@ def check_arguments(comm):
             ),
             (lambda: deep_ep.Buffer(None), "comm="),
             (lambda: deep_ep.Buffer("world"), "str"),
+            (lambda: buffer.low_latency_update_mask_buffer(comm.size, True), f"expected one of 0 .. {comm.size - 1}"),
+            (lambda: buffer.low_latency_update_mask_buffer(-1), "rank_to_mask is -1"),
         ]
         if len(x) > 1:
             worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": 1}
@@ -429,8 +435,6 @@ def check_mask(comm):
     buffer = deep_ep.Buffer(hurried, low_latency_mode=True, enable_shrink=True)
     last, rank, most = comm.size - 1, comm.rank, 12
     problem = next(iter(problems(comm)))
-    two = {name: [each[:, :2].contiguous() for each in getattr(problem, name)] for name in ("idx", "weights")}
-    problem = problem._replace(**two)  # as many as one rank has experts
     x, idx, weights = problem.x[rank], problem.idx[rank], problem.weights[rank]
     status = torch.full((comm.size,), -1, dtype=torch.int32, device=comm.device)
     before = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)[2]
@@ -445,8 +449,9 @@ def check_mask(comm):
         buffer.low_latency_update_mask_buffer(last, True)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [0] * last + [1]
-        for fp8 in (False, True):
-            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=fp8)
+        strange = torch.where(idx < 0, problem.experts, idx)
+        for fp8, routing in ((False, idx), (True, strange)):
+            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, routing, most, problem.experts, use_fp8=fp8)
             values = received[0] if fp8 else received
             assert values.shape == (LOCAL, comm.size * most, HIDDEN) and handle[1].shape == (LOCAL, comm.size)
             made = torch.zeros(values.shape, dtype=x.dtype, device=comm.device)

@@ -63,7 +63,8 @@ class LowLatency(Experts):
         *,
         max_blocks: int | None = None,
     ):
-        """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`."""
+        """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`; but top_k may be more
+        than num_experts, for routings with -1."""
         comm.check_one_node("LowLatency")
         blocks = _BLOCKS if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)

@@ -149,6 +149,8 @@ class ExpertParallel(Experts):
         if max_blocks is None:
             blocks = _BLOCKS if len(comm.topology.nodes) == 1 else comm._context.rules.rings
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
+        if top_k > num_experts:
+            raise ArgumentError(f"top_k is {top_k}, expected at most num_experts = {num_experts}")
         columns, places = power_of_two(self.local_experts), power_of_two(top_k)
         self._routing = {
             "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),

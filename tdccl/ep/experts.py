@@ -138,8 +138,6 @@ def _check_sizes(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks) ->
             raise ArgumentError(f"{name} is {value!r}, expected a whole number >= 1")
     if num_experts % comm.size:
         raise ArgumentError(f"num_experts is {num_experts}, expected a multiple of {comm.size} ranks")
-    if top_k > num_experts:
-        raise ArgumentError(f"top_k is {top_k}, expected at most num_experts = {num_experts}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ArgumentError(f"dtype is {dtype}, expected bfloat16, float16 or float32")
     if any(other != everyone[0] for other in everyone):

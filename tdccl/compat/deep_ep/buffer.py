@@ -165,16 +165,17 @@ class Buffer:
     ) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor, EventOverlap]:
         """How many tokens go where; nothing is sent.
 
-        topk_idx: int64 or int32 [n, top_k], -1 for none. Returns (num_tokens_per_rank int32 [ranks], None,
-        num_tokens_per_expert int32 [num_experts], is_token_in_rank bool [n, ranks], event).
+        topk_idx: int64 or int32 [n, top_k], -1 for none; what is no expert counts for none, too. Returns
+        (num_tokens_per_rank int32 [ranks], None, num_tokens_per_expert int32 [num_experts], is_token_in_rank bool
+        [n, ranks], event).
         """
         if num_experts % self.group_size:
             raise ArgumentError(f"num_experts is {num_experts}, expected a multiple of {self.group_size} ranks")
 
         def call():
-            idx = topk_idx.long()
+            idx = _experts(topk_idx, num_experts)
             per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=idx.device)  # the first: none
-            per_expert.scatter_add_(0, idx.view(-1) + 1, torch.ones_like(idx, dtype=torch.int32).view(-1))
+            per_expert.scatter_add_(0, idx.flatten() + 1, torch.ones_like(idx, dtype=torch.int32).flatten())
             in_rank = torch.zeros(len(idx), self.group_size + 1, dtype=torch.bool, device=idx.device)
             in_rank.scatter_(1, idx // (num_experts // self.group_size) + 1, True)
             in_rank = in_rank[:, 1:].contiguous()
@@ -471,7 +472,7 @@ class Buffer:
         numbers = torch.full((num_experts + 1,), -1, device=topk_idx.device)  # the last: of none
         for member, rank in enumerate(self._members):
             numbers[rank * local : (rank + 1) * local] = member * local + torch.arange(local, device=topk_idx.device)
-        return numbers[topk_idx.long()]
+        return numbers[_experts(topk_idx, num_experts)]
 
     def _half(self, low: LowLatency, made, hook: bool) -> tuple[Any, Callable[[], None]]:
         """(the result, what receives it) of a call to `low` that was or was not split."""
@@ -492,8 +493,11 @@ class Buffer:
         """With `mask`, leaves a rank out of the low-latency calls to come: its experts get and add nothing.
 
         Collective among the ranks that are left, after a fault or without one; before, calls under way and handles are
-        lost, and the normal mode ends. Raises as `Communicator.shrink`; NotImplementedError to unmask a masked rank.
+        lost, and the normal mode ends. Raises as `Communicator.shrink`; ArgumentError for what is no rank;
+        NotImplementedError to unmask a masked rank.
         """
+        if not 0 <= rank_to_mask < self.group_size:
+            raise ArgumentError(f"rank_to_mask is {rank_to_mask}, expected one of 0 .. {self.group_size - 1}")
         if mask == (rank_to_mask not in self._members):
             return
         _refuse(not mask, "low_latency_update_mask_buffer: a masked rank does not come back; make a new Buffer")
@@ -552,6 +556,12 @@ def _wide(x: Rows) -> torch.dtype:
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or if it is a view that kernels do not take, a copy."""
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+
+
+def _experts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The routing as int64, with -1 for all that is no expert: an index past the end would cost the CUDA context."""
+    idx = topk_idx.long()
+    return torch.where((idx >= 0) & (idx < num_experts), idx, -1)
 
 
 def _unpacked(scales: torch.Tensor, groups: int) -> torch.Tensor:
