@@ -362,12 +362,16 @@ def check_two_batches(comm):
     """The second batch is sent before the hook of the first is called; a third has to wait."""
     with buffer_of(comm) as buffer:
         first, _, second = problems(comm)
-        arrivals = []
-        for problem in (first, second):
+        arrivals, stats = [], torch.zeros(LOCAL, dtype=torch.int32, device=comm.device)
+        for problem in (second, first, second):
             x, idx = problem.x[comm.rank], problem.idx[comm.rank]
             arrivals.append(
-                buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False, return_recv_hook=True)
+                buffer.low_latency_dispatch(x, idx, 12, problem.experts, stats, use_fp8=False, return_recv_hook=True)
             )
+            if len(arrivals) == 1:
+                arrivals[0][4]()
+        arrivals.pop(0)[4]()  # again: it has received, and is counted once
+        assert stats.tolist() == list(map(len, reference.expert_rows(second, comm.rank)))
         with pytest.raises(tdccl.ArgumentError, match="call the hook of one first"):
             buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False)
         for problem, (received, counts, _, _, hook) in reversed(list(zip((first, second), arrivals))):

@@ -370,8 +370,11 @@ def check_hooks(comm):
     assert same_bits(y, whole)
     for _ in range(3 if low else 0):
         plan = low.plan(idx)
-        r, receive = low.dispatch(x, plan, hook=True)
-        receive()
+        r, receive_next = low.dispatch(x, plan, hook=True)
+        receive()  # again: it has received
+        with pytest.raises(tdccl.ArgumentError, match="call the hook"):
+            low.dispatch(x, plan)
+        receive_next()
         y, receive = low.combine(r.rows, plan, weights, hook=True)
         receive()
         assert same_bits(y, low.combine(low.dispatch(x, plan).rows, plan, weights))

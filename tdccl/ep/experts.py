@@ -116,11 +116,21 @@ class Experts:
         self._half_done = called
 
         def finish() -> None:
-            if self._half_done:
-                self._half_done = ""
-                half(False, True)
+            self._half_done = ""
+            half(False, True)
 
-        return finish
+        return once(finish)
+
+
+def once(call: Callable[[], None]) -> Callable[[], None]:
+    """What makes the call the first time only: a hook that is called again must not receive what came after."""
+    left = [call]
+
+    def first() -> None:
+        if left:
+            left.pop()()
+
+    return first
 
 
 def power_of_two(value: int) -> int:

@@ -12,7 +12,7 @@ from tdccl.communicator import Communicator
 from tdccl.compat.deep_ep.handles import Handle, LowLatencyHandle
 from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap, SideStream
 from tdccl.ep import ExpertParallel, LowLatency
-from tdccl.ep.experts import power_of_two
+from tdccl.ep.experts import once, power_of_two
 from tdccl.errors import ArgumentError, PeerFailure, Timeout
 from tdccl.transport.bootstrap import discover
 
@@ -384,10 +384,9 @@ class Buffer:
                 if cumulative_local_expert_recv_stats is not None:
                     cumulative_local_expert_recv_stats.add_(found.counts)
 
-            if not return_recv_hook:
-                receive()
+            hook = once(receive) if return_recv_hook else receive()
             handle = LowLatencyHandle(plan, self._members, self.group_size, most, hidden, num_experts)
-            return (rows, scales) if use_fp8 else rows, found.counts, handle, receive if return_recv_hook else None
+            return (rows, scales) if use_fp8 else rows, found.counts, handle, hook
 
         used = (x, topk_idx, cumulative_local_expert_recv_stats)
         (*made, hook), event = self._side.run(call, used, None, async_finish)
@@ -433,7 +432,7 @@ class Buffer:
             rows = h if len(self._members) == self.group_size else h[:, : low.max_rows].contiguous()
             made = low.combine(rows, plan, _aligned(topk_weights), out=out, hook=return_recv_hook)
             combined, finish = self._half(low, made, return_recv_hook)
-            return combined, finish if return_recv_hook else None
+            return combined, once(finish) if return_recv_hook else None
 
         (combined, hook), event = self._side.run(call, (h, topk_idx, topk_weights, handle, out), None, async_finish)
         return combined, event, hook
