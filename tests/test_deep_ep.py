@@ -267,9 +267,8 @@ def check_arguments(comm):
             (lambda: buffer.low_latency_update_mask_buffer(comm.size, True), f"expected one of 0 .. {comm.size - 1}"),
             (lambda: buffer.low_latency_update_mask_buffer(-1), "rank_to_mask is -1"),
         ]
-        if len(x) > 1:
-            worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": 1}
-            refused.append((lambda: buffer.dispatch(x, **layout, **worst), f"{comm.size} ranks x {len(x)} tokens"))
+        worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": comm.size * len(x) - 1}
+        refused.append((lambda: buffer.dispatch(x, **layout, **worst), f"{comm.size} ranks x {len(x)} tokens"))
         for call, words in refused:
             with pytest.raises(tdccl.ArgumentError, match=words):
                 call()

@@ -278,7 +278,7 @@ class Buffer:
         tokens, ranks, experts = len(in_rank), self.group_size, len(per_expert)
         if worst:
             rows, counts, most = worst, [], -(-worst // ranks)
-            if tokens > most:
+            if worst < ranks * tokens:
                 raise ArgumentError(
                     f"dispatch: num_worst_tokens is {worst}, expected at least {ranks} ranks x {tokens} tokens"
                 )
