@@ -316,6 +316,12 @@ def check_plans_of_others(comm, ep, low, idx, x):
     rows = ep.dispatch(x, plan).rows.clone()
     assert same_bits(equal.combine(rows, plan), ep.combine(rows, plan))
     few, planned, weights = LowLatency(comm, 5, *sizes), autograd.plan(ep, idx, align=2), torch.ones(4, 2)
+    for layout in ("compact", "expert"):
+        most = ep.most_rows(layout, 2)
+        wanted = autograd.dispatch(ep, x, planned, weights.to(comm.device), layout)
+        given = autograd.dispatch(ep, x, planned, weights.to(comm.device), layout, rows=most + 3)
+        for kept, padded in zip(wanted, given):
+            assert same_bits(padded[:most], kept) and len(padded) == most + 3 and not padded[most:].any()
     arrived = few.dispatch(x, few.plan(idx)).rows
     for call, text in (
         (lambda: larger.dispatch(x, plan), "plan is for ranks .* max_tokens 4.*; expected one for .* max_tokens 5"),
@@ -324,6 +330,7 @@ def check_plans_of_others(comm, ep, low, idx, x):
         (lambda: ep.plan_of(plan.memory, 4, 1 + ep.max_rows), "the memory of the plan is"),
         (lambda: autograd.dispatch(larger, x, planned), "max_tokens 5"),
         (lambda: autograd.combine(larger, rows, planned), "max_tokens 5"),
+        (lambda: ep.dispatch(x, plan, out=x.new_empty(ep.max_rows + 1, 64)), "at most the"),
         (lambda: autograd.dispatch(ep, x[:3], planned), "the plan's 4 tokens"),
         (lambda: few.dispatch(x, low.plan(idx)), "max_tokens 5"),
         (lambda: few.combine(arrived, low.plan(idx), weights.to(comm.device)), "max_tokens 5"),
@@ -556,6 +563,11 @@ def test_bench(tmp_path):
     assert all(row["time_us"] > 0 for row in found["ep"])
 
 
+def misaligned(tensor):
+    """A view of equal values that is contiguous, but does not begin at a multiple of 16 bytes."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
 def check_gradients(comm, compiled):
     """A layer of experts learns by the bits that a copy on one rank of the same sums learns by, for any tokens."""
     counts = [[(rank + more) % 5 + 1 for rank in range(comm.size)] for more in range(1 + compiled)]
@@ -564,7 +576,8 @@ def check_gradients(comm, compiled):
 
     def layer(x, weights, idx, layout):
         plan = autograd.plan(ep, idx, align=3)
-        rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
+        room = ep.max_rows + 3 if layout == "compact" else None
+        rows, factors = autograd.dispatch(ep, x, plan, weights, layout, rows=room)
         total = factors if layout == "expert" else factors.sum(1)
         return autograd.combine(ep, rows * total[:, None], plan, layout)
 
@@ -574,8 +587,8 @@ def check_gradients(comm, compiled):
     }
     for layout, tokens in itertools.product(run, counts):
         _, problem = shape_of(comm, 7, max_tokens=5, tokens=tokens)
-        idx = problem.idx[comm.rank]
-        x, weights = problem.x[comm.rank].float().requires_grad_(), problem.weights[comm.rank].requires_grad_()
+        idx = misaligned(problem.idx[comm.rank])
+        x, weights = (misaligned(each[comm.rank].float()).requires_grad_() for each in (problem.x, problem.weights))
         y = run[layout](x, weights, idx, layout)
         y.square().sum().backward()
         kept = torch.where(idx >= 0, weights.detach(), 0.0)

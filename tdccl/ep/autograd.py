@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from tdccl.ep.expert_parallel import LAYOUTS, ExpertParallel, named
+from tdccl.ep.experts import aligned
 from tdccl.errors import ArgumentError
 
 
@@ -45,7 +46,7 @@ def dispatch(
     if layout not in LAYOUTS:
         raise ArgumentError(f"dispatch: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if rows is None:
-        rows = ep.most_expert_rows(plan.align) if layout == "expert" else ep.max_rows
+        rows = ep.most_rows(layout, plan.align)
     return torch.ops.tdccl.ep_dispatch(x, weights, plan.memory, ep.name, plan.align, layout, rows)
 
 
@@ -57,7 +58,7 @@ def combine(ep: ExpertParallel, h: torch.Tensor, plan: Planned, layout: str = "c
 
 @torch.library.custom_op("tdccl::ep_plan", mutates_args=())
 def _plan(topk_idx: torch.Tensor, ep: str, align: int) -> torch.Tensor:
-    return named(ep).plan(topk_idx.contiguous(), align).memory
+    return named(ep).plan(aligned(topk_idx), align).memory
 
 
 @_plan.register_fake
@@ -71,12 +72,16 @@ def _dispatch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     this = named(ep)
     out = x.new_zeros(rows, this.hidden)
-    weights = None if weights is None else weights.contiguous()
-    r = this.dispatch(x.contiguous(), this.plan_of(plan, len(x), align), weights, layout, out=out)
+    weights = None if weights is None else aligned(weights)
+    room = out[: this.most_rows(layout, align)]  # what is past these stays zero
+    r = this.dispatch(aligned(x), this.plan_of(plan, len(x), align), weights, layout, out=room)
     if weights is None:
         return out, x.new_empty(0, dtype=torch.float32)
     came = r.source >= 0
-    return out, torch.where(came if layout == "expert" else came[:, None], r.weights, 0.0)
+    factors = torch.where(came if layout == "expert" else came[:, None], r.weights, 0.0)
+    if rows > len(factors):
+        factors = torch.cat([factors, factors.new_zeros(rows - len(factors), *factors.shape[1:])])
+    return out, factors
 
 
 @_dispatch.register_fake
@@ -90,12 +95,14 @@ def _combine(
     h: torch.Tensor, carry: torch.Tensor | None, plan: torch.Tensor, ep: str, align: int, layout: str, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     this = named(ep)
-    plan_here = this.plan_of(plan, tokens, align)
+    plan_here, most = this.plan_of(plan, tokens, align), this.most_rows(layout, align)
+    h = aligned(h[:most])
     if carry is None:
-        return this.combine(h.contiguous(), plan_here, layout=layout), h.new_empty(0, dtype=torch.float32)
+        return this.combine(h, plan_here, layout=layout), h.new_empty(0, dtype=torch.float32)
+    carry = carry[:most]
     if layout == "compact":  # a dispatch gives no weight of an expert elsewhere, so none has a gradient
         carry = torch.where(plan_here.topk_idx[: len(carry)] >= 0, carry, 0.0)
-    return this.combine(h.contiguous(), plan_here, layout=layout, carry=carry.contiguous())
+    return this.combine(h, plan_here, layout=layout, carry=aligned(carry))
 
 
 @_combine.register_fake

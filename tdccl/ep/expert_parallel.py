@@ -187,6 +187,10 @@ class ExpertParallel(Experts):
         """The expert rows that a rank can get at most, whatever the routing."""
         return self.max_rows * min(self.top_k, self.local_experts) + self.local_experts * (align - 1)
 
+    def most_rows(self, layout: str, align: int = 1) -> int:
+        """The rows of either layout that a rank can get at most."""
+        return self.most_expert_rows(align) if layout == "expert" else self.max_rows
+
     def plan(self, topk_idx: torch.Tensor, align: int = 1, *, stream: Any = None) -> Plan:
         """Finds where this rank's tokens go and what the others send here, all on the device.
 
@@ -285,9 +289,9 @@ class ExpertParallel(Experts):
         layout "compact": a token is one row, by (source rank, source token). Without `out` the rows and scales stay in
         this object's landing buffer, and are valid until its next dispatch or combine. "expert": it is a row for each
         of its experts here, by (expert, source rank, source token), with zeros where `plan.align` leaves gaps.
-        out: [rows, hidden], for so many rows at most; what does not fit is left out and complained of. Without it,
-        "expert" makes one for the most that can come. hook: only send, and return (what will come, a function that
-        receives it); call that before any other call of this object.
+        out: [rows, hidden], for so many rows, which are no more than `most_rows`; what does not fit is left out and
+        complained of. Without it, "expert" makes one for the most. hook: only send, and return (what will come, a
+        function that receives it); call that before any other call of this object.
         """
         self.check()
         self.check_plan(plan, Plan)
@@ -300,10 +304,13 @@ class ExpertParallel(Experts):
         if kept:
             rows, out_scales = self._landed(payload, words)
         else:
+            most = self.most_rows(layout, plan.align)
             if out is None:
-                rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
+                rows = self._empty((most, self.hidden), payload)
             else:
                 rows = self._check(out, "out", (None, self.hidden), (payload,))
+            if len(rows) > most:
+                raise ArgumentError(f"dispatch: out has {len(rows)} rows, expected at most the {most} that can come")
             out_scales = self._empty((len(rows), words), torch.int32)
         out_weights = None
         if weights is not None:

@@ -122,6 +122,11 @@ class Experts:
         return once(finish)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or if it is a view that kernels do not take, a copy."""
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+
+
 def once(call: Callable[[], None]) -> Callable[[], None]:
     """What makes the call the first time only: a hook that is called again must not receive what came after."""
     left = [call]

@@ -12,7 +12,7 @@ from tdccl.communicator import Communicator
 from tdccl.compat.deep_ep.handles import Handle, LowLatencyHandle
 from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap, SideStream
 from tdccl.ep import ExpertParallel, LowLatency
-from tdccl.ep.experts import once, power_of_two
+from tdccl.ep.experts import aligned, once, power_of_two
 from tdccl.errors import ArgumentError, PeerFailure, Timeout
 from tdccl.transport.bootstrap import discover
 
@@ -266,7 +266,7 @@ class Buffer:
 
         def call():
             ep = self._expert_parallel(x.shape[1], x.dtype, handle.sizes)
-            carry = None if topk_weights is None else _aligned(topk_weights)
+            carry = None if topk_weights is None else aligned(topk_weights)
             made = ep.combine(x, handle.plan, bias=biases, carry=carry)
             return (made, None) if carry is None else made
 
@@ -289,7 +289,7 @@ class Buffer:
         if topk_idx is None:  # every rank as one expert
             idx, experts = torch.where(in_rank, torch.arange(ranks, device=in_rank.device), -1), ranks
         else:
-            idx = _aligned(topk_idx)
+            idx = aligned(topk_idx)
         sizes = (self._most_tokens, experts, idx.shape[1])
         hidden = (x if isinstance(x, torch.Tensor) else x[0]).shape[1]
         plan = self._expert_parallel(hidden, _wide(x), sizes).plan(idx)
@@ -299,10 +299,10 @@ class Buffer:
 
     def _scatter(self, x: Rows, sizes, plan, rows: int, weights) -> tuple[Rows, torch.Tensor | None]:
         """(what arrives of x in so many rows, with its scales if it has any; the weights beside it)."""
-        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], _aligned(x[1])))
+        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], aligned(x[1])))
         ep = self._expert_parallel(payload.shape[1], _wide(x), sizes)
         out = payload.new_empty(rows, payload.shape[1])
-        found = ep.dispatch(x, plan, None if weights is None else _aligned(weights), out=out)
+        found = ep.dispatch(x, plan, None if weights is None else aligned(weights), out=out)
         return found.rows if found.scales is None else (found.rows, found.scales), found.weights
 
     def _received(self, tokens: int, per_rank: torch.Tensor, per_expert: torch.Tensor) -> tuple[int, list[int], int]:
@@ -430,7 +430,7 @@ class Buffer:
             low = self._idle(handle.max_tokens, handle.hidden, handle.num_experts, topk_idx.shape[1], h.dtype)
             plan = dataclasses.replace(handle.plan, topk_idx=self._routing(topk_idx, handle.num_experts))
             rows = h if len(self._members) == self.group_size else h[:, : low.max_rows].contiguous()
-            made = low.combine(rows, plan, _aligned(topk_weights), out=out, hook=return_recv_hook)
+            made = low.combine(rows, plan, aligned(topk_weights), out=out, hook=return_recv_hook)
             combined, finish = self._half(low, made, return_recv_hook)
             return combined, once(finish) if return_recv_hook else None
 
@@ -466,7 +466,7 @@ class Buffer:
     def _routing(self, topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
         """The routing in numbers of the experts that are left."""
         if len(self._members) == self.group_size:
-            return _aligned(topk_idx)
+            return aligned(topk_idx)
         local = num_experts // self.group_size
         numbers = torch.full((num_experts + 1,), -1, device=topk_idx.device)  # the last: of none
         for member, rank in enumerate(self._members):
@@ -550,11 +550,6 @@ def _communicator(group: Any, mpi: Any) -> Communicator:
 def _wide(x: Rows) -> torch.dtype:
     """The dtype in which rows like these come back."""
     return x.dtype if isinstance(x, torch.Tensor) else torch.bfloat16
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or if it is a view that kernels do not take, a copy."""
-    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
 
 
 def _experts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
