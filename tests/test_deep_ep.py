@@ -227,6 +227,23 @@ def test_settings(ranks):
     ranks.run(check_settings, min(2, pool.LARGEST_WORLD))
 
 
+def check_memory(comm):
+    """A landing buffer for the first call's tokens, and another only when there is not room enough."""
+    hidden, experts = 64, LOCAL * comm.size
+    with buffer_of(comm) as buffer:
+        for tokens, expected in ((25, [28]), (3, [28]), (28, [28]), (29, [28, 56]), (56, [28, 56])):
+            problem = reference.random_problem(0, [tokens] * comm.size, hidden, experts, 2, device=comm.device)
+            x, layout = problem.x[comm.rank], layout_of(buffer, problem.idx[comm.rank], experts)
+            received, *_, handle, _ = buffer.dispatch(x, **layout)
+            times = in_ranks(problem, comm.rank).sum(1, keepdim=True).to(comm.device)
+            assert same_bits(buffer.combine(received, handle)[0], (x.float() * times + 0.0).to(x.dtype))  # no -0
+            assert [len(ep.landing) for ep in buffer._normal.values()] == [comm.size * each for each in expected]
+
+
+def test_memory_is_for_the_tokens_there_are(ranks):
+    ranks.run(check_memory, min(2, pool.LARGEST_WORLD))
+
+
 def check_arguments(comm):
     with buffer_of(comm) as buffer:
         problem = list(problems(comm))[2]

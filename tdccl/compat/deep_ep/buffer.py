@@ -49,8 +49,10 @@ class Buffer:
     What differs:
     - Any hidden size, number of ranks up to 8, top-k and number of experts that the ranks divide; bfloat16, float16 and
       float32. All results are the same bits in every run.
-    - Memory is taken as calls need it, whatever the sizes given here, and kept until `destroy`. A call that needs more
-      than any before is collective in doing so, and cannot be captured in a CUDA graph: make one before the capture.
+    - Memory is taken as calls need it, whatever the sizes given here, and kept until `destroy`: for the tokens of the
+      first call, then for twice as many whenever a rank has more than any before, and again for other experts, top-k or
+      hidden sizes, or after `set_num_sms`. A call that needs more is collective in doing so, and cannot be captured in
+      a CUDA graph: begin with the largest.
     - With `num_worst_tokens`, a rank may dispatch at most num_worst_tokens / ranks tokens, and all ranks give the same.
     - Handles are sequences of DeepEP's elements, to be passed back as they are; the elements are made when looked at.
     - `config`, and what concerns InfiniBand, is accepted and has no effect. `set_num_sms` is a limit for the normal
@@ -285,12 +287,11 @@ class Buffer:
         else:
             rows, counts, most = self._received(tokens, per_rank, per_expert)
             counts = [-(-count // alignment) * alignment for count in counts]
-        self._most_tokens = max(self._most_tokens, power_of_two(most))
         if topk_idx is None:  # every rank as one expert
             idx, experts = torch.where(in_rank, torch.arange(ranks, device=in_rank.device), -1), ranks
         else:
             idx = aligned(topk_idx)
-        sizes = (self._most_tokens, experts, idx.shape[1])
+        sizes = (self._room(most), experts, idx.shape[1])
         hidden = (x if isinstance(x, torch.Tensor) else x[0]).shape[1]
         plan = self._expert_parallel(hidden, _wide(x), sizes).plan(idx)
         received, weights = self._scatter(x, sizes, plan, rows, topk_weights)
@@ -314,6 +315,14 @@ class Buffer:
         of_ranks, of_experts = told[:, 1 : self.group_size + 1], told[:, self.group_size + 1 :]
         here = of_experts.view(self.group_size, self.group_size, -1)[:, self.rank]
         return int(of_ranks[:, self.rank].sum()), here.sum(0).tolist(), int(told[:, 0].max())
+
+    def _room(self, most: int) -> int:
+        """For how many tokens a rank memory is taken, where there are `most`: at first hardly more, then twice as many
+        as before, because handles and graphs keep what was taken for fewer."""
+        if most > self._most_tokens:
+            step = max(1, power_of_two(most) // 8)
+            self._most_tokens = max(-(-most // step) * step, 2 * self._most_tokens)
+        return self._most_tokens
 
     def _expert_parallel(self, hidden: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> ExpertParallel:
         """For these rows, and max_tokens, num_experts and top_k; made at the first call."""
