@@ -330,6 +330,7 @@ def check_plans_of_others(comm, ep, low, idx, x):
         (lambda: ep.plan_of(plan.memory, 4, 1 + ep.max_rows), "the memory of the plan is"),
         (lambda: autograd.dispatch(larger, x, planned), "max_tokens 5"),
         (lambda: autograd.combine(larger, rows, planned), "max_tokens 5"),
+        (lambda: autograd.combine(ep, rows, planned, 4), "layout is 4"),
         (lambda: ep.dispatch(x, plan, out=x.new_empty(ep.max_rows + 1, 64)), "at most the"),
         (lambda: autograd.dispatch(ep, x[:3], planned), "the plan's 4 tokens"),
         (lambda: few.dispatch(x, low.plan(idx)), "max_tokens 5"),

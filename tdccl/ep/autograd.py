@@ -43,8 +43,7 @@ def dispatch(
     ep.check_plan(plan, Planned)
     if x.shape[0] != plan.tokens:
         raise ArgumentError(f"dispatch: x has {x.shape[0]} rows, expected those of the plan's {plan.tokens} tokens")
-    if layout not in LAYOUTS:
-        raise ArgumentError(f"dispatch: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    _check_layout("dispatch", layout)
     if rows is None:
         rows = ep.most_rows(layout, plan.align)
     return torch.ops.tdccl.ep_dispatch(x, weights, plan.memory, ep.name, plan.align, layout, rows)
@@ -53,7 +52,13 @@ def dispatch(
 def combine(ep: ExpertParallel, h: torch.Tensor, plan: Planned, layout: str = "compact") -> torch.Tensor:
     """`ep.combine` of rows [rows, hidden] to those of this rank's tokens."""
     ep.check_plan(plan, Planned)
+    _check_layout("combine", layout)
     return torch.ops.tdccl.ep_combine(h, None, plan.memory, ep.name, plan.align, layout, plan.tokens)[0]
+
+
+def _check_layout(name: str, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ArgumentError(f"{name}: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
 
 
 @torch.library.custom_op("tdccl::ep_plan", mutates_args=())
