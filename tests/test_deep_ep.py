@@ -67,6 +67,10 @@ def check_layout(comm):
             assert per_rank.dtype is torch.int32 and per_rank.tolist() == in_rank.sum(0).tolist()
             assert of_experts.dtype is torch.int32 and of_experts.tolist() == per_expert(problem, comm.rank)
             assert rdma is None and event.event is None
+            for none in (-7, problem.experts):
+                strange = torch.where(idx < 0, none, idx).T.contiguous().T
+                found = buffer.get_dispatch_layout(strange, problem.experts)
+                assert found[2].equal(of_experts) and found[3].equal(in_rank)
         if comm.size > 1:
             with pytest.raises(tdccl.ArgumentError, match="multiple of"):
                 buffer.get_dispatch_layout(idx, problem.experts + 1)
@@ -223,13 +227,43 @@ def test_settings(ranks):
     ranks.run(check_settings, min(2, pool.LARGEST_WORLD))
 
 
+def check_memory(comm):
+    """A landing buffer for the first call's tokens, and another only when there is not room enough."""
+    hidden, experts = 64, LOCAL * comm.size
+    with buffer_of(comm) as buffer:
+        for tokens, expected in ((25, [28]), (3, [28]), (28, [28]), (29, [28, 56]), (56, [28, 56])):
+            problem = reference.random_problem(0, [tokens] * comm.size, hidden, experts, 2, device=comm.device)
+            x, layout = problem.x[comm.rank], layout_of(buffer, problem.idx[comm.rank], experts)
+            received, *_, handle, _ = buffer.dispatch(x, **layout)
+            times = in_ranks(problem, comm.rank).sum(1, keepdim=True).to(comm.device)
+            assert same_bits(buffer.combine(received, handle)[0], (x.float() * times + 0.0).to(x.dtype))  # no -0
+            assert [len(ep.landing) for ep in buffer._normal.values()] == [comm.size * each for each in expected]
+
+
+def test_memory_is_for_the_tokens_there_are(ranks):
+    ranks.run(check_memory, min(2, pool.LARGEST_WORLD))
+
+
 def check_arguments(comm):
     with buffer_of(comm) as buffer:
         problem = list(problems(comm))[2]
         x, idx, weights = problem.x[comm.rank], problem.idx[comm.rank], problem.weights[comm.rank]
         layout = layout_of(buffer, idx, problem.experts)
         handle = buffer.dispatch(x, **layout)[4]
+        rows, _, few, *_ = buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False)
+
+        def few_back(topk_idx, given=few):
+            return lambda: buffer.low_latency_combine(rows, topk_idx, weights, given)
+
         refused = [
+            (few_back(idx[1:]), "as in the dispatch"),
+            (few_back(idx[:, 1:]), "as in the dispatch"),
+            (few_back(idx.float()), "torch.float32"),
+            (few_back(idx, handle), "handle is a Handle, expected a LowLatencyHandle"),
+            (few_back(idx, tuple(few)), "as it was returned"),
+            (lambda: buffer.get_next_low_latency_combine_buffer(tuple(few)), "as it was returned"),
+            (lambda: buffer.combine(x, tuple(handle)), "handle is a tuple, expected a Handle"),
+            (lambda: buffer.dispatch(x, tuple(handle)), "as it was returned"),
             (lambda: buffer.dispatch(x), "get_dispatch_layout"),
             (lambda: buffer.dispatch(x, **layout, topk_idx=idx), "both topk_idx and topk_weights"),
             (lambda: buffer.dispatch(x, **layout, num_worst_tokens=99), "no num_worst_tokens"),
@@ -247,10 +281,11 @@ def check_arguments(comm):
             ),
             (lambda: deep_ep.Buffer(None), "comm="),
             (lambda: deep_ep.Buffer("world"), "str"),
+            (lambda: buffer.low_latency_update_mask_buffer(comm.size, True), f"expected one of 0 .. {comm.size - 1}"),
+            (lambda: buffer.low_latency_update_mask_buffer(-1), "rank_to_mask is -1"),
         ]
-        if len(x) > 1:
-            worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": 1}
-            refused.append((lambda: buffer.dispatch(x, **layout, **worst), f"{comm.size} ranks x {len(x)} tokens"))
+        worst = {"topk_idx": idx, "topk_weights": weights, "num_worst_tokens": comm.size * len(x) - 1}
+        refused.append((lambda: buffer.dispatch(x, **layout, **worst), f"{comm.size} ranks x {len(x)} tokens"))
         for call, words in refused:
             with pytest.raises(tdccl.ArgumentError, match=words):
                 call()
@@ -343,12 +378,16 @@ def check_two_batches(comm):
     """The second batch is sent before the hook of the first is called; a third has to wait."""
     with buffer_of(comm) as buffer:
         first, _, second = problems(comm)
-        arrivals = []
-        for problem in (first, second):
+        arrivals, stats = [], torch.zeros(LOCAL, dtype=torch.int32, device=comm.device)
+        for problem in (second, first, second):
             x, idx = problem.x[comm.rank], problem.idx[comm.rank]
             arrivals.append(
-                buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False, return_recv_hook=True)
+                buffer.low_latency_dispatch(x, idx, 12, problem.experts, stats, use_fp8=False, return_recv_hook=True)
             )
+            if len(arrivals) == 1:
+                arrivals[0][4]()
+        arrivals.pop(0)[4]()  # again: it has received, and is counted once
+        assert stats.tolist() == list(map(len, reference.expert_rows(second, comm.rank)))
         with pytest.raises(tdccl.ArgumentError, match="call the hook of one first"):
             buffer.low_latency_dispatch(x, idx, 12, problem.experts, use_fp8=False)
         for problem, (received, counts, _, _, hook) in reversed(list(zip((first, second), arrivals))):
@@ -416,8 +455,6 @@ def check_mask(comm):
     buffer = deep_ep.Buffer(hurried, low_latency_mode=True, enable_shrink=True)
     last, rank, most = comm.size - 1, comm.rank, 12
     problem = next(iter(problems(comm)))
-    two = {name: [each[:, :2].contiguous() for each in getattr(problem, name)] for name in ("idx", "weights")}
-    problem = problem._replace(**two)  # as many as one rank has experts
     x, idx, weights = problem.x[rank], problem.idx[rank], problem.weights[rank]
     status = torch.full((comm.size,), -1, dtype=torch.int32, device=comm.device)
     before = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=False)[2]
@@ -432,8 +469,9 @@ def check_mask(comm):
         buffer.low_latency_update_mask_buffer(last, True)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [0] * last + [1]
-        for fp8 in (False, True):
-            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, idx, most, problem.experts, use_fp8=fp8)
+        strange = torch.where(idx < 0, problem.experts, idx)
+        for fp8, routing in ((False, idx), (True, strange)):
+            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, routing, most, problem.experts, use_fp8=fp8)
             values = received[0] if fp8 else received
             assert values.shape == (LOCAL, comm.size * most, HIDDEN) and handle[1].shape == (LOCAL, comm.size)
             made = torch.zeros(values.shape, dtype=x.dtype, device=comm.device)

@@ -305,14 +305,52 @@ def check_refusals(comm):
     if low:
         with pytest.raises(tdccl.ArgumentError, match=r"h is torch\.bfloat16"):
             low.combine(x, low.plan(taken), torch.ones(4, 2, device=comm.device))
+        check_plans_of_others(comm, ep, low, taken, x)
     comm._bootstrap.barrier()
+
+
+def check_plans_of_others(comm, ep, low, idx, x):
+    """A plan is refused where its rows may have no room, and taken where they have."""
+    plan, sizes = ep.plan(idx, align=2), (64, ep.num_experts, 2)
+    equal, larger = ExpertParallel(comm, 4, *sizes), ExpertParallel(comm, 5, *sizes)
+    rows = ep.dispatch(x, plan).rows.clone()
+    assert same_bits(equal.combine(rows, plan), ep.combine(rows, plan))
+    few, planned, weights = LowLatency(comm, 5, *sizes), autograd.plan(ep, idx, align=2), torch.ones(4, 2)
+    for layout in ("compact", "expert"):
+        most = ep.most_rows(layout, 2)
+        wanted = autograd.dispatch(ep, x, planned, weights.to(comm.device), layout)
+        given = autograd.dispatch(ep, x, planned, weights.to(comm.device), layout, rows=most + 3)
+        for kept, padded in zip(wanted, given):
+            assert same_bits(padded[:most], kept) and len(padded) == most + 3 and not padded[most:].any()
+    arrived = few.dispatch(x, few.plan(idx)).rows
+    for call, text in (
+        (lambda: larger.dispatch(x, plan), "plan is for ranks .* max_tokens 4.*; expected one for .* max_tokens 5"),
+        (lambda: larger.combine(rows, plan), "max_tokens 5"),
+        (lambda: larger.plan_of(plan.memory, 4, 2), "the memory of the plan is"),
+        (lambda: ep.plan_of(plan.memory, 4, 1 + ep.max_rows), "the memory of the plan is"),
+        (lambda: autograd.dispatch(larger, x, planned), "max_tokens 5"),
+        (lambda: autograd.combine(larger, rows, planned), "max_tokens 5"),
+        (lambda: autograd.combine(ep, rows, planned, 4), "layout is 4"),
+        (lambda: ep.dispatch(x, plan, out=x.new_empty(ep.max_rows + 1, 64)), "at most the"),
+        (lambda: autograd.dispatch(ep, x[:3], planned), "the plan's 4 tokens"),
+        (lambda: few.dispatch(x, low.plan(idx)), "max_tokens 5"),
+        (lambda: few.combine(arrived, low.plan(idx), weights.to(comm.device)), "max_tokens 5"),
+        (lambda: low.dispatch(x, plan), "plan is Plan"),
+        (lambda: ep.dispatch(x, low.plan(idx)), "plan is BatchedPlan"),
+    ):
+        with pytest.raises(tdccl.ArgumentError, match=text):
+            call()
 
 
 def wait(comm):
     """For what was launched to have ended, on all ranks."""
+    wait_here(comm)
+    comm._bootstrap.barrier()
+
+
+def wait_here(comm):
     if not environment.emulated():
         torch.cuda.synchronize(comm.device)
-    comm._bootstrap.barrier()
 
 
 def test_what_is_wrong_is_said(ranks, world):
@@ -340,8 +378,11 @@ def check_hooks(comm):
     assert same_bits(y, whole)
     for _ in range(3 if low else 0):
         plan = low.plan(idx)
-        r, receive = low.dispatch(x, plan, hook=True)
-        receive()
+        r, receive_next = low.dispatch(x, plan, hook=True)
+        receive()  # again: it has received
+        with pytest.raises(tdccl.ArgumentError, match="call the hook"):
+            low.dispatch(x, plan)
+        receive_next()
         y, receive = low.combine(r.rows, plan, weights, hook=True)
         receive()
         assert same_bits(y, low.combine(low.dispatch(x, plan).rows, plan, weights))
@@ -379,6 +420,35 @@ def check_one_ahead(comm):
 
 def test_a_peer_one_call_ahead(ranks, world):
     ranks.run(check_one_ahead, world)
+
+
+def check_late(comm):
+    """Who gave up waiting for a rank writes nothing to a landing buffer that the rank may still be reading."""
+    _, problem = shape_of(comm, 4, max_tokens=6, tokens=[6] * comm.size, experts=comm.size, top_k=1, hidden=64)
+    idx, x, last = problem.idx[comm.rank], problem.x[comm.rank], comm.size - 1
+    for again in (lambda ep, plan: ep.dispatch(-x, plan), lambda ep, plan: ep.combine(-ep.landing, plan)):
+        hurried = comm.split(0)
+        hurried.timeout = 1
+        group = hurried.split(0)  # whose kernels' waits are as short
+        ep = ExpertParallel(group, 6, 64, comm.size, 1)
+        plan = ep.plan(idx)
+        ep.dispatch(x, plan)
+        wait(comm)
+        kept = ep.landing.clone()
+        comm._bootstrap.barrier()
+        if comm.rank != last:
+            with pytest.raises(tdccl.Timeout):
+                again(ep, plan)
+                wait_here(comm)
+                ep.check()
+        wait(comm)
+        assert same_bits(ep.landing, kept)
+        for each in (group, hurried):
+            each.destroy()
+
+
+def test_a_late_rank_keeps_its_rows(ranks):
+    ranks.run(check_late, min(2, pool.LARGEST_WORLD))
 
 
 def recorded(call):
@@ -494,22 +564,33 @@ def test_bench(tmp_path):
     assert all(row["time_us"] > 0 for row in found["ep"])
 
 
+def misaligned(tensor):
+    """A view of equal values that is contiguous, but does not begin at a multiple of 16 bytes."""
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
 def check_gradients(comm, compiled):
-    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by."""
-    given, problem = shape_of(comm, 7, max_tokens=5, tokens=[rank % 5 + 1 for rank in range(comm.size)])
+    """A layer of experts learns by the bits that a copy on one rank of the same sums learns by, for any tokens."""
+    counts = [[(rank + more) % 5 + 1 for rank in range(comm.size)] for more in range(1 + compiled)]
+    given, _ = shape_of(comm, 7, max_tokens=5)
     ep = ExpertParallel(comm, 5, given["hidden"], given["experts"], given["top_k"], torch.float32)
-    idx = problem.idx[comm.rank]
-    for layout in ("compact", "expert"):
-        x, weights = problem.x[comm.rank].float().requires_grad_(), problem.weights[comm.rank].requires_grad_()
 
-        def layer(x, weights, idx=idx, layout=layout):
-            plan = autograd.plan(ep, idx)
-            rows, factors = autograd.dispatch(ep, x, plan, weights, layout)
-            total = factors if layout == "expert" else factors.sum(1)
-            return autograd.combine(ep, rows * total[:, None], plan, len(x), layout)
+    def layer(x, weights, idx, layout):
+        plan = autograd.plan(ep, idx, align=3)
+        room = ep.max_rows + 3 if layout == "compact" else None
+        rows, factors = autograd.dispatch(ep, x, plan, weights, layout, rows=room)
+        total = factors if layout == "expert" else factors.sum(1)
+        return autograd.combine(ep, rows * total[:, None], plan, layout)
 
-        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-        y = run(x, weights)
+    run = {
+        layout: torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic) if compiled else layer
+        for layout, dynamic in (("compact", True), ("expert", None))  # None: from the second number of tokens on
+    }
+    for layout, tokens in itertools.product(run, counts):
+        _, problem = shape_of(comm, 7, max_tokens=5, tokens=tokens)
+        idx = misaligned(problem.idx[comm.rank])
+        x, weights = (misaligned(each[comm.rank].float()).requires_grad_() for each in (problem.x, problem.weights))
+        y = run[layout](x, weights, idx, layout)
         y.square().sum().backward()
         kept = torch.where(idx >= 0, weights.detach(), 0.0)
         total = kept.sum(1, keepdim=True)
@@ -518,7 +599,6 @@ def check_gradients(comm, compiled):
         torch.testing.assert_close(x.grad, 2 * exact * total)
         of_weights = (2 * exact * x.detach()).sum(1, keepdim=True).expand_as(kept)
         torch.testing.assert_close(weights.grad, torch.where(idx >= 0, of_weights, 0.0))
-        weights.grad = None
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

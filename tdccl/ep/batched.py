@@ -32,6 +32,7 @@ class BatchedPlan:
     placed    [ranks, max_tokens, top_k]: expert * ranks * max_tokens + row of what came here, -1 where nothing did
     source    [local experts, ranks * max_tokens]: rank * max_tokens + token of each row of each expert
     counts    [local experts]: how many rows each has
+    made_for  the sizes of the `LowLatency` that made it, and of all that take it
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class BatchedPlan:
     placed: torch.Tensor
     source: torch.Tensor
     counts: torch.Tensor
+    made_for: str
 
 
 class LowLatency(Experts):
@@ -61,7 +63,8 @@ class LowLatency(Experts):
         *,
         max_blocks: int | None = None,
     ):
-        """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`."""
+        """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`; but top_k may be more
+        than num_experts, for routings with -1."""
         comm.check_one_node("LowLatency")
         blocks = _BLOCKS if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
@@ -92,6 +95,7 @@ class LowLatency(Experts):
             self._empty((ranks, self.max_tokens, self.top_k), torch.int32),
             self._empty((self.local_experts, self.max_rows), torch.int32),
             self._empty((self.local_experts,), torch.int32),
+            self.made_for,
         )
 
     def dispatch(
@@ -115,6 +119,7 @@ class LowLatency(Experts):
         other call of this object.
         """
         self.check()
+        self.check_plan(plan, BatchedPlan)
         self._check(x, "x", (plan.tokens, self.hidden), (self.dtype,))
         self._check_quant(quant)
         payload = self.dtype if quant is None else torch.float8_e4m3fn
@@ -161,6 +166,7 @@ class LowLatency(Experts):
         Sums are fp32, in top-k order, each product rounded; the last is rounded to the dtype.
         """
         self.check()
+        self.check_plan(plan, BatchedPlan)
         self._check(h, "h", (self.local_experts, self.max_rows, self.hidden), (self.dtype,))
         self._check(weights, "weights", (plan.tokens, self.top_k), (torch.float32,))
         if out is None:

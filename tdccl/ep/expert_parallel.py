@@ -16,7 +16,7 @@ from tdccl.decisions import rails
 from tdccl.ep import across, routing, throughput
 from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
-from tdccl.errors import ArgumentError
+from tdccl.errors import ArgumentError, DestroyedError
 from tdccl.runtime import arrays
 
 LAYOUTS = ("compact", "expert")
@@ -26,17 +26,26 @@ _WARPS = 1 if environment.emulated() else 16
 _CHUNK = 8  # tokens of a block that are taken while the next are under way
 _numbers = itertools.count()
 _Layout = dict[str, tuple[int, tuple[int, ...]]]  # of each array of a plan the first word, and the shape
-by_number: "weakref.WeakValueDictionary[int, ExpertParallel]" = weakref.WeakValueDictionary()  # for operators of torch
+_named: "weakref.WeakValueDictionary[str, ExpertParallel]" = weakref.WeakValueDictionary()
+
+
+def named(name: str) -> "ExpertParallel":
+    """The object of this process with that `name`. Raises DestroyedError if it is gone."""
+    try:
+        return _named[name]
+    except KeyError:
+        raise DestroyedError(f"the ExpertParallel {name!r} of this call is gone; keep a reference to it") from None
 
 
 class Plan:
     """Where the rows of a routing go: made by `ExpertParallel.plan`, used by any number of dispatches and combines.
 
-    All but the first two are int32 tensors on the device, views of the third, made when they are asked for. Sizes: R
+    All but the first three are int32 tensors on the device, views of the fourth, made when they are asked for. Sizes: R
     ranks, T max_tokens, K top_k, L experts a rank; across nodes, N of them with W ranks each.
 
     tokens          n, of this rank
     align           of which the offsets are multiples
+    made_for        the sizes of the `ExpertParallel` that made it, and of all that take it
     memory          of all the others, which are views of it
     sent_row        [n, R]: the compact row of a token on each rank, -1 where it does not go; across nodes [N * T, W]:
                     on each rank of this node, of the tokens of the rank with this place in each node
@@ -55,6 +64,7 @@ class Plan:
 
     tokens: int
     align: int
+    made_for: str
     memory: torch.Tensor
     sent_row: torch.Tensor
     sent_node: torch.Tensor
@@ -69,8 +79,8 @@ class Plan:
     counts: torch.Tensor
     offsets: torch.Tensor
 
-    def __init__(self, memory: torch.Tensor, tokens: int, align: int, layout: _Layout):
-        self.memory, self.tokens, self.align = memory, tokens, align
+    def __init__(self, memory: torch.Tensor, tokens: int, align: int, made_for: str, layout: _Layout):
+        self.memory, self.tokens, self.align, self.made_for = memory, tokens, align, made_for
         self._layout, self._address = layout, memory.data_ptr()
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -139,6 +149,8 @@ class ExpertParallel(Experts):
         if max_blocks is None:
             blocks = _BLOCKS if len(comm.topology.nodes) == 1 else comm._context.rules.rings
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
+        if top_k > num_experts:
+            raise ArgumentError(f"top_k is {top_k}, expected at most num_experts = {num_experts}")
         columns, places = power_of_two(self.local_experts), power_of_two(top_k)
         self._routing = {
             "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),
@@ -164,8 +176,9 @@ class ExpertParallel(Experts):
         self.landing = self._moving.local("rows", dtype).view(self.max_rows, hidden)
         width = columns + heap.MAX_RANKS.value
         self._layouts: dict[tuple[int, int], tuple[_Layout, int]] = {}
-        self.number = next(_numbers)
-        by_number[self.number] = self
+        # Operators of torch.library find this object by it; what is compiled for some sizes must not pass for others.
+        self.name = f"ep{next(_numbers)}, {self.made_for}, hidden {hidden}"
+        _named[self.name] = self
         self._counts = self._empty((blocks * comm.size * width,), torch.int32)
 
     # ---- plans -----------------------------------------------------------------------------------------------
@@ -173,6 +186,10 @@ class ExpertParallel(Experts):
     def most_expert_rows(self, align: int = 1) -> int:
         """The expert rows that a rank can get at most, whatever the routing."""
         return self.max_rows * min(self.top_k, self.local_experts) + self.local_experts * (align - 1)
+
+    def most_rows(self, layout: str, align: int = 1) -> int:
+        """The rows of either layout that a rank can get at most."""
+        return self.most_expert_rows(align) if layout == "expert" else self.max_rows
 
     def plan(self, topk_idx: torch.Tensor, align: int = 1, *, stream: Any = None) -> Plan:
         """Finds where this rank's tokens go and what the others send here, all on the device.
@@ -211,37 +228,43 @@ class ExpertParallel(Experts):
         self._planning.launch("ep_plan", kernel, name, warps, constants, tensors, sizes, elements, stream)
 
     def _new_plan(self, tokens: int, align: int) -> Plan:
-        return self.plan_of(self._empty((self.plan_words(tokens, align),), torch.int32), tokens, align)
+        layout, words = self._known_layout(tokens, align)
+        return Plan(self._empty((words,), torch.int32), tokens, align, self.made_for, layout)
 
     def plan_words(self, tokens: int, align: int) -> int:
-        """Words of the memory of a plan."""
+        """Words of the memory of a plan; of symbolic sizes too."""
         return self._plan_layout(tokens, align)[1]
 
     def plan_of(self, memory: torch.Tensor, tokens: int, align: int) -> Plan:
-        """The plan whose `memory` this is."""
-        return Plan(memory, tokens, align, self._plan_layout(tokens, align)[0])
+        """The plan whose `memory` this is, made by an object of these sizes."""
+        layout, words = self._known_layout(tokens, align)
+        self._check(memory, "the memory of the plan", (words,), (torch.int32,))
+        return Plan(memory, tokens, align, self.made_for, layout)
+
+    def _known_layout(self, tokens: int, align: int) -> tuple[_Layout, int]:
+        known = self._layouts.get((tokens, align))
+        if known is None:
+            known = self._layouts[tokens, align] = self._plan_layout(tokens, align)
+        return known
 
     def _plan_layout(self, tokens: int, align: int) -> tuple[_Layout, int]:
         """Where the arrays of a plan begin (those that kernels get, at multiples of 16 bytes), and all their words."""
-        known = self._layouts.get((tokens, align))
-        if known is None:
-            ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
-            passed = (tokens, ranks) if self.nodes == 1 else (self.nodes * self.max_tokens, ranks // self.nodes)
-            shapes = {
-                "sent_row": passed, "sent_node": (tokens if self.nodes > 1 else 0, self.nodes),
-                "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k), "expert_row": (rows, top_k),
-                "source": (rows,), "expert_source": (self.most_expert_rows(align),), "told": (3, ranks),
-                "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
-            }  # fmt: skip
-            layout, end = {}, 0
-            for name, shape in shapes.items():
-                layout[name] = end, shape
-                end += -(-math.prod(shape) // 4) * 4
-            told, _ = layout.pop("told")
-            for number, name in enumerate(("sizes", "received", "sent")[: 3 if self.nodes == 1 else 2]):
-                layout[name] = told + number * ranks, (ranks,)
-            known = self._layouts[tokens, align] = layout, end
-        return known
+        ranks, rows, top_k = self.comm.size, self.max_rows, self.top_k
+        passed = (tokens, ranks) if self.nodes == 1 else (self.nodes * self.max_tokens, ranks // self.nodes)
+        shapes = {
+            "sent_row": passed, "sent_node": (tokens if self.nodes > 1 else 0, self.nodes),
+            "recv_row": (ranks, self.max_tokens), "topk_idx": (rows, top_k), "expert_row": (rows, top_k),
+            "source": (rows,), "expert_source": (self.most_expert_rows(align),), "told": (3, ranks),
+            "counts": (self.local_experts,), "offsets": (self.local_experts + 1,),
+        }  # fmt: skip
+        layout, end = {}, 0
+        for name, shape in shapes.items():
+            layout[name] = end, shape
+            end += -(-math.prod(shape) // 4) * 4
+        told, _ = layout.pop("told")
+        for number, name in enumerate(("sizes", "received", "sent")[: 3 if self.nodes == 1 else 2]):
+            layout[name] = told + number * ranks, (ranks,)
+        return layout, end
 
     # ---- dispatch and combine --------------------------------------------------------------------------------
 
@@ -266,11 +289,12 @@ class ExpertParallel(Experts):
         layout "compact": a token is one row, by (source rank, source token). Without `out` the rows and scales stay in
         this object's landing buffer, and are valid until its next dispatch or combine. "expert": it is a row for each
         of its experts here, by (expert, source rank, source token), with zeros where `plan.align` leaves gaps.
-        out: [rows, hidden], for so many rows at most; what does not fit is left out and complained of. Without it,
-        "expert" makes one for the most that can come. hook: only send, and return (what will come, a function that
-        receives it); call that before any other call of this object.
+        out: [rows, hidden], for so many rows, which are no more than `most_rows`; what does not fit is left out and
+        complained of. Without it, "expert" makes one for the most. hook: only send, and return (what will come, a
+        function that receives it); call that before any other call of this object.
         """
         self.check()
+        self.check_plan(plan, Plan)
         x, scales, payload = self._checked_input(x, plan, quant)
         self._check_optional(weights, "weights", (plan.tokens, self.top_k), torch.float32)
         if layout not in LAYOUTS:
@@ -280,10 +304,13 @@ class ExpertParallel(Experts):
         if kept:
             rows, out_scales = self._landed(payload, words)
         else:
+            most = self.most_rows(layout, plan.align)
             if out is None:
-                rows = self._empty((self.most_expert_rows(plan.align), self.hidden), payload)
+                rows = self._empty((most, self.hidden), payload)
             else:
                 rows = self._check(out, "out", (None, self.hidden), (payload,))
+            if len(rows) > most:
+                raise ArgumentError(f"dispatch: out has {len(rows)} rows, expected at most the {most} that can come")
             out_scales = self._empty((len(rows), words), torch.int32)
         out_weights = None
         if weights is not None:
@@ -347,6 +374,7 @@ class ExpertParallel(Experts):
         are others: the ranks of a node in rank order, rounded to the dtype; then the biases, and the nodes in order.
         """
         self.check()
+        self.check_plan(plan, Plan)
         if layout not in LAYOUTS:
             raise ArgumentError(f"combine: layout is {layout!r}, expected one of {', '.join(LAYOUTS)}")
         expert = layout == "expert"

@@ -34,6 +34,9 @@ class Experts:
         self.comm, self.max_tokens, self.hidden, self.top_k, self.dtype = comm, max_tokens, hidden, top_k, dtype
         self.num_experts, self.local_experts = num_experts, num_experts // comm.size
         self.max_rows = comm.size * max_tokens
+        self.made_for = (  # what the arrays of a plan are cut by
+            f"ranks {comm.size}, nodes {self.nodes}, max_tokens {max_tokens}, num_experts {num_experts}, top_k {top_k}"
+        )
         self.groups = -(-hidden // 128)
         self._dtype_name = arrays.TRITON_NAMES[dtype]
         self._complaints = torch.zeros(4, dtype=torch.int64, pin_memory=comm.device.type == "cuda")
@@ -50,6 +53,14 @@ class Experts:
                 raise ArgumentError(f"dispatch: {rows} rows came, out had not room for all; the others were left out")
             what = _COMPLAINTS[0 if token else 1].format(experts=self.num_experts - 1)
             raise ArgumentError(f"in row {(token or twice) - 1} of topk_idx {what}")
+
+    def check_plan(self, plan: Any, kind: type) -> None:
+        """Raises ArgumentError unless the plan is of this kind, and of an object of the same sizes: kernels write to
+        the places that it says, wherever the memory there ends."""
+        if not isinstance(plan, kind):
+            raise ArgumentError(f"plan is {type(plan).__name__}, expected what this kind of object's plan() returned")
+        if plan.made_for != self.made_for:
+            raise ArgumentError(f"the plan is for {plan.made_for}; expected one for {self.made_for}")
 
     def _check(self, tensor, name: str, shape: tuple, dtypes: tuple) -> torch.Tensor:
         fits = isinstance(tensor, torch.Tensor) and tensor.dim() == len(shape) and tensor.dtype in dtypes
@@ -105,11 +116,26 @@ class Experts:
         self._half_done = called
 
         def finish() -> None:
-            if self._half_done:
-                self._half_done = ""
-                half(False, True)
+            self._half_done = ""
+            half(False, True)
 
-        return finish
+        return once(finish)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or if it is a view that kernels do not take, a copy."""
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+
+
+def once(call: Callable[[], None]) -> Callable[[], None]:
+    """What makes the call the first time only: a hook that is called again must not receive what came after."""
+    left = [call]
+
+    def first() -> None:
+        if left:
+            left.pop()()
+
+    return first
 
 
 def power_of_two(value: int) -> int:
@@ -127,8 +153,6 @@ def _check_sizes(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks) ->
             raise ArgumentError(f"{name} is {value!r}, expected a whole number >= 1")
     if num_experts % comm.size:
         raise ArgumentError(f"num_experts is {num_experts}, expected a multiple of {comm.size} ranks")
-    if top_k > num_experts:
-        raise ArgumentError(f"top_k is {top_k}, expected at most num_experts = {num_experts}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ArgumentError(f"dtype is {dtype}, expected bfloat16, float16 or float32")
     if any(other != everyone[0] for other in everyone):

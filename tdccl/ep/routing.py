@@ -210,7 +210,7 @@ def exchange(
     shmem.signal_all(team, epoch, shmem.DATA, 1)
 
     _clear(plan, sizes[1].to(tl.int32))
-    shmem.wait_all(team, epoch, shmem.DATA, 1)
+    epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
     _count(team, buffers, counts, parity, 0, counts, TOKENS, TOP_K, EXPERTS, TILE, PLACES, COLUMNS, 1)
     shmem.end(team, epoch)
 

@@ -167,18 +167,19 @@ def dispatch(
     if SEND:
         opened = shmem.begin(team)
         epoch = shmem.barrier_block(team, opened, 1)
-        steps = tl.where(epoch == opened, steps, 0)
+        steps = tl.where(epoch == opened, steps, 0)  # not all have come: nothing is written
     else:
         epoch = shmem.resume(team)
     own_steps = tl.sum(tl.where(rank == team.rank, with_sources, 0)) + tl.zeros_like(rank)  # for all peers
     for step in range(steps + 1):
         if SEND:
-            first, last = chunk_of(told, team.rank, step, CHUNK)
-            push_chunk(
-                team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES,
-                SCALE_TILE, TOP_K, PLACES, WEIGHTED, UNROLL,
-            )  # fmt: skip
-            shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < own_steps)
+            if step < steps:
+                first, last = chunk_of(told, team.rank, step, CHUNK)
+                push_chunk(
+                    team, buffers, x, scales, weights, sent_row, first, last, DTYPE, WIDTH, PADDED, QUANT, SCALES,
+                    SCALE_TILE, TOP_K, PLACES, WEIGHTED, UNROLL,
+                )  # fmt: skip
+                shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < own_steps)
         if RECV:
             if step >= 1:
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < with_sources)
@@ -324,19 +325,20 @@ def combine(
         epoch = opened
         if CARRY or LAYOUT != "landing":
             epoch = shmem.barrier_block(team, opened, 1)
-        steps = tl.where(epoch == opened, steps, 0)
+        steps = tl.where(epoch == opened, steps, 0)  # not all have come: nothing is written
     else:
         epoch = shmem.resume(team)
     for step in range(steps + 1):
         if SEND:
-            if CARRY or LAYOUT != "landing":
-                for source in tl.static_range(team.size):
-                    first, last = chunk_of(told, source, step, CHUNK)
-                    stage_chunk(
-                        team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last, DTYPE,
-                        WIDTH, PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
-                    )  # fmt: skip
-            shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_sources)
+            if step < steps:
+                if CARRY or LAYOUT != "landing":
+                    for source in tl.static_range(team.size):
+                        first, last = chunk_of(told, source, step, CHUNK)
+                        stage_chunk(
+                            team, buffers, h, weights, carried, recv_row, expert_row, capacity, source, first, last,
+                            DTYPE, WIDTH, PADDED, TOP_K, PLACES, WEIGHTED, CARRY, LAYOUT, TOKENS, UNROLL,
+                        )  # fmt: skip
+                shmem.signal_peers(team, epoch, shmem.DATA, step + 1, step < with_sources)
         if RECV:
             if step >= 1:
                 epoch = shmem.wait_peers(team, epoch, shmem.DATA, step, step - 1 < own_steps)

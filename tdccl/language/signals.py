@@ -27,8 +27,9 @@ RELEASE, SET, GE, CALL = map(tl.constexpr, ("release", "set", "ge", "call"))
 # Below it in a signal of `barrier_entry` stands what is called, above it the step.
 ONE_STEP = tl.constexpr(1 << 30)
 
-# What nobody is ahead by: 256 epochs. A word that is, was last set most of 2**32 epochs ago, by staged kernels, say.
-_TOO_FAR = tl.constexpr(1 << 40)
+# What nobody is ahead by: 256 epochs. A word that is, was last set most of 2**32 epochs ago, by staged kernels, say, or
+# the epoch is past since a wait failed.
+_TOO_FAR = tl.constexpr(DEAD.value // 2 << 32)
 
 
 @triton.jit

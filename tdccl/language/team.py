@@ -37,8 +37,9 @@ BARRIER = tl.constexpr(2)
 USER = tl.constexpr(3)
 
 LAST_EPOCH = tl.constexpr(0xFFFFFFFF)
-# How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it.
-DEAD = tl.constexpr(4)
+# How far back the epoch falls after a failed wait: even, to keep the parity; no peer still waits for it, and it is so
+# far that what peers have signalled up to now is not taken for it either: a barrier in a past epoch fails.
+DEAD = tl.constexpr(512)
 
 
 class Team(NamedTuple):

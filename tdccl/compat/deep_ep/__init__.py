@@ -3,7 +3,11 @@
 `Buffer` says what differs.
 """
 
+import torch
+
 from tdccl.compat.deep_ep.buffer import Buffer, Config
 from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
+topk_idx_t = torch.int64  # int32 is taken too
+
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]

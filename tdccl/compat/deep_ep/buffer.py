@@ -12,11 +12,12 @@ from tdccl.communicator import Communicator
 from tdccl.compat.deep_ep.handles import Handle, LowLatencyHandle
 from tdccl.compat.deep_ep.utils import EventHandle, EventOverlap, SideStream
 from tdccl.ep import ExpertParallel, LowLatency
-from tdccl.ep.experts import power_of_two
+from tdccl.ep.experts import aligned, once, power_of_two
 from tdccl.errors import ArgumentError, PeerFailure, Timeout
 from tdccl.transport.bootstrap import discover
 
 _TIMEOUT = 600.0  # seconds, of communicators that are made for a Buffer, as in tdccl.init
+_INDICES = (torch.int64, torch.int32)
 _MOST_PENDING = 2  # low-latency calls of one kind whose hooks are to come
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -48,8 +49,10 @@ class Buffer:
     What differs:
     - Any hidden size, number of ranks up to 8, top-k and number of experts that the ranks divide; bfloat16, float16 and
       float32. All results are the same bits in every run.
-    - Memory is taken as calls need it, whatever the sizes given here, and kept until `destroy`. A call that needs more
-      than any before is collective in doing so, and cannot be captured in a CUDA graph: make one before the capture.
+    - Memory is taken as calls need it, whatever the sizes given here, and kept until `destroy`: for the tokens of the
+      first call, then for twice as many whenever a rank has more than any before, and again for other experts, top-k or
+      hidden sizes, or after `set_num_sms`. A call that needs more is collective in doing so, and cannot be captured in
+      a CUDA graph: begin with the largest.
     - With `num_worst_tokens`, a rank may dispatch at most num_worst_tokens / ranks tokens, and all ranks give the same.
     - Handles are sequences of DeepEP's elements, to be passed back as they are; the elements are made when looked at.
     - `config`, and what concerns InfiniBand, is accepted and has no effect. `set_num_sms` is a limit for the normal
@@ -164,16 +167,17 @@ class Buffer:
     ) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor, EventOverlap]:
         """How many tokens go where; nothing is sent.
 
-        topk_idx: int64 or int32 [n, top_k], -1 for none. Returns (num_tokens_per_rank int32 [ranks], None,
-        num_tokens_per_expert int32 [num_experts], is_token_in_rank bool [n, ranks], event).
+        topk_idx: int64 or int32 [n, top_k], -1 for none; what is no expert counts for none, too. Returns
+        (num_tokens_per_rank int32 [ranks], None, num_tokens_per_expert int32 [num_experts], is_token_in_rank bool
+        [n, ranks], event).
         """
         if num_experts % self.group_size:
             raise ArgumentError(f"num_experts is {num_experts}, expected a multiple of {self.group_size} ranks")
 
         def call():
-            idx = topk_idx.long()
+            idx = _experts(topk_idx, num_experts)
             per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=idx.device)  # the first: none
-            per_expert.scatter_add_(0, idx.view(-1) + 1, torch.ones_like(idx, dtype=torch.int32).view(-1))
+            per_expert.scatter_add_(0, idx.flatten() + 1, torch.ones_like(idx, dtype=torch.int32).flatten())
             in_rank = torch.zeros(len(idx), self.group_size + 1, dtype=torch.bool, device=idx.device)
             in_rank.scatter_(1, idx // (num_experts // self.group_size) + 1, True)
             in_rank = in_rank[:, 1:].contiguous()
@@ -213,6 +217,7 @@ class Buffer:
         """
         self._check_whole()
         if handle is not None:
+            _check_handle(handle, Handle)
             if topk_idx is not None or topk_weights is not None:
                 raise ArgumentError("dispatch: a handle is given, so expected neither topk_idx nor topk_weights")
 
@@ -256,13 +261,14 @@ class Buffer:
         Returns (combined_x [n, hidden], combined_topk_weights [n, top_k] or None, event).
         """
         self._check_whole()
+        _check_handle(handle, Handle)
         biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
         if len(x) != handle.rows:
             raise ArgumentError(f"combine: x has {len(x)} rows, expected the {handle.rows} of the dispatch")
 
         def call():
             ep = self._expert_parallel(x.shape[1], x.dtype, handle.sizes)
-            carry = None if topk_weights is None else _aligned(topk_weights)
+            carry = None if topk_weights is None else aligned(topk_weights)
             made = ep.combine(x, handle.plan, bias=biases, carry=carry)
             return (made, None) if carry is None else made
 
@@ -274,19 +280,18 @@ class Buffer:
         tokens, ranks, experts = len(in_rank), self.group_size, len(per_expert)
         if worst:
             rows, counts, most = worst, [], -(-worst // ranks)
-            if tokens > most:
+            if worst < ranks * tokens:
                 raise ArgumentError(
                     f"dispatch: num_worst_tokens is {worst}, expected at least {ranks} ranks x {tokens} tokens"
                 )
         else:
             rows, counts, most = self._received(tokens, per_rank, per_expert)
             counts = [-(-count // alignment) * alignment for count in counts]
-        self._most_tokens = max(self._most_tokens, power_of_two(most))
         if topk_idx is None:  # every rank as one expert
             idx, experts = torch.where(in_rank, torch.arange(ranks, device=in_rank.device), -1), ranks
         else:
-            idx = _aligned(topk_idx)
-        sizes = (self._most_tokens, experts, idx.shape[1])
+            idx = aligned(topk_idx)
+        sizes = (self._room(most), experts, idx.shape[1])
         hidden = (x if isinstance(x, torch.Tensor) else x[0]).shape[1]
         plan = self._expert_parallel(hidden, _wide(x), sizes).plan(idx)
         received, weights = self._scatter(x, sizes, plan, rows, topk_weights)
@@ -295,10 +300,10 @@ class Buffer:
 
     def _scatter(self, x: Rows, sizes, plan, rows: int, weights) -> tuple[Rows, torch.Tensor | None]:
         """(what arrives of x in so many rows, with its scales if it has any; the weights beside it)."""
-        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], _aligned(x[1])))
+        payload, x = (x, x) if isinstance(x, torch.Tensor) else (x[0], (x[0], aligned(x[1])))
         ep = self._expert_parallel(payload.shape[1], _wide(x), sizes)
         out = payload.new_empty(rows, payload.shape[1])
-        found = ep.dispatch(x, plan, None if weights is None else _aligned(weights), out=out)
+        found = ep.dispatch(x, plan, None if weights is None else aligned(weights), out=out)
         return found.rows if found.scales is None else (found.rows, found.scales), found.weights
 
     def _received(self, tokens: int, per_rank: torch.Tensor, per_expert: torch.Tensor) -> tuple[int, list[int], int]:
@@ -310,6 +315,14 @@ class Buffer:
         of_ranks, of_experts = told[:, 1 : self.group_size + 1], told[:, self.group_size + 1 :]
         here = of_experts.view(self.group_size, self.group_size, -1)[:, self.rank]
         return int(of_ranks[:, self.rank].sum()), here.sum(0).tolist(), int(told[:, 0].max())
+
+    def _room(self, most: int) -> int:
+        """For how many tokens a rank memory is taken, where there are `most`: at first hardly more, then twice as many
+        as before, because handles and graphs keep what was taken for fewer."""
+        if most > self._most_tokens:
+            step = max(1, power_of_two(most) // 8)
+            self._most_tokens = max(-(-most // step) * step, 2 * self._most_tokens)
+        return self._most_tokens
 
     def _expert_parallel(self, hidden: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> ExpertParallel:
         """For these rows, and max_tokens, num_experts and top_k; made at the first call."""
@@ -380,10 +393,9 @@ class Buffer:
                 if cumulative_local_expert_recv_stats is not None:
                     cumulative_local_expert_recv_stats.add_(found.counts)
 
-            if not return_recv_hook:
-                receive()
+            hook = once(receive) if return_recv_hook else receive()
             handle = LowLatencyHandle(plan, self._members, self.group_size, most, hidden, num_experts)
-            return (rows, scales) if use_fp8 else rows, found.counts, handle, receive if return_recv_hook else None
+            return (rows, scales) if use_fp8 else rows, found.counts, handle, hook
 
         used = (x, topk_idx, cumulative_local_expert_recv_stats)
         (*made, hook), event = self._side.run(call, used, None, async_finish)
@@ -413,6 +425,8 @@ class Buffer:
         _refuse(use_logfmt, "use_logfmt: rows go as they are")
         _refuse(combine_wait_recv_cost_stats is not None, "combine_wait_recv_cost_stats: waits are not timed by rank")
         _check_finish(async_finish, return_recv_hook)
+        _check_handle(handle, LowLatencyHandle)
+        _check_routing(topk_idx, handle.plan.topk_idx)
         if zero_copy and handle.buffer is None:
             raise ArgumentError(
                 "low_latency_combine: zero_copy, but get_next_low_latency_combine_buffer was not called"
@@ -425,9 +439,9 @@ class Buffer:
             low = self._idle(handle.max_tokens, handle.hidden, handle.num_experts, topk_idx.shape[1], h.dtype)
             plan = dataclasses.replace(handle.plan, topk_idx=self._routing(topk_idx, handle.num_experts))
             rows = h if len(self._members) == self.group_size else h[:, : low.max_rows].contiguous()
-            made = low.combine(rows, plan, _aligned(topk_weights), out=out, hook=return_recv_hook)
+            made = low.combine(rows, plan, aligned(topk_weights), out=out, hook=return_recv_hook)
             combined, finish = self._half(low, made, return_recv_hook)
-            return combined, finish if return_recv_hook else None
+            return combined, once(finish) if return_recv_hook else None
 
         (combined, hook), event = self._side.run(call, (h, topk_idx, topk_weights, handle, out), None, async_finish)
         return combined, event, hook
@@ -437,6 +451,7 @@ class Buffer:
 
         No combine copies rows before it sends them; this one is for those who ask for it.
         """
+        _check_handle(handle, LowLatencyHandle)
         if handle.buffer is None:
             shape = (len(handle.plan.counts), self.group_size * handle.max_tokens, handle.hidden)
             handle.buffer = torch.empty(shape, dtype=torch.bfloat16, device=self._comm.device)
@@ -460,12 +475,12 @@ class Buffer:
     def _routing(self, topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
         """The routing in numbers of the experts that are left."""
         if len(self._members) == self.group_size:
-            return _aligned(topk_idx)
+            return aligned(topk_idx)
         local = num_experts // self.group_size
         numbers = torch.full((num_experts + 1,), -1, device=topk_idx.device)  # the last: of none
         for member, rank in enumerate(self._members):
             numbers[rank * local : (rank + 1) * local] = member * local + torch.arange(local, device=topk_idx.device)
-        return numbers[topk_idx.long()]
+        return numbers[_experts(topk_idx, num_experts)]
 
     def _half(self, low: LowLatency, made, hook: bool) -> tuple[Any, Callable[[], None]]:
         """(the result, what receives it) of a call to `low` that was or was not split."""
@@ -486,8 +501,11 @@ class Buffer:
         """With `mask`, leaves a rank out of the low-latency calls to come: its experts get and add nothing.
 
         Collective among the ranks that are left, after a fault or without one; before, calls under way and handles are
-        lost, and the normal mode ends. Raises as `Communicator.shrink`; NotImplementedError to unmask a masked rank.
+        lost, and the normal mode ends. Raises as `Communicator.shrink`; ArgumentError for what is no rank;
+        NotImplementedError to unmask a masked rank.
         """
+        if not 0 <= rank_to_mask < self.group_size:
+            raise ArgumentError(f"rank_to_mask is {rank_to_mask}, expected one of 0 .. {self.group_size - 1}")
         if mask == (rank_to_mask not in self._members):
             return
         _refuse(not mask, "low_latency_update_mask_buffer: a masked rank does not come back; make a new Buffer")
@@ -543,14 +561,29 @@ def _wide(x: Rows) -> torch.dtype:
     return x.dtype if isinstance(x, torch.Tensor) else torch.bfloat16
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or if it is a view that kernels do not take, a copy."""
-    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.contiguous().clone()
+def _experts(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """The routing as int64, with -1 for all that is no expert: an index past the end would cost the CUDA context."""
+    idx = topk_idx.long()
+    return torch.where((idx >= 0) & (idx < num_experts), idx, -1)
 
 
 def _unpacked(scales: torch.Tensor, groups: int) -> torch.Tensor:
     """UE8M0 words [.., words] as float32 [.., groups]."""
     return (scales.view(torch.uint8)[..., :groups].int() << 23).view(torch.float32)
+
+
+def _check_handle(handle: Any, kind: type) -> None:
+    if not isinstance(handle, kind):
+        raise ArgumentError(f"handle is a {type(handle).__name__}, expected a {kind.__name__}, as it was returned")
+
+
+def _check_routing(topk_idx: torch.Tensor, sent: torch.Tensor) -> None:
+    """That of a combine is read by the sizes of the dispatch, whose routing was `sent`."""
+    if topk_idx.shape != sent.shape or topk_idx.device != sent.device or topk_idx.dtype not in _INDICES:
+        raise ArgumentError(
+            f"low_latency_combine: topk_idx is {topk_idx.dtype} {tuple(topk_idx.shape)} on {topk_idx.device}, expected "
+            f"int64 or int32 {tuple(sent.shape)} on {sent.device}, as in the dispatch that made the handle"
+        )
 
 
 def _refuse(asked: bool, what: str) -> None:
