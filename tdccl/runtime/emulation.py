@@ -133,14 +133,14 @@ class _Builder(type(_builder)):
         element = pointers.get_element_ty()
         dtype = _numpy_type(element)
         address, run = _contiguous(pointers.data, mask, dtype.itemsize)
-        if other is None and mask is not None and pointers.data.size > 1:  # a single 0 comes as None
-            other = TensorHandle(np.full(pointers.data.shape, _poison(dtype)), element)
         if run is None:
+            if other is None and mask is not None and pointers.data.size > 1:  # a single 0 comes as None
+                other = TensorHandle(_poison(dtype, pointers.data.shape), element)
             mask = _full_mask(pointers, mask)
             return super().create_masked_load(pointers, mask, other, *policy, **named)
         loaded = np.empty(pointers.data.size, dtype)
         if run < loaded.size:
-            loaded[run:] = other.data.reshape(-1)[run:]
+            loaded[run:] = (_poison(dtype, loaded.shape) if other is None else other.data.reshape(-1))[run:]
         ctypes.memmove(loaded.ctypes.data, address, run * dtype.itemsize)
         return TensorHandle(loaded.reshape(pointers.data.shape), element)
 
@@ -154,10 +154,10 @@ class _Builder(type(_builder)):
         ctypes.memmove(address, stored.ctypes.data, run * stored.itemsize)
 
 
-@functools.cache
-def _poison(dtype: np.dtype):
+@functools.lru_cache(64)
+def _poison(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """What stands where a load was masked off and nothing was asked for: on a GPU anything may."""
-    return np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
+    return np.full((*shape, dtype.itemsize), 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
 def _full_mask(pointers, mask) -> TensorHandle:
