@@ -71,7 +71,8 @@ def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Laun
         size=ranks, rank=0, device=torch.device("cpu"), check=lambda: None, check_one_node=lambda _: None,
         all_gather=lambda *_, **__: None,
         topology=topology_of(0, [str(rank // sizes.width) for rank in range(ranks)]), launches=[], backend=backend,
-        _context=context, _bootstrap=SimpleNamespace(exchange=lambda mine: [mine] * ranks),
+        multiprocessors=context.rules.blocks, _context=context,
+        _bootstrap=SimpleNamespace(exchange=lambda mine: [mine] * ranks),
     )  # fmt: skip
     with (
         mock.patch.object(expert_parallel, "Workspace", _Workspace),

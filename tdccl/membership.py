@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -66,7 +67,7 @@ class Membership:
             self._plan_with(transport.Multicast(None, "ranks are on several nodes"))
         else:
             self._node = bootstrap
-            self._plan_with(transport.multicast_between(bootstrap, self.device))
+            self._plan_with(transport.multicast_between(bootstrap, self.device, self._ranks_of_a_gpu))
         self._control = transport.Control(bootstrap, not self._emulated, self.topology.local)
         self._control.words[layout.FIRST_WORD.value] = self.topology.local[0]
         self._abort_word = self._control.abort
@@ -92,12 +93,13 @@ class Membership:
             mine |= self._decide(device, max_blocks)
         except Exception as refused:  # told to the others, who would wait for this rank
             mine, error = {**mine, "error": str(refused)}, refused
-        everyone = self._bootstrap.exchange(mine)
+        everyone = self._bootstrap.exchange((mine, None if error else self._gpu_of()))
         if error is not None:
             raise error
-        for rank, other in enumerate(everyone):
+        for rank, (other, _) in enumerate(everyone):
             if other != mine:
                 raise InitError(f"rank {rank} has {other}, rank {self.rank} has {mine}: they must be equal")
+        self._divide_gpus([gpu for _, gpu in everyone])
 
     def _decide(self, device, max_blocks: int | None) -> dict[str, Any]:
         """Sets what calls depend on; returns what of it must be equal on all ranks."""
@@ -106,8 +108,9 @@ class Membership:
             raise InitError(f"{width} ranks on a node: one communicator takes up to {layout.MAX_RANKS.value}")
         self._forced = forced_algorithms()
         self.max_blocks = environment.most_blocks() if max_blocks is None else max_blocks
-        self._context = self._context_for(self.max_blocks)
         self.device = device_of(device, self.topology.number_on_host)
+        self.multiprocessors = self._gpu_of()[1]  # as if no other rank were on this GPU
+        self._context = self._context_for(self.max_blocks)
         self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
         self._algorithms = ALGORITHMS if self._context.nodes == 1 else ACROSS_NODES
         self.table = self._table_for(False)
@@ -115,8 +118,24 @@ class Membership:
         tables = [self._table_for(multicast).digest() for multicast in (False, True)]
         return {**equal, "debug": self._debug, "tuning": tables}
 
+    def _gpu_of(self) -> tuple[str, int]:
+        """Which GPU this rank is on, and its number of multiprocessors."""
+        if self._emulated:
+            return f"emulated {self.rank}", tuning.EMULATION.blocks
+        gpu = torch.cuda.get_device_properties(self.device)
+        return str(gpu.uuid), gpu.multi_processor_count
+
+    def _divide_gpus(self, gpus: list[tuple[str, int]]) -> None:
+        """Counts for how many blocks, one a multiprocessor, each rank has room while all others run theirs."""
+        ranks = {gpu: gpus.count(gpu) for gpu in gpus}
+        self._ranks_of_a_gpu = max(ranks.values())
+        self.multiprocessors = max(1, min(number // ranks[uuid, number] for uuid, number in ranks))
+        self._context = self._context_for(self.max_blocks)
+
     def _context_for(self, max_blocks: int | None):
-        return context_for(self.topology.width, max_blocks, self._scratch, len(self.topology.nodes))
+        context = context_for(self.topology.width, max_blocks, self._scratch, len(self.topology.nodes))
+        rules = replace(context.rules, blocks=min(context.rules.blocks, self.multiprocessors))
+        return context._replace(rules=rules)
 
     def _table_for(self, multicast: bool) -> tuning.Table:
         return table_for(self.gpu, self.size, multicast) if self._context.nodes == 1 else table_across()

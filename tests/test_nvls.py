@@ -99,14 +99,13 @@ import os, sys, types
 import torch
 from tdccl.transport import multicast, multicast_between
 
-torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(uuid="a GPU")
-bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, (None, "another GPU")])
+bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, None])
 multicast.supported = lambda device: True
 device = torch.device("cuda", 0)
-assert multicast_between(bootstrap, device).kind == "switch"
+assert multicast_between(bootstrap, device, 1).kind == "switch"
 for name, value in {forbidding!r}.items():
     os.environ[name] = value
-    found = multicast_between(bootstrap, device)
+    found = multicast_between(bootstrap, device, 1)
     assert found.kind is None and found.reason == f"{{name}}={{value}} forbids it", found
     try:
         multicast.allocate(bootstrap, 4096, device)
@@ -128,15 +127,14 @@ def test_where_it_is_forbidden_nothing_is_allocated_nor_imported():
 def test_all_ranks_must_be_permitted_and_have_a_gpu_of_their_own(nothing_said, monkeypatch):
     monkeypatch.setattr(multicast, "emulated", lambda: False)
     monkeypatch.setattr(multicast, "supported", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="mine"))
-    for other, kind, reason in [
-        ((None, "another"), "switch", "have it"),
-        (("NCCL_NVLS_ENABLE=0 forbids it", "another"), None, "NCCL_NVLS_ENABLE=0"),
-        (("TDCCL_NVLS=unicast", "another"), None, "unicast"),
-        ((None, "mine"), None, "share a GPU"),
+    for other, ranks_of_a_gpu, kind, reason in [
+        (None, 1, "switch", "have it"),
+        ("NCCL_NVLS_ENABLE=0 forbids it", 1, None, "NCCL_NVLS_ENABLE=0"),
+        ("TDCCL_NVLS=unicast", 1, None, "unicast"),
+        (None, 2, None, "share a GPU"),
     ]:
         bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value, other=other: [value, other])
-        found = multicast_between(bootstrap, torch.device("cuda", 0))
+        found = multicast_between(bootstrap, torch.device("cuda", 0), ranks_of_a_gpu)
         assert found.kind == kind and reason in found.reason
 
 

@@ -131,9 +131,8 @@ def check_counters(comm):
     """With more blocks than emulation has by itself, and tiles that are cut: each has a word to count its blocks."""
     module, spaces = import_module("tdccl.overlap.gemm_all_reduce"), []  # the package has a function of this name
     make = module._space
-    with mock.patch.multiple(
-        module, blocks_of=lambda device: 6, _space=lambda *how: spaces.append(make(*how)) or spaces[-1]
-    ):
+    space = mock.patch.object(module, "_space", lambda *how: spaces.append(make(*how)) or spaces[-1])
+    with mock.patch.object(comm, "multiprocessors", 6), space:
         check_product(comm, (16, 96, 640), torch.bfloat16, False, 3)
     assert len(spaces[0].arrivals) >= 640 // 64, len(spaces[0].arrivals)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pool
 import pytest
@@ -14,6 +15,7 @@ import tdccl
 from tdccl import tune, tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import context_for, table_for
+from tdccl.membership import Membership
 from tdccl.runtime.algorithm import Call, Context
 from tdccl.runtime.plan import choose
 from tdccl.tuning import model, table
@@ -213,3 +215,28 @@ def check_cap(comm):
 
 def test_a_grid_can_be_capped(ranks, world):
     ranks.run(check_cap, world)
+
+
+def check_shared_gpus(comm, gpus, blocks):
+    """Ranks that share a GPU, as under CUDA's MPS, must fit on it together, or one would wait for what never starts."""
+    with mock.patch.object(Membership, "_gpu_of", lambda self: gpus[self.rank]), comm.split(0) as sharing:
+        assert sharing.multiprocessors == blocks
+        assert sharing._context.rules.blocks == min(blocks, comm._context.rules.blocks)
+        send = torch.arange(50_000, dtype=torch.int32, device=comm.device) + comm.rank
+        expected = torch.arange(50_000, dtype=torch.int32, device=comm.device) * comm.size + sum(range(comm.size))
+        assert torch.equal(sharing.all_reduce(send), expected)
+
+
+@pytest.mark.parametrize(
+    "gpus, blocks",
+    [
+        ([("a", 5), ("b", 5), ("c", 5), ("d", 5)], 5),
+        ([("a", 5), ("a", 5), ("a", 5), ("b", 5)], 1),
+        ([("a", 4), ("b", 3), ("a", 4), ("b", 3)], 1),
+        ([("a", 2), ("a", 2), ("a", 2), ("a", 2)], 1),
+    ],
+)
+def test_ranks_that_share_a_gpu_leave_each_other_room(ranks, gpus, blocks):
+    if pool.LARGEST_WORLD < 4:
+        pytest.skip("4 ranks")
+    ranks.run(check_shared_gpus, 4, gpus=gpus, blocks=blocks)

@@ -14,7 +14,7 @@ from tdccl.ep.expert_parallel import Dispatched
 from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
 
-_BLOCKS = 2 if environment.emulated() else 128
+_BLOCKS = 128
 _SLICES = 2
 _WARPS = 1 if environment.emulated() else 4
 _TILE = 4 if environment.emulated() else 1  # tokens that a block has under way
@@ -66,7 +66,7 @@ class LowLatency(Experts):
         """Collective, with the same arguments on all ranks, which are those of `ExpertParallel`; but top_k may be more
         than num_experts, for routings with -1."""
         comm.check_one_node("LowLatency")
-        blocks = _BLOCKS if max_blocks is None else max_blocks
+        blocks = min(_BLOCKS, comm.multiprocessors) if max_blocks is None else max_blocks
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         self._places, self._columns = power_of_two(top_k), max(4, power_of_two(self.local_experts))
         self._blocks = blocks

@@ -20,7 +20,7 @@ from tdccl.errors import ArgumentError, DestroyedError
 from tdccl.runtime import arrays
 
 LAYOUTS = ("compact", "expert")
-_BLOCKS = 2 if environment.emulated() else 128
+_BLOCKS = 128
 _UNROLL = 1 if environment.emulated() else 2
 _WARPS = 1 if environment.emulated() else 16
 _CHUNK = 8  # tokens of a block that are taken while the next are under way
@@ -148,6 +148,7 @@ class ExpertParallel(Experts):
         blocks = max_blocks
         if max_blocks is None:
             blocks = _BLOCKS if len(comm.topology.nodes) == 1 else comm._context.rules.rings
+            blocks = min(blocks, comm.multiprocessors)
         super().__init__(comm, max_tokens, hidden, num_experts, top_k, dtype, blocks)
         if top_k > num_experts:
             raise ArgumentError(f"top_k is {top_k}, expected at most num_experts = {num_experts}")

@@ -15,7 +15,7 @@ import tdccl.language as shmem
 from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
-from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
+from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, workspace
 
@@ -146,7 +146,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     a_shard, shape = operands.a, operands.shape
     tiles = comm.size * -(-rows // shape.rows)
     copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
-    blocks, others = blocks_of(comm.device), COPIERS if copied else pushers(comm)
+    blocks, others = comm.multiprocessors, COPIERS if copied else pushers(comm)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)

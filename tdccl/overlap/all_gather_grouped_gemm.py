@@ -17,7 +17,7 @@ from tdccl import environment
 from tdccl.communicator import named
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import DTYPES, blocks_of, dense
+from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
@@ -184,7 +184,7 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     depth, columns = b.shape[1:]
     descriptors = by_descriptors(b)
     shape = shape_of_tiles(routing.height, columns, descriptors)
-    blocks, pushing = blocks_of(comm.device), pushers(comm)
+    blocks, pushing = comm.multiprocessors, pushers(comm)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     elements = comm.size * sizes.most * depth
     space = workspace(comm, "all_gather_grouped_gemm", elements, unit, x.dtype, 1, blocks)

@@ -20,7 +20,7 @@ from tdccl import environment
 from tdccl.communicator import Communicator, named
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError
-from tdccl.overlap.gemm import DTYPES, blocks_of
+from tdccl.overlap.gemm import DTYPES
 
 # Bytes of all rows up to which they go as packets, and what one shot may send more than two.
 PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
@@ -185,7 +185,7 @@ class _Packets:
 
     def __init__(self, comm: Communicator, slot: int):
         comm.check_one_node("communication fused with computation")
-        constants = {"blocks": blocks_of(comm.device), "packets": slot}
+        constants = {"blocks": comm.multiprocessors, "packets": slot}
         constants |= dict.fromkeys(("rings", "ring_bytes", "channels", "slot_bytes"), 0)
         memory = comm._allocate(layout.heap_bytes(comm._team._replace(**constants)))
         comm._add(memory)

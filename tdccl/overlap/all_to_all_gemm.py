@@ -16,7 +16,7 @@ from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import blocks_of, grouped, prepare, product_onto
+from tdccl.overlap.gemm import grouped, prepare, product_onto
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_operands, check_out, exchange_columns, keep_operands, padded, workspace
 
@@ -132,7 +132,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     shape = operands.shape
     a, stride = _aligned_shards(operands.a, comm.size)
     tiles = -(-rows // shape.rows)
-    blocks, pushing = blocks_of(comm.device), pushers(comm)
+    blocks, pushing = comm.multiprocessors, pushers(comm)
     elements, unit = comm.size * tiles * shape.rows * depth, math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_to_all_gemm", elements, unit, a.dtype, tiles, blocks)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)

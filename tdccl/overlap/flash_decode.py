@@ -22,7 +22,7 @@ from tdccl.overlap.attention import (
     see,
     weights_of,
 )
-from tdccl.overlap.gemm import DTYPES, blocks_of
+from tdccl.overlap.gemm import DTYPES
 from tdccl.overlap.workspace import check_out
 
 # Rows of a tile of queries: the smallest that tensor cores take; the heads of a group are in it.
@@ -222,12 +222,12 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
 
 def _splits(comm: Communicator, pairs: int, room: int) -> int:
     """Into how many parts the keys of each of `pairs` sequences and heads are split, to fill the multiprocessors."""
-    blocks = blocks_of(comm.device) * _RESIDENT
+    blocks = comm.multiprocessors * _RESIDENT
     return max(1, min(blocks // pairs, -(-room // _KEYS)))
 
 
 def _most_blocks(comm: Communicator) -> int:
-    return min(comm.team.blocks.value, blocks_of(comm.device))
+    return min(comm.team.blocks.value, comm.multiprocessors)
 
 
 def _rows(comm: Communicator, units: int) -> int:

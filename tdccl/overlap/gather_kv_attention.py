@@ -20,7 +20,7 @@ from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.attention import LOG2_E, attend, check_heads, mean, no_keys, scale_of, see
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import DTYPES, blocks_of, dense
+from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_out, workspace
 
@@ -278,7 +278,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     rows, width = length // pieces, kv_heads * dim
     of_rank = batch * pieces * -(-rows // shape.told)  # tiles
     apart = comm.size * of_rank * shape.told * width
-    blocks, pushing = blocks_of(comm.device) * shape.resident, pushers(comm)
+    blocks, pushing = comm.multiprocessors * shape.resident, pushers(comm)
     helping = pushing * shape.resident
     space = workspace(comm, f"gather_kv_attention of {dim}", 2 * apart, width, k.dtype, of_rank, blocks + 2)
     odd, shards = space.odd(width), overlap.shards_of(of_rank * shape.told, width, shape.told, space.most)

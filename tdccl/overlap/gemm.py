@@ -39,11 +39,6 @@ def shape_for(rows: int, columns: int, descriptors: bool) -> Shape:
     return Shape(128, 256, 64, 4, 8, 8)
 
 
-def blocks_of(device: torch.device) -> int:
-    """As many blocks as the device runs at once, one a multiprocessor."""
-    return 2 if environment.emulated() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class Right(NamedTuple):
     """The right operand as kernels take it: a TensorDescriptor or a pointer, strides in elements, and whether it lies
     column after column."""

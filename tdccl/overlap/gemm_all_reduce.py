@@ -25,7 +25,6 @@ from tdccl.language import overlap
 from tdccl.overlap.copies import side_of
 from tdccl.overlap.gemm import (
     Shape,
-    blocks_of,
     grouped,
     prepare,
     product,
@@ -451,7 +450,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     (rows, columns), depth = out.shape, a.shape[1]
-    few, blocks = rows <= FEW_ROWS, blocks_of(comm.device)
+    few, blocks = rows <= FEW_ROWS, comm.multiprocessors
     operands = prepare(a, b, rows, columns, shape_of_few if few else shape_for)
     shape = operands.shape
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)

@@ -12,7 +12,7 @@ import triton.language as tl
 import tdccl.language as shmem
 from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
-from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
+from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.gemm_reduce_scatter import slot_of, wait_peers
 from tdccl.overlap.workspace import check_matrices, check_out, exchange_columns, keep_operands, padded, workspace
 
@@ -118,7 +118,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     shape = operands.shape
     width = padded(columns, _UNIT)
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
-    blocks = blocks_of(comm.device)
+    blocks = comm.multiprocessors
     space = workspace(comm, "gemm_all_to_all", comm.size * rows * width, _UNIT, a.dtype, tiles, blocks)
 
     def multiply():

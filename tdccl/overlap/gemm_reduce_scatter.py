@@ -13,7 +13,7 @@ import tdccl.language as shmem
 from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
-from tdccl.overlap.gemm import blocks_of, grouped, prepare, product
+from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, padded, workspace
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
@@ -144,7 +144,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     a, shape = operands.a, operands.shape
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
-    blocks, elements = blocks_of(comm.device), comm.size * rows * width
+    blocks, elements = comm.multiprocessors, comm.size * rows * width
     copied = comm.size > 1 and rows * width * a.itemsize >= LEAST_BYTES
     words = -(-tiles_down // shape.group) if copied else tiles_down * tiles_across
     space = workspace(comm, "gemm_reduce_scatter", elements, _UNIT, a.dtype, words, blocks, copied)

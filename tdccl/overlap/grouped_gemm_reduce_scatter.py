@@ -17,7 +17,7 @@ from tdccl import environment
 from tdccl.communicator import named
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
-from tdccl.overlap.gemm import DTYPES, blocks_of, dense, left
+from tdccl.overlap.gemm import DTYPES, dense, left
 from tdccl.overlap.grouped import (
     by_descriptors,
     check_grouped,
@@ -285,7 +285,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     descriptors = by_descriptors(b)
     shape = shape_of_tiles(routing.height, columns, descriptors)
     width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
-    blocks = blocks_of(comm.device)
+    blocks = comm.multiprocessors
     reducers = _reducers(blocks, depth)
     multipliers = blocks - reducers
     signals = max(reducers, comm.size) * -(-columns // chunk)

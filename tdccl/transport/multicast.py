@@ -26,18 +26,17 @@ class Multicast(NamedTuple):
     reason: str
 
 
-def multicast_between(bootstrap: Bootstrap, device: torch.device) -> Multicast:
-    """What all these ranks have in common; collective. It looks, and makes no multicast object."""
+def multicast_between(bootstrap: Bootstrap, device: torch.device, ranks_of_a_gpu: int) -> Multicast:
+    """What all these ranks, so many on one GPU, have in common; collective. It looks, and makes no multicast object."""
     by_unicast = multimem_by_unicast()
     if emulated():
         return Multicast("unicast" if by_unicast else "switch", "emulated")
     mine = "TDCCL_NVLS=unicast" if by_unicast else _missing(bootstrap, device)
-    gpu = str(torch.cuda.get_device_properties(device).uuid)
-    everyone = bootstrap.exchange((mine, gpu))
-    reason = next((reason for reason, _ in everyone if reason), None)
-    if reason == "TDCCL_NVLS=unicast" and len({reason for reason, _ in everyone}) == 1:
+    reasons = bootstrap.exchange(mine)
+    reason = next(filter(None, reasons), None)
+    if reason == "TDCCL_NVLS=unicast" and len({*reasons}) == 1:
         return Multicast("unicast", reason)
-    if reason is None and len({gpu for _, gpu in everyone}) < bootstrap.size:
+    if reason is None and ranks_of_a_gpu > 1:
         reason = "two ranks share a GPU"
     return Multicast("switch", "the GPUs and their switch have it") if reason is None else Multicast(None, reason)
 
