@@ -8,7 +8,7 @@ import itertools
 import cases
 import torch
 
-from tdccl import aot
+from tdccl import aot, tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import table_for
 from tdccl.runtime.algorithm import Call
@@ -31,14 +31,16 @@ def _calls(collective: str, algorithm, size: int):
                 yield Call(collective, count, name, op, 0, min(16, alignment), None, segments, False)
 
 
-def write_pack(path: str, worlds: set[int]) -> None:
-    """Compiles each distinct kernel of `test_collectives` once, for these numbers of ranks."""
-    gpu, arch = "NVIDIA H200", "sm_90"
+def write_pack(path: str, worlds: set[int], gpus: int) -> None:
+    """Compiles each distinct kernel of `test_collectives` once, for these numbers of ranks on so many GPUs."""
+    gpu, arch, multiprocessors = "NVIDIA H200", "sm_90", 132
     if torch.cuda.is_available():
         gpu, arch = torch.cuda.get_device_name(), "sm_{}{}".format(*torch.cuda.get_device_capability())
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     jobs = {}
     for size, (collective, algorithms) in itertools.product(sorted(worlds), ALGORITHMS.items()):
-        context, table = aot.context_for(size), table_for(gpu, size)
+        sharing = -(-size // gpus)
+        context, table = aot.context_for(size, min(tuning.GPU.rings, multiprocessors // sharing)), table_for(gpu, size)
         for algorithm in algorithms if collective in {*cases.REDUCTIONS, *cases.MOVEMENTS} else ():
             if algorithm.multimem is not None:
                 continue  # what the twins need is compiled as they are called
