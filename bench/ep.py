@@ -281,7 +281,8 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
         if nodes > 1 and not environment.emulated():  # with NVSHMEM's bitcode each kernel takes seconds
             if comm.rank == 0:
                 major, minor = torch.cuda.get_device_capability(comm.device)
-                ep_kernels.warm(ep_kernels.Sizes(nodes, width, max(options.tokens), *sizes), 10 * major + minor)
+                made = ep_kernels.Sizes(nodes, width, max(options.tokens), *sizes, comm.multiprocessors)
+                ep_kernels.warm(made, 10 * major + minor)
             bootstrap.barrier()
         ep = ExpertParallel(comm, max(options.tokens), *sizes)
         low = LowLatency(comm, max(few), *sizes) if few else None

@@ -54,7 +54,7 @@ class _Workspace:
 
 
 class Sizes(NamedTuple):
-    """What the objects of expert parallelism are made with, on `nodes` nodes of `width` ranks."""
+    """What the objects of expert parallelism are made with, on `nodes` nodes of `width` ranks, and the largest grid."""
 
     nodes: int
     width: int
@@ -62,11 +62,12 @@ class Sizes(NamedTuple):
     hidden: int
     experts: int
     top_k: int
+    most_blocks: int | None = None
 
 
 def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Launch]:
     """One launch of each distinct kernel of the calls that `bench.ep` makes."""
-    ranks, context = sizes.nodes * sizes.width, context_for(sizes.width, nodes=sizes.nodes)
+    ranks, context = sizes.nodes * sizes.width, context_for(sizes.width, sizes.most_blocks, nodes=sizes.nodes)
     comm = SimpleNamespace(
         size=ranks, rank=0, device=torch.device("cpu"), check=lambda: None, check_one_node=lambda _: None,
         all_gather=lambda *_, **__: None,
@@ -85,7 +86,7 @@ def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Laun
 
 
 def _many(comm, sizes: Sizes, fp8: bool) -> None:
-    tokens, hidden, experts, top_k = sizes[2:]
+    tokens, hidden, experts, top_k = sizes[2:6]
     idx, weights = torch.zeros(tokens, top_k, dtype=torch.int64), torch.zeros(tokens, top_k)
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
     ep = ExpertParallel(comm, tokens, hidden, experts, top_k)
@@ -105,7 +106,7 @@ def _many(comm, sizes: Sizes, fp8: bool) -> None:
 
 
 def _few(comm, sizes: Sizes, fp8: bool) -> None:
-    tokens, hidden, experts, top_k = sizes[2:]
+    tokens, hidden, experts, top_k = sizes[2:6]
     x, weights = torch.empty(tokens, hidden, dtype=torch.bfloat16), torch.zeros(tokens, top_k)
     low = LowLatency(comm, tokens, hidden, experts, top_k)
     plan = low.plan(torch.zeros(tokens, top_k, dtype=torch.int64))

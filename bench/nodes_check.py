@@ -59,9 +59,9 @@ def cases(name: str, rank: int, ranks: int) -> Iterator[Case]:
                 yield Case(collective, size, dtype, op if collective.reduces else None, root, rank, ranks, in_place)
 
 
-def jobs(nodes: int, width: int, arch: str) -> list[aot.Job]:
+def jobs(nodes: int, width: int, arch: str, most_blocks: int) -> list[aot.Job]:
     """The kernels of all parts."""
-    context, distinct = context_for(width, nodes=nodes), {}
+    context, distinct = context_for(width, most_blocks, nodes=nodes), {}
     calls = [_other(nodes * width, *other) for other in _OTHERS]
     for name in ACROSS_NODES.keys() & COLLECTIVES.keys():
         calls += [_call(case) for case in cases(name, 0, nodes * width) if case.count]
@@ -88,10 +88,10 @@ def _other(ranks: int, name: str, count: int, dtype: str, op: str | None, alignm
     return Call(name, count, dtype, op, 0, alignment, splits, (None, None), False, on_device)
 
 
-def compile_all(topology: tdccl.transport.Topology) -> str:
+def compile_all(topology: tdccl.transport.Topology, most_blocks: int) -> str:
     """Compiles the kernels into Triton's cache, on all cores; returns how long it took, in words."""
     start, arch = time.monotonic(), "sm_{}{}".format(*torch.cuda.get_device_capability())
-    todo = jobs(len(topology.nodes), topology.width, arch)
+    todo = jobs(len(topology.nodes), topology.width, arch, most_blocks)
     on_all_cores(aot.warm, [(job,) for job in todo])
     return f"{len(todo)} kernels compiled in {time.monotonic() - start:.0f} s"
 
@@ -327,10 +327,10 @@ def main() -> int:
         say(f"# {comm.size} x {comm.gpu} as nodes {comm.topology.nodes}; NVSHMEM: {installed(comm)}")
         if len(comm.topology.nodes) == 1:
             raise SystemExit("all ranks are on one node: draw a boundary, by TDCCL_NODE_SIZE=1 on 2 ranks, 2 on 4")
-        topology = comm.topology
+        topology, blocks = comm.topology, comm.multiprocessors
         described = describe(comm.size, comm.device, f"python -m bench.nodes_check {given()}", topology)
     if bootstrap.rank == 0 and not environment.emulated():
-        say(f"# {compile_all(topology)}")
+        say(f"# {compile_all(topology, blocks)}")
     bootstrap.barrier()
     parts = [
         (f"{name} by {algorithm.name}", partial(Checker.algorithm, algorithm=algorithm, name=name))
