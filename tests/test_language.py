@@ -1,5 +1,8 @@
 """Kernels of users: the device functions of `tdccl.language`, alone and together."""
 
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -228,3 +231,23 @@ def lonely(team, x):
 
 def test_a_grid_that_is_too_large_is_told(ranks, world):
     ranks.run(check_large_grid, world)
+
+
+KEYS = """
+import sys
+from tdccl.collectives import ALGORITHMS
+from tdccl.runtime import bare, launch
+
+kernels = {algorithm.name: bare.kernel_of(algorithm.kernel) for algorithm in ALGORITHMS["all_reduce"]}
+for name in sys.argv[1:]:
+    launch._callees_first(kernels[name], set())
+print({name: kernels[name].cache_key for name in sorted(sys.argv[1:])})
+"""
+
+
+def test_a_kernel_has_one_key_in_tritons_cache_whatever_was_compiled_before_it():
+    def keys(*order):
+        command, variables = [sys.executable, "-c", KEYS, *order], os.environ | {"TDCCL_EMULATE": "0"}
+        return subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, check=True).stdout
+
+    assert keys("one_shot_ll", "two_shot_staged") == keys("two_shot_staged", "one_shot_ll") != ""

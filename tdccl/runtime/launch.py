@@ -8,6 +8,7 @@ fresh addresses a call.
 import ctypes
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -97,6 +98,22 @@ def _leaves(types, values=None, path=()):
         yield path, types, values
 
 
+def _callees_first(function, seen: set[int]) -> None:
+    """Computes Triton's keys of a function's callees, then its own.
+
+    Triton 3.6 makes a key from what is known of the callees by then: from one process to the next a kernel's would
+    depend on what was compiled before it, and its cache miss.
+    """
+    seen.add(id(function))  # its hash is its key
+    names = function.fn.__code__.co_names
+    known = [function.fn.__globals__.get(name) for name in names]
+    known += [getattr(module, name, None) for module in known if isinstance(module, ModuleType) for name in names]
+    for callee in known:
+        if isinstance(callee, type(function)) and id(callee) not in seen:
+            _callees_first(callee, seen)
+    _ = function.cache_key
+
+
 def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: int, target):
     """Compiles for `target` (a triton GPUTarget); needs no GPU. Returns Triton's CompiledKernel."""
     import triton
@@ -112,7 +129,9 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
                 divisor = arguments.promised(name)
                 if divisor > 1 and leaf != "i32":
                     attributes[path] = [["tt.divisibility", divisor]]
-    source = ASTSource(bare.kernel_of(kernel), arguments.types, constants, attributes)
+    function = bare.kernel_of(kernel)
+    _callees_first(function, set())
+    source = ASTSource(function, arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     if arguments.across:
