@@ -167,9 +167,10 @@ def check_combine(comm, dtype):
             routed = {"topk_idx": problem.idx[rank], "topk_weights": problem.weights[rank]}
             worst = {**routed, "num_worst_tokens": comm.size * 12}
             for options, biases in ((routed, ()), (worst, (x,)), ({}, (x, x + 1))):
-                received, _, _, _, handle, _ = buffer.dispatch(
+                received, _, _, _, handle, event = buffer.dispatch(
                     x, **layout, **options, previous_event=buffer.capture(), async_finish=True
                 )
+                event.current_stream_wait()
                 made = received * (rank + 2)
                 made[len(rows) :] = float("nan")
                 by_rank = [
@@ -518,7 +519,7 @@ from deep_ep.utils import EventHandle, EventOverlap
 
 if torch.cuda.is_available():
     rank = os.environ.get("LOCAL_RANK") or os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]
-    torch.cuda.set_device(int(rank))
+    torch.cuda.set_device(int(rank) % torch.cuda.device_count())
 if sys.argv[1] == "mpi":
     from mpi4py import MPI
 

@@ -38,6 +38,8 @@ def mortals():
 @pytest.mark.parametrize("fault", fault_table.table(), ids=lambda fault: fault.name.replace(" ", "_"))
 def test_fault(mortals, fault):
     """The right error in time, survivors that go on, and nothing left: see `crew.Crew.run`."""
+    if "no scratch" in fault.name and 0 < torch.cuda.device_count() < min(3, pool.LARGEST_WORLD):
+        pytest.skip("ranks that share a GPU share its memory")
     outcome = mortals.run(fault)
     if fault.timed:
         assert outcome.seconds < fault.waited + SOON, outcome

@@ -203,7 +203,8 @@ from torch.profiler import ProfilerActivity, profile
 
 dist.init_process_group("tdccl")
 rank = dist.get_rank()
-device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+gpus = torch.cuda.device_count()
+device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
 x = torch.ones(10, device=device)
 for call in (
     lambda: dist.all_reduce(x[rank:]),

@@ -533,7 +533,8 @@ if not hasattr(dist.Backend, "TDCCL"):
     tdccl.torch_entry.register()
 dist.init_process_group("tdccl")
 rank, size = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+gpus = torch.cuda.device_count()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus) if gpus else torch.device("cpu")
 if device.type == "cuda":
     torch.cuda.set_device(device)
 x = torch.full((5003,), rank + 1.0, device=device)

@@ -594,7 +594,8 @@ def results_on(backend: str, cases: list) -> list:
 def outcomes(names: list[str]) -> dict[str, Exception | None]:
     """By case: None where both backends gave the same, else what failed on either, or how they differ."""
     global DEVICE
-    DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    DEVICE = torch.device("cuda", local % torch.cuda.device_count()) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(DEVICE)
     cases = chosen(names)

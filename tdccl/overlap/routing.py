@@ -23,7 +23,7 @@ from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.workspace import workspace
 
-# Blocks that look at the tokens of one rank, a power of two, and at how many places together.
+# The most blocks that look at the tokens of one rank, and at how many places together.
 _PARTS = 1 if environment.emulated() else 32
 _PLACES_AT_ONCE = 128
 _UNIT = 4  # 16 bytes of an inbox
@@ -119,6 +119,11 @@ def height_of(ranks: int, sizes: Sizes) -> int:
     if environment.emulated():
         return 16
     return 64 if ranks * sizes.most * sizes.top_k <= 64 * sizes.experts else 128
+
+
+def parts_for(ranks: int, multiprocessors: int) -> int:
+    """Blocks that look at the tokens of one rank, a power of two: all blocks run at once, up to two a multiprocessor."""
+    return min(_PARTS, 1 << (max(1, 2 * multiprocessors // ranks).bit_length() - 1))
 
 
 def _layout(ranks: int, sizes: Sizes) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
@@ -356,11 +361,11 @@ def padded_tokens(tensor: torch.Tensor, most: int, value: int = 0) -> torch.Tens
 def _find(routing: Routing, idx: torch.Tensor, factors: torch.Tensor | None, weights: torch.Tensor) -> None:
     """Fills the tables, and the weights of all ranks if this one gives its own."""
     comm, sizes, constants = routing.comm, routing.sizes, routing.constants()
-    columns = power_of_two(constants["LOCAL"])
-    blocks = comm.size * _PARTS
+    columns, parts = power_of_two(constants["LOCAL"]), parts_for(comm.size, comm.multiprocessors)
+    blocks = comm.size * parts
     counts = routing.memory.new_empty(blocks, columns)
     tables, shard = routing.tables, comm.rank if sizes.sharded else 0
-    constants |= {"COLUMNS": columns, "PARTS": _PARTS, "TILE": max(1, _PLACES_AT_ONCE // constants["PLACES"])}
+    constants |= {"COLUMNS": columns, "PARTS": parts, "TILE": max(1, _PLACES_AT_ONCE // constants["PLACES"])}
     space = workspace(comm, "route", 2 * routing.rows, _UNIT, torch.int32, blocks, blocks)
 
     def exchange_and_place():
