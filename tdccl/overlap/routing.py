@@ -122,7 +122,7 @@ def height_of(ranks: int, sizes: Sizes) -> int:
 
 
 def parts_for(ranks: int, multiprocessors: int) -> int:
-    """Blocks that look at the tokens of one rank, a power of two: all blocks run at once, up to two a multiprocessor."""
+    """Blocks that look at the tokens of one rank, a power of two: all run at once, up to two a multiprocessor."""
     return min(_PARTS, 1 << (max(1, 2 * multiprocessors // ranks).bit_length() - 1))
 
 
