@@ -87,6 +87,7 @@ def multimem_facts(compiled) -> dict:
         "reduced_loads": len(re.findall(r"\bLDGMC\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E\.128\.STRONG\.SYS\b", sass)),
         "reductions": len(re.findall(r"\bREDG\.E\S*\.STRONG\.SYS\b", sass)),
+        "alias_fences": len(re.findall(r"fence\.proxy\.alias;", ptx)),
         "unguarded": unguarded(sass.splitlines()),
     }
 
