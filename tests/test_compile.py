@@ -85,7 +85,7 @@ def test_a_proxy_fence_stands_between_accesses_through_the_switch_and_others_of_
         if kernel["multimem"] is not None:
             least = fences.get(kernel["name"], int(kernel["name"].endswith("_staged")))
             found = kernel["alias_fences"]
-            assert (found >= least > 0 if least and kernel["multimem"] == "switch" else found == 0), kernel
+            assert found >= least > 0 if least and kernel["multimem"] == "switch" else found == 0, kernel
 
 
 def test_their_unicast_twins_leave_the_switch_alone():

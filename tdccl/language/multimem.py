@@ -243,9 +243,8 @@ def _switch_st(base, offset, words, mask):
 @device(_emulated_red)
 def _switch_red(base, offset, source, quads, OP: tl.constexpr, DTYPE: tl.constexpr):
     TEXT: tl.constexpr = _red_text(OP, DTYPE)
-    tl.inline_asm_elementwise(
-        TEXT, "=r,l,l,r", [base + offset, source, quads.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    number = (tl.full([], 0, tl.int64) + quads).to(tl.int32)  # quads may be a constant, when there is 1
+    tl.inline_asm_elementwise(TEXT, "=r,l,l,r", [base + offset, source, number], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @device(_emulated_count)
@@ -398,6 +397,12 @@ def _not_here(team, arrivals):
     return tl.max(tl.where((ranks < team.size) & (counts == 0), ranks, -1))
 
 
+@triton.constexpr_function
+def _one_of_each(size):
+    """What a barrier adds to a word: 1 in the byte of each of `size` ranks."""
+    return sum(1 << 8 * rank for rank in range(size))
+
+
 @triton.jit
 def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     """`barrier_block` by one `multimem.red`: each rank adds 1 to its own byte of a word that every rank has.
@@ -409,8 +414,8 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     start = (block_of(team) * STATE_BYTES).to(tl.int64)
     arrived = local_at(team, start + _ARRIVED, tl.int64)
     passed = local_at(team, start + _PASSED, tl.int64)
-    one = tl.full([], 1, tl.int64)
-    _count_arrival(team, start + _ARRIVED, one << (team.rank * 8).to(tl.int64), MULTIMEM)
+    bits = tl.full([], 8, tl.int64) * team.rank
+    _count_arrival(team, start + _ARRIVED, tl.full([], 1, tl.int64) << bits, MULTIMEM)
     before = tl.load(passed)  # behind a block barrier: one thread stored it in the barrier before
     arrivals = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - before
     late = _not_here(team, arrivals)
@@ -425,8 +430,7 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     if not go:
         record_fault(team, late, BARRIER, epoch, before, before + arrivals)
     tl.debug_barrier()
-    ALL: tl.constexpr = 0x0101010101010101 & ((1 << (8 * team.size)) - 1)
-    tl.store(passed, before + ALL)
+    tl.store(passed, before + _one_of_each(team.size))
     return tl.where(go, epoch, epoch - DEAD)
 
 
