@@ -65,6 +65,11 @@ def test_each_variable_forbids_whatever_the_others_say(nothing_said, monkeypatch
     [
         ("NCCL_NVLS_ENABLE", "2", False),
         ("NCCL_NVLS_ENABLE", " 0", True),
+        ("NCCL_NVLS_ENABLE", "00", True),
+        ("NCCL_NVLS_ENABLE", "0x0", True),
+        ("NCCL_NVLS_ENABLE", "disabled", True),
+        ("NVSHMEM_DISABLE_NVLS", "01", True),
+        ("TDCCL_NVLS", "none", True),
         ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "true", True),
         ("NVSHMEM_DISABLE_NVLS", "YES", True),
         ("NVSHMEM_DISABLE_NVLS", "false", False),
@@ -99,7 +104,7 @@ import os, sys, types
 import torch
 from tdccl.transport import multicast, multicast_between
 
-bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, None])
+bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, (None, None)])
 multicast.supported = lambda device: True
 device = torch.device("cuda", 0)
 assert multicast_between(bootstrap, device, 1).kind == "switch"
@@ -133,9 +138,22 @@ def test_all_ranks_must_be_permitted_and_have_a_gpu_of_their_own(nothing_said, m
         ("TDCCL_NVLS=unicast", 1, None, "unicast"),
         (None, 2, None, "share a GPU"),
     ]:
-        bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value, other=other: [value, other])
+        bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value, other=other: [value, (other, None)])
         found = multicast_between(bootstrap, torch.device("cuda", 0), ranks_of_a_gpu)
         assert found.kind == kind and reason in found.reason
+
+
+def test_a_rank_whose_variable_has_no_such_value_keeps_no_other_waiting(nothing_said, monkeypatch):
+    theirs = None, "TDCCL_NVLS is 'maybe'"
+    bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, theirs])
+    with pytest.raises(InitError, match="rank 1 could not take part: TDCCL_NVLS is 'maybe'"):
+        multicast_between(bootstrap, torch.device("cpu"), 1)
+    exchanged = []
+    bootstrap.exchange = lambda value: exchanged.append(value) or [value, (None, None)]
+    monkeypatch.setenv("TDCCL_NVLS", "maybe")
+    with pytest.raises(InitError, match="TDCCL_NVLS is 'maybe'"):
+        multicast_between(bootstrap, torch.device("cpu"), 1)
+    assert exchanged
 
 
 # Who may name what: the permission, torch's symmetric memory, driver calls, and the instructions.
@@ -191,55 +209,81 @@ def test_a_rendezvous_goes_round_by_round_whatever_its_numbers():
     assert found == {rank: [f"{1 - rank} in round {number}" for number in range(3)] for rank in (0, 1)}
 
 
-@pytest.mark.skipif(not environment.emulated(), reason="not where torch could make a multicast object")
-@pytest.mark.parametrize("fails", ["memory", "round 0", "round 1", "handle"])
-def test_memory_for_the_switch_that_a_rank_is_refused_no_other_waits_for(monkeypatch, fails):
-    """torch's part is played by one that goes the same rounds, on two threads for two ranks; the first one fails."""
-    store, found = dist.HashStore(), {}
+def both_allocate(monkeypatch, here=lambda rank, where: None) -> tuple[list, list]:
+    """(what `multicast.allocate` returned, what it raised) on two threads for two ranks, which meet afterwards.
 
-    def fail(here):
-        if here == fails and threading.current_thread().name == "0":
-            raise RuntimeError(f"no {here}")
+    torch's part is played by one that goes the same rounds. It calls here(rank, where) where something may go wrong.
+    """
+    store, made, said = dist.HashStore(), [None] * 2, [None] * 2
+    stores, rounds_store = {}, multicast.rounds_store
+
+    def rank():
+        return int(threading.current_thread().name)
 
     def empty(nbytes, dtype, device):
-        fail("memory")
+        here(rank(), "memory")
         return torch.empty(nbytes, dtype=dtype)
 
     def rendezvous(local, name):
-        rank = threading.current_thread().name
-        rounds = dist.PrefixStore("carrier", stores[rank])  # C++, which calls what is Python's
+        rounds = dist.PrefixStore("carrier", stores[rank()])  # C++, which calls what is Python's
         for number in range(2):
-            fail(f"round {number}")
-            rounds.set(f"{name}/{number}/{rank}", "mine")
-        fail("handle")
-        return types.SimpleNamespace(buffer_ptrs=[0, 0], offset=0, multicast_ptr=1)
+            here(rank(), f"round {number}")
+            rounds.set(f"{name}/{number}/{rank()}", "mine")
+        here(rank(), "handle")
+        refused = here(rank(), "multicast") == "refused"
+        return types.SimpleNamespace(buffer_ptrs=[0, 0], offset=0, multicast_ptr=0 if refused else 1)
 
     def carry(bootstrap):
-        stores[threading.current_thread().name] = made = rounds_store(bootstrap)
+        stores[rank()] = made = rounds_store(bootstrap)
         return made
 
-    def allocate(rank):
-        bootstrap = StoreBootstrap(store, rank, 2, timeout=30)
+    def allocate():
+        bootstrap = StoreBootstrap(store, rank(), 2, timeout=30)
         try:
-            multicast.allocate(bootstrap, 1024, torch.device("cpu"))
+            made[rank()] = multicast.allocate(bootstrap, 1024, torch.device("cpu"))
         except tdccl.InitError as error:
-            found[rank] = str(error)
+            said[rank()] = str(error)
         assert bootstrap.exchange("next") == ["next", "next"]
 
-    stores, rounds_store = {}, multicast.rounds_store
-    monkeypatch.setattr(multicast, "multicast_forbidden_by", lambda: None)
+    monkeypatch.setattr(multicast, "multicast_forbidden_by", lambda: here(rank(), "permission"))
     monkeypatch.setattr(multicast, "rounds_store", carry)
     monkeypatch.setattr(torch_symmetric, "empty", empty)
     monkeypatch.setattr(torch_symmetric, "rendezvous", rendezvous)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(synchronize=lambda: None))
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    threads = [threading.Thread(target=allocate, args=(rank,), name=str(rank)) for rank in range(2)]
+    threads = [threading.Thread(target=allocate, name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert f"no {fails}" in found[0] and "rank 0 could not take part" in found[1], found
+    return made, said
+
+
+no_real_switch = pytest.mark.skipif(not environment.emulated(), reason="not where torch could make a multicast object")
+
+
+@no_real_switch
+@pytest.mark.parametrize("fails", ["memory", "round 0", "round 1", "handle"])
+def test_memory_for_the_switch_that_a_rank_is_refused_no_other_waits_for(monkeypatch, fails):
+    def here(rank, where):
+        if (rank, where) == (0, fails):
+            raise RuntimeError(f"no {where}")
+
+    _, said = both_allocate(monkeypatch, here)
+    assert f"no {fails}" in said[0] and "rank 0 could not take part" in said[1], said
+
+
+@no_real_switch
+def test_what_is_forbidden_to_one_rank_by_now_no_other_waits_for(monkeypatch):
+    _, said = both_allocate(monkeypatch, lambda *at: {(0, "permission"): "NCCL_NVLS_ENABLE=0"}.get(at))
+    assert said[0].startswith("NCCL_NVLS_ENABLE=0 forbids") and "rank 0 could not take part" in said[1], said
+
+
+@no_real_switch
+def test_a_multicast_address_that_one_rank_lacks_none_has(monkeypatch):
+    made, _ = both_allocate(monkeypatch, lambda *at: {(1, "multicast"): "refused"}.get(at))
+    assert [memory.multicast for memory in made] == [0, 0]
 
 
 @contextlib.contextmanager
