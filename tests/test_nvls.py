@@ -28,7 +28,7 @@ from test_training import LONG
 from waiting import settle, settle_all
 
 import tdccl
-from bench import implementations
+from bench import implementations, nvls_check
 from tdccl import environment, tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import table_for
@@ -555,6 +555,15 @@ def test_the_check_of_a_host_with_multicast():
     assert "# wrong elements: 0" in said
     names = {f"{collective} {algorithm.name}" for collective in ALGORITHMS for algorithm in nvls_of(collective)}
     assert {" ".join(line.split()[:2]) for line in said.splitlines() if not line.startswith("#")} == names
+
+
+def test_the_check_has_every_root_and_ragged_messages_of_every_type():
+    listed = [*nvls_check.tasks(types.SimpleNamespace(rank=0, size=8), [1 << power for power in range(14, 29, 2)])]
+    assert {task.case.root for task in listed if task.case.collective.rooted} == {*range(8)}
+    for algorithm in (*nvls_of("all_reduce"), *nvls_of("broadcast")):
+        mine = [task.case for task in listed if task.algorithm is algorithm]
+        ragged = {case.dtype for case in mine if case.nbytes % 16}
+        assert ragged == {case.dtype for case in mine} and max(case.nbytes for case in mine) == 1 << 28
 
 
 def test_through_torch_distributed(tmp_path):
