@@ -123,7 +123,7 @@ def main(words: list[str]) -> int:
     options = parser.parse_args(words)
     if options.largest < options.smallest:
         parser.error(f"-b is {options.smallest}, -e is {options.largest}: expected -b <= -e")
-    comm = tdccl.init()
+    comm = tdccl.init(timeout=120)  # a wait that lasts longer is a fault of what is checked here
     say = print if comm.rank == 0 else lambda *_, **__: None
     say(f"# {comm.size} x {comm.gpu}; multimem: {comm.multicast.kind or 'no'} ({comm.multicast.reason})", flush=True)
     if comm.multicast.kind is None:
@@ -131,6 +131,7 @@ def main(words: list[str]) -> int:
         comm.destroy()
         return 2
     bootstrap = discover(timeout=comm.timeout)
+    bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, 2)]
     checker, wrong = Checker(comm, bootstrap, sizes[-1]), 0
     for task in tasks(comm, sizes):

@@ -543,18 +543,41 @@ def test_through_the_bench(ranks):
     assert "nvls_two_shot_staged" in said
 
 
+def check_as_two(port, second):
+    """The processes of two ranks that run the check; rank 1 runs Python with the words `second` instead, if there are
+    some."""
+    check = ["-m", "bench.nvls_check", "-b", "10", "-e", "10"]
+    kept = {**os.environ, "TDCCL_INIT": f"tcp://127.0.0.1:{port}", "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=pool.ROOT, env={**kept, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, words in enumerate([check, second or check])
+    ]  # fmt: skip
+
+
 def test_the_check_of_a_host_with_multicast():
-    command = [sys.executable, "-m", "bench.nvls_check", "-b", "10", "-e", "10"]
-    kept = {**os.environ, "TDCCL_INIT": "tcp://127.0.0.1:29653", "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(command, cwd=pool.ROOT, env={**kept, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    started = check_as_two(29653, None)
     said, _ = started[0].communicate(timeout=200)
     assert [rank.wait(60) for rank in started] == [0, 0]
     assert "# wrong elements: 0" in said
     names = {f"{collective} {algorithm.name}" for collective in ALGORITHMS for algorithm in nvls_of(collective)}
     assert {" ".join(line.split()[:2]) for line in said.splitlines() if not line.startswith("#")} == names
+
+
+LEAVES = """
+import os, tdccl
+from tdccl.transport.bootstrap import discover
+comm, bootstrap = tdccl.init(), discover()
+os._exit(3)
+"""
+
+
+def test_the_check_ends_where_a_rank_has_ended():
+    started = check_as_two(29654, ["-c", LEAVES])
+    _, said = started[0].communicate(timeout=60)
+    assert [rank.wait(60) for rank in started] == [1, 3] and "rank 1" in said.splitlines()[-1], said
 
 
 def test_the_check_has_every_root_and_ragged_messages_of_every_type():
