@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import cases
 import multimem_kernels
@@ -35,6 +36,7 @@ from tdccl.decisions import table_for
 from tdccl.errors import InitError
 from tdccl.transport import Multicast, multicast, multicast_between
 from tdccl.transport.bootstrap import StoreBootstrap
+from tdccl.transport.symmetric_memory import free_kept
 
 FORBIDDING = {
     "NCCL_NVLS_ENABLE": "0",
@@ -284,6 +286,24 @@ def test_what_is_forbidden_to_one_rank_by_now_no_other_waits_for(monkeypatch):
 def test_a_multicast_address_that_one_rank_lacks_none_has(monkeypatch):
     made, _ = both_allocate(monkeypatch, lambda *at: {(1, "multicast"): "refused"}.get(at))
     assert [memory.multicast for memory in made] == [0, 0]
+
+
+@no_real_switch
+def test_after_a_failure_it_is_freed_when_the_peers_are_gone_and_the_gpu_works(monkeypatch):
+    def synchronize(device):
+        if not works:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    made, _ = both_allocate(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    gone, works, local = [], [], weakref.ref(made[0].local)
+    made[0].release(None, lambda: bool(gone))
+    for happens in (gone, works):
+        free_kept()
+        assert local() is not None
+        happens.append(True)
+    free_kept()
+    assert local() is None
 
 
 @contextlib.contextmanager

@@ -6,18 +6,17 @@ The memory is torch's symmetric memory. Nothing of it is imported, and no multic
 
 import contextlib
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tdccl.environment import emulated, multicast_forbidden_by, multimem_by_unicast
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory, together
+from tdccl.transport.symmetric_memory import SymmetricMemory, free_kept, keep, together
 
 _BY_UNICAST = "TDCCL_NVLS=unicast"
 _carriers = itertools.count(1)
-_never_freed: list[Any] = []  # what a peer may still be using after a failure
 
 
 class Multicast(NamedTuple):
@@ -72,6 +71,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     Its `multicast` is 0, on all ranks alike, where the driver refuses one of them a multicast object. Raises InitError,
     on all ranks, where multicast is forbidden to one by now, memory is short, or a peer's cannot be reached.
     """
+    free_kept()
     local: torch.Tensor | None = None
     shared: SymmetricMemory | None = None
     held = []  # torch's handle
@@ -109,7 +109,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
                 return
         except TdcclError:
             pass
-        _never_freed.extend([local, *held])
+        keep((local, *held), lambda: peers_gone() and _works(device))
         held.clear()
 
     together(bootstrap, obtain)
@@ -119,6 +119,15 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     except _Told as told:
         raise told.__cause__ from None
     return shared
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the GPU still does what it is told. Where it does not, torch ends a process that frees such memory."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Told(TdcclError):
