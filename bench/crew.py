@@ -19,6 +19,7 @@ import torch.distributed as dist
 import tdccl
 from bench import launch
 from tdccl import Communicator, environment, torch_entry
+from tdccl.transport.symmetric_memory import free_kept
 
 ON_GPU = not environment.emulated()
 LONG = 100.0  # seconds: a timeout that no fault here waits for
@@ -289,7 +290,5 @@ def check_footprint(before: Counter) -> None:
         assert time.monotonic() < deadline, f"left behind: {dict(left)}"
         gc.collect()
         if ON_GPU:
-            from tdccl.transport import p2p
-
-            p2p.free_kept()  # as the next communicator would
+            free_kept()  # as the next communicator would
         time.sleep(0.02)

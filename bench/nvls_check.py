@@ -27,7 +27,7 @@ from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import Bootstrap, discover
 from tdccl.tuning.table import PLACEMENTS
 
-# (element type, operation): the first is timed at all sizes, the others checked at the smallest and the largest.
+# (element type, operation): the first at all sizes, the others at the smallest and the largest; all ragged, too.
 _KINDS = [("bfloat16", "sum"), ("float", "sum"), ("half", "sum"), ("double", "avg"), ("int64", "max"), ("int32", "min")]
 
 
@@ -40,16 +40,18 @@ class Task(NamedTuple):
 
 
 def tasks(comm: tdccl.Communicator, sizes: list[int]) -> Iterator[Task]:
-    """Every NVLS algorithm of the collectives that move or reduce data."""
+    """Every NVLS algorithm of the collectives that move or reduce data, from one root after the other."""
+    ends = sorted({sizes[0], sizes[-1]})
+    ragged = [size - 6 for size in ends]  # the last 16 bytes are not whole: 10 of 2-byte elements, 8 of larger ones
     for name, collective in COLLECTIVES.items():
         algorithms = [algorithm for algorithm in ALGORITHMS[name] if algorithm.multimem is not None]
         kinds = 1 if not collective.reduces else 2 if environment.emulated() else len(_KINDS)
         for algorithm, number in itertools.product(algorithms, range(kinds)):
             dtype, op = _KINDS[number]
-            for size in sizes if number == 0 else {sizes[0], sizes[-1]}:
+            for place, size in enumerate([*(sizes if number == 0 else ends), *ragged]):
                 for in_place in collective.variants:
                     if not in_place or algorithm.in_place:
-                        root = size % comm.size if collective.rooted else -1
+                        root = (place + 1) % comm.size if collective.rooted else -1
                         reduced_by = op if collective.reduces else None
                         case = Case(collective, size, dtype, reduced_by, root, comm.rank, comm.size, in_place)
                         yield Task(algorithm, case, bool(algorithm.symmetric))
@@ -121,7 +123,7 @@ def main(words: list[str]) -> int:
     options = parser.parse_args(words)
     if options.largest < options.smallest:
         parser.error(f"-b is {options.smallest}, -e is {options.largest}: expected -b <= -e")
-    comm = tdccl.init()
+    comm = tdccl.init(timeout=120)  # a wait that lasts longer is a fault of what is checked here
     say = print if comm.rank == 0 else lambda *_, **__: None
     say(f"# {comm.size} x {comm.gpu}; multimem: {comm.multicast.kind or 'no'} ({comm.multicast.reason})", flush=True)
     if comm.multicast.kind is None:
@@ -129,6 +131,7 @@ def main(words: list[str]) -> int:
         comm.destroy()
         return 2
     bootstrap = discover(timeout=comm.timeout)
+    bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, 2)]
     checker, wrong = Checker(comm, bootstrap, sizes[-1]), 0
     for task in tasks(comm, sizes):

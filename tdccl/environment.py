@@ -21,14 +21,15 @@ def emulated() -> bool:
     return not torch.cuda.is_available()
 
 
-# Each forbids NVLink multicast by this value; a variable that disables it does so by any value that means yes.
+# Each forbids NVLink multicast by this value, and by any other that does not plainly permit it: libraries read 00, 0x0
+# and off in ways of their own.
 _FORBIDDING = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "TDCCL_NVLS": "0",
 }
-_NO = ("0", "false", "no", "off", "n", "f")
+_YES, _NO = ("1", "2", "unicast", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
 
 
 def multicast_forbidden_by() -> str | None:
@@ -38,21 +39,22 @@ def multicast_forbidden_by() -> str | None:
     """
     for name, forbidding in _FORBIDDING.items():
         given = os.environ.get(name)
-        if given and (given.strip().lower() in _NO) == (forbidding == "0"):
+        if given and given.strip().lower() not in (_YES if forbidding == "0" else _NO):
             return f"{name}={given}"
     return None
 
 
-def forbid_multicast_to_others() -> None:
-    """Where multicast is forbidden by any of the variables, sets them all but ours, for libraries that know but one."""
-    if multicast_forbidden_by():
+def forbid_multicast_to_others(for_a_peer: bool = False) -> None:
+    """Where multicast is forbidden by any of the variables, here or for a peer with whom a library would make it, sets
+    them all but ours, for libraries that know but one."""
+    if for_a_peer or multicast_forbidden_by():
         os.environ.update({name: value for name, value in _FORBIDDING.items() if name != "TDCCL_NVLS"})
 
 
 def multimem_by_unicast() -> bool:
     """`TDCCL_NVLS=unicast`: NVLS algorithms with loads from and stores to all ranks in place of multimem, to test them
     on GPUs without multicast. Raises InitError for a value that is none of 0, 1 and unicast."""
-    given = os.environ.get("TDCCL_NVLS", "1")
+    given = os.environ.get("TDCCL_NVLS") or "1"
     if given not in ("0", "1", "unicast"):
         raise InitError(f"TDCCL_NVLS is {given!r}, expected 0 (no NVLink multicast), 1 (where there is), or unicast")
     return given == "unicast"

@@ -103,6 +103,8 @@ def multicast() -> str:
         return "emulated"
     if variable := environment.multicast_forbidden_by():
         return f"forbidden by {variable}"
+    if environment.multimem_by_unicast():
+        return "not used, by TDCCL_NVLS=unicast"
     if not torch.cuda.is_available():
         return "not supported: no GPU"
     missing = [index for index in range(torch.cuda.device_count()) if not _supported(index)]

@@ -76,6 +76,18 @@ def test_multimem_kernels_go_through_the_switch_guarded_and_16_bytes_wide(target
             assert f".add.{exact}v4." in forms["ld_reduce"], kernel
 
 
+@cuda_targets
+def test_a_proxy_fence_stands_between_accesses_through_the_switch_and_others_of_one_call(target):
+    """Those of the kernels that go through scratch, and the count of the barrier, before and after it. What the others
+    reach through the switch is read and written otherwise in other kernels alone."""
+    fences = {"all_reduce.nvls_two_shot_staged": 2, "broadcast.nvls_staged": 2, "barrier.nvls_red": 2}
+    for kernel in compiled("kernels", *target):
+        if kernel["multimem"] is not None:
+            least = fences.get(kernel["name"], int(kernel["name"].endswith("_staged")))
+            found = kernel["alias_fences"]
+            assert found >= least > 0 if least and kernel["multimem"] == "switch" else found == 0, kernel
+
+
 def test_their_unicast_twins_leave_the_switch_alone():
     twins = [kernel for kernel in compiled("kernels", "cuda", "90", "32") if kernel["multimem"] == "unicast"]
     assert {kernel["name"] for kernel in twins} == THROUGH_SWITCH.keys()

@@ -27,6 +27,10 @@ def test_it_tells_of_this_host():
     assert "one_shot_ll" in rows["1 KiB"] and "two_shot_staged / two_shot_pull" in rows["1 GiB"]
 
 
+def test_it_tells_that_the_switch_is_left_alone():
+    assert "NVLink multicast: not used, by TDCCL_NVLS=unicast" in info(TDCCL_EMULATE="0", TDCCL_NVLS="unicast")
+
+
 def test_it_tells_on_which_nodes_the_ranks_are():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "tdccl.info"]
     variables = os.environ | {"TDCCL_NODE_SIZE": "2"}

@@ -749,6 +749,9 @@ def test_the_table_of_faults_holds_across_drawn_nodes():
 # ---- memory from NVSHMEM -----------------------------------------------------------------------------------
 
 
+VARIABLES = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS", "TDCCL_NVLS")
+
+
 @pytest.fixture
 def nvshmem4py(monkeypatch):
     """Stand-ins for NVSHMEM and its Python binding, of which nothing is started yet."""
@@ -768,13 +771,14 @@ def nvshmem4py(monkeypatch):
     monkeypatch.setattr(library, "_own_stream", contextlib.nullcontext)
     monkeypatch.setattr(library, "_started", None)
     monkeypatch.setattr(library, "_unusable", lambda: None)
-    monkeypatch.setattr(environment, "forbid_multicast_to_others", lambda: None)
+    for name in VARIABLES:  # so that what is set is undone
+        monkeypatch.setenv(name, "")
     return done
 
 
 def beside(*others):
     """The bootstrap of rank 0, to whom the other ranks say so much of where NVSHMEM was started on them."""
-    theirs = [(world, None) for world in others]
+    theirs = [(world, None, None) for world in others]
     return types.SimpleNamespace(rank=0, size=1 + len(theirs), exchange=lambda value: [value, *theirs])
 
 
@@ -819,6 +823,14 @@ def test_worlds_that_started_nvshmem_apart_are_told(nvshmem4py):
         library._start(beside(b"one", b"one", started.world), gpu)
     with pytest.raises(tdccl.InitError, match=r"among ranks \[0\] alone"):
         library._start(beside(None), gpu)
+
+
+def test_nvshmem_makes_no_multicast_object_that_a_peer_forbids(nvshmem4py):
+    def exchange(value):
+        return [value, (*value[:2], "TDCCL_NVLS=0") if len(value) == 3 else value]
+
+    library._start(types.SimpleNamespace(rank=0, size=2, exchange=exchange), torch.device("cuda", 0))
+    assert os.environ["NVSHMEM_DISABLE_NVLS"] == "1"
 
 
 def test_members_take_memory_that_is_free_on_all_of_them():

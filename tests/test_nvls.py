@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import cases
 import multimem_kernels
@@ -28,13 +29,14 @@ from test_training import LONG
 from waiting import settle, settle_all
 
 import tdccl
-from bench import implementations
+from bench import implementations, nvls_check
 from tdccl import environment, tuning
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import table_for
 from tdccl.errors import InitError
 from tdccl.transport import Multicast, multicast, multicast_between
 from tdccl.transport.bootstrap import StoreBootstrap
+from tdccl.transport.symmetric_memory import free_kept
 
 FORBIDDING = {
     "NCCL_NVLS_ENABLE": "0",
@@ -65,6 +67,11 @@ def test_each_variable_forbids_whatever_the_others_say(nothing_said, monkeypatch
     [
         ("NCCL_NVLS_ENABLE", "2", False),
         ("NCCL_NVLS_ENABLE", " 0", True),
+        ("NCCL_NVLS_ENABLE", "00", True),
+        ("NCCL_NVLS_ENABLE", "0x0", True),
+        ("NCCL_NVLS_ENABLE", "disabled", True),
+        ("NVSHMEM_DISABLE_NVLS", "01", True),
+        ("TDCCL_NVLS", "none", True),
         ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "true", True),
         ("NVSHMEM_DISABLE_NVLS", "YES", True),
         ("NVSHMEM_DISABLE_NVLS", "false", False),
@@ -99,7 +106,7 @@ import os, sys, types
 import torch
 from tdccl.transport import multicast, multicast_between
 
-bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, None])
+bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, (None, None)])
 multicast.supported = lambda device: True
 device = torch.device("cuda", 0)
 assert multicast_between(bootstrap, device, 1).kind == "switch"
@@ -133,9 +140,22 @@ def test_all_ranks_must_be_permitted_and_have_a_gpu_of_their_own(nothing_said, m
         ("TDCCL_NVLS=unicast", 1, None, "unicast"),
         (None, 2, None, "share a GPU"),
     ]:
-        bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value, other=other: [value, other])
+        bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value, other=other: [value, (other, None)])
         found = multicast_between(bootstrap, torch.device("cuda", 0), ranks_of_a_gpu)
         assert found.kind == kind and reason in found.reason
+
+
+def test_a_rank_whose_variable_has_no_such_value_keeps_no_other_waiting(nothing_said, monkeypatch):
+    theirs = None, "TDCCL_NVLS is 'maybe'"
+    bootstrap = types.SimpleNamespace(rank=0, size=2, exchange=lambda value: [value, theirs])
+    with pytest.raises(InitError, match="rank 1 could not take part: TDCCL_NVLS is 'maybe'"):
+        multicast_between(bootstrap, torch.device("cpu"), 1)
+    exchanged = []
+    bootstrap.exchange = lambda value: exchanged.append(value) or [value, (None, None)]
+    monkeypatch.setenv("TDCCL_NVLS", "maybe")
+    with pytest.raises(InitError, match="TDCCL_NVLS is 'maybe'"):
+        multicast_between(bootstrap, torch.device("cpu"), 1)
+    assert exchanged
 
 
 # Who may name what: the permission, torch's symmetric memory, driver calls, and the instructions.
@@ -191,55 +211,99 @@ def test_a_rendezvous_goes_round_by_round_whatever_its_numbers():
     assert found == {rank: [f"{1 - rank} in round {number}" for number in range(3)] for rank in (0, 1)}
 
 
-@pytest.mark.skipif(not environment.emulated(), reason="not where torch could make a multicast object")
-@pytest.mark.parametrize("fails", ["memory", "round 0", "round 1", "handle"])
-def test_memory_for_the_switch_that_a_rank_is_refused_no_other_waits_for(monkeypatch, fails):
-    """torch's part is played by one that goes the same rounds, on two threads for two ranks; the first one fails."""
-    store, found = dist.HashStore(), {}
+def both_allocate(monkeypatch, here=lambda rank, where: None) -> tuple[list, list]:
+    """(what `multicast.allocate` returned, what it raised) on two threads for two ranks, which meet afterwards.
 
-    def fail(here):
-        if here == fails and threading.current_thread().name == "0":
-            raise RuntimeError(f"no {here}")
+    torch's part is played by one that goes the same rounds. It calls here(rank, where) where something may go wrong.
+    """
+    store, made, said = dist.HashStore(), [None] * 2, [None] * 2
+    stores, rounds_store = {}, multicast.rounds_store
+
+    def rank():
+        return int(threading.current_thread().name)
 
     def empty(nbytes, dtype, device):
-        fail("memory")
+        here(rank(), "memory")
         return torch.empty(nbytes, dtype=dtype)
 
     def rendezvous(local, name):
-        rank = threading.current_thread().name
-        rounds = dist.PrefixStore("carrier", stores[rank])  # C++, which calls what is Python's
+        rounds = dist.PrefixStore("carrier", stores[rank()])  # C++, which calls what is Python's
         for number in range(2):
-            fail(f"round {number}")
-            rounds.set(f"{name}/{number}/{rank}", "mine")
-        fail("handle")
-        return types.SimpleNamespace(buffer_ptrs=[0, 0], offset=0, multicast_ptr=1)
+            here(rank(), f"round {number}")
+            rounds.set(f"{name}/{number}/{rank()}", "mine")
+        here(rank(), "handle")
+        refused = here(rank(), "multicast") == "refused"
+        return types.SimpleNamespace(buffer_ptrs=[0, 0], offset=0, multicast_ptr=0 if refused else 1)
 
     def carry(bootstrap):
-        stores[threading.current_thread().name] = made = rounds_store(bootstrap)
+        stores[rank()] = made = rounds_store(bootstrap)
         return made
 
-    def allocate(rank):
-        bootstrap = StoreBootstrap(store, rank, 2, timeout=30)
+    def allocate():
+        bootstrap = StoreBootstrap(store, rank(), 2, timeout=30)
         try:
-            multicast.allocate(bootstrap, 1024, torch.device("cpu"))
+            made[rank()] = multicast.allocate(bootstrap, 1024, torch.device("cpu"))
         except tdccl.InitError as error:
-            found[rank] = str(error)
+            said[rank()] = str(error)
         assert bootstrap.exchange("next") == ["next", "next"]
 
-    stores, rounds_store = {}, multicast.rounds_store
-    monkeypatch.setattr(multicast, "multicast_forbidden_by", lambda: None)
+    monkeypatch.setattr(multicast, "multicast_forbidden_by", lambda: here(rank(), "permission"))
     monkeypatch.setattr(multicast, "rounds_store", carry)
     monkeypatch.setattr(torch_symmetric, "empty", empty)
     monkeypatch.setattr(torch_symmetric, "rendezvous", rendezvous)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(synchronize=lambda: None))
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    threads = [threading.Thread(target=allocate, args=(rank,), name=str(rank)) for rank in range(2)]
+    threads = [threading.Thread(target=allocate, name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert f"no {fails}" in found[0] and "rank 0 could not take part" in found[1], found
+    return made, said
+
+
+no_real_switch = pytest.mark.skipif(not environment.emulated(), reason="not where torch could make a multicast object")
+
+
+@no_real_switch
+@pytest.mark.parametrize("fails", ["memory", "round 0", "round 1", "handle"])
+def test_memory_for_the_switch_that_a_rank_is_refused_no_other_waits_for(monkeypatch, fails):
+    def here(rank, where):
+        if (rank, where) == (0, fails):
+            raise RuntimeError(f"no {where}")
+
+    _, said = both_allocate(monkeypatch, here)
+    assert f"no {fails}" in said[0] and "rank 0 could not take part" in said[1], said
+
+
+@no_real_switch
+def test_what_is_forbidden_to_one_rank_by_now_no_other_waits_for(monkeypatch):
+    _, said = both_allocate(monkeypatch, lambda *at: {(0, "permission"): "NCCL_NVLS_ENABLE=0"}.get(at))
+    assert said[0].startswith("NCCL_NVLS_ENABLE=0 forbids") and "rank 0 could not take part" in said[1], said
+
+
+@no_real_switch
+def test_a_multicast_address_that_one_rank_lacks_none_has(monkeypatch):
+    made, _ = both_allocate(monkeypatch, lambda *at: {(1, "multicast"): "refused"}.get(at))
+    assert [memory.multicast for memory in made] == [0, 0]
+
+
+@no_real_switch
+def test_after_a_failure_it_is_freed_when_the_peers_are_gone_and_the_gpu_works(monkeypatch):
+    def synchronize(device):
+        if not works:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    made, _ = both_allocate(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    gone, works, local = [], [], weakref.ref(made[0].local)
+    made[0].release(None, lambda: bool(gone))
+    for happens in (gone, works):
+        free_kept()
+        assert local() is not None
+        happens.append(True)
+    free_kept()
+    assert local() is None
 
 
 @contextlib.contextmanager
@@ -499,18 +563,50 @@ def test_through_the_bench(ranks):
     assert "nvls_two_shot_staged" in said
 
 
+def check_as_two(port, second):
+    """The processes of two ranks that run the check; rank 1 runs Python with the words `second` instead, if there are
+    some."""
+    check = ["-m", "bench.nvls_check", "-b", "10", "-e", "10"]
+    kept = {**os.environ, "TDCCL_INIT": f"tcp://127.0.0.1:{port}", "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=pool.ROOT, env={**kept, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, words in enumerate([check, second or check])
+    ]  # fmt: skip
+
+
 def test_the_check_of_a_host_with_multicast():
-    command = [sys.executable, "-m", "bench.nvls_check", "-b", "10", "-e", "10"]
-    kept = {**os.environ, "TDCCL_INIT": "tcp://127.0.0.1:29653", "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(command, cwd=pool.ROOT, env={**kept, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    started = check_as_two(29653, None)
     said, _ = started[0].communicate(timeout=200)
     assert [rank.wait(60) for rank in started] == [0, 0]
     assert "# wrong elements: 0" in said
     names = {f"{collective} {algorithm.name}" for collective in ALGORITHMS for algorithm in nvls_of(collective)}
     assert {" ".join(line.split()[:2]) for line in said.splitlines() if not line.startswith("#")} == names
+
+
+LEAVES = """
+import os, tdccl
+from tdccl.transport.bootstrap import discover
+comm, bootstrap = tdccl.init(), discover()
+os._exit(3)
+"""
+
+
+def test_the_check_ends_where_a_rank_has_ended():
+    started = check_as_two(29654, ["-c", LEAVES])
+    _, said = started[0].communicate(timeout=60)
+    assert [rank.wait(60) for rank in started] == [1, 3] and "rank 1" in said.splitlines()[-1], said
+
+
+def test_the_check_has_every_root_and_ragged_messages_of_every_type():
+    listed = [*nvls_check.tasks(types.SimpleNamespace(rank=0, size=8), [1 << power for power in range(14, 29, 2)])]
+    assert {task.case.root for task in listed if task.case.collective.rooted} == {*range(8)}
+    for algorithm in (*nvls_of("all_reduce"), *nvls_of("broadcast")):
+        mine = [task.case for task in listed if task.algorithm is algorithm]
+        ragged = {case.dtype for case in mine if case.nbytes % 16}
+        assert ragged == {case.dtype for case in mine} and max(case.nbytes for case in mine) == 1 << 28
 
 
 def test_through_torch_distributed(tmp_path):

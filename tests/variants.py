@@ -87,6 +87,7 @@ def multimem_facts(compiled) -> dict:
         "reduced_loads": len(re.findall(r"\bLDGMC\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E\.128\.STRONG\.SYS\b", sass)),
         "reductions": len(re.findall(r"\bREDG\.E\S*\.STRONG\.SYS\b", sass)),
+        "alias_fences": len(re.findall(r"fence\.proxy\.alias;", ptx)),
         "unguarded": unguarded(sass.splitlines()),
     }
 
@@ -117,10 +118,14 @@ def _skipped(lines: list[str], labels: dict[str, int], number: int) -> bool:
     return False
 
 
-def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: GPUTarget):
-    """The kernel with all device functions of `tdccl.language.multimem`, for one element type and operation."""
-    constexpr = {"DTYPE": dtype, "OP": op, "RED": red, "MULTIMEM": kind}
-    team_types = Team("*i64", "*i8", "i32", "*i64", "i64", *["constexpr"] * (len(Team._fields) - 5))
+def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: GPUTarget, ones: bool = False):
+    """The kernel with all device functions of `tdccl.language.multimem`, for one element type and operation.
+
+    ones: as Triton makes it for rank 1 and one quad, integers that it takes for constants.
+    """
+    constexpr = {"DTYPE": dtype, "OP": op, "RED": red, "MULTIMEM": kind} | ({"quads": 1} if ones else {})
+    integer = "constexpr" if ones else "i32"
+    team_types = Team("*i64", "*i8", integer, "*i64", "i64", *["constexpr"] * (len(Team._fields) - 5))
     pointers = {"result": "*i8", "source": "*i8", "quads": "i32"}
     types = {
         "team": team_types,
@@ -129,7 +134,8 @@ def compile_forms(dtype: str, op: str, kind: str, red: bool, size: int, target: 
         **dict.fromkeys(constexpr, "constexpr"),
     }
     arguments = SimpleNamespace(types=types, values=constexpr, promised=lambda name: 1, across=False)
-    return compile_kernel(multimem_kernels.every_form, arguments, team_of(context_of(size), target.backend), 4, target)
+    team = team_of(context_of(size), target.backend)._replace(rank=1)
+    return compile_kernel(multimem_kernels.every_form, arguments, team, 4, target)
 
 
 def main(backend: str, arch: str, warp: str) -> None:
@@ -172,7 +178,8 @@ def forms(backend: str, arch: str, warp: str) -> None:
     """The device functions of multimem by themselves, with every type and operation that the architecture has."""
     target = GPUTarget(backend, int(arch), int(warp))
     kinds = [*WIDE_FORMS, *NARROW_FORMS, ("bf16", "min"), ("fp16", "max"), ("i64", "sum"), ("i32", "and")]
-    listed = [(dtype, op, "switch", True) for dtype, op in kinds] + [("bf16", "sum", "unicast", True)]
+    listed = [(dtype, op, "switch", True) for dtype, op in kinds]
+    listed += [("bf16", "sum", "switch", True, True), ("bf16", "sum", "unicast", True)]
     if arch == "100":
         listed += [(dtype, op, "switch", False) for dtype in ("fp8e4nv", "fp8e5") for op in ("sum", "min")]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -181,8 +188,8 @@ def forms(backend: str, arch: str, warp: str) -> None:
 
 
 def _form(form: tuple, target: GPUTarget) -> str:
-    dtype, op, kind, red = form
-    compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target)
+    dtype, op, kind, red, *ones = form
+    compiled = compile_forms(dtype, op.replace("avg", "sum"), kind, red, 4, target, *ones)
     facts = {"name": "every_form", "size": 4, "dtype": dtype, "op": op, "multimem": kind}
     return told(facts, compiled)
 

@@ -19,6 +19,7 @@ from tdccl.language.channels import (
 )
 from tdccl.language.multimem import (
     multimem_barrier,
+    multimem_fence,
     multimem_ld_reduce,
     multimem_red,
     multimem_st,

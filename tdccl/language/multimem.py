@@ -8,6 +8,10 @@ MULTIMEM says how an access reaches all ranks: "switch" by one multimem instruct
 emulation a Python function expands such an address to all peers), "unicast" by loads from and stores to every rank, on
 any GPUs, which proves addressing and waits of a kernel where there is no multicast.
 
+To the memory model the multicast address is an alias: an access through the switch and an ordinary one to the same
+memory, one of which writes, are ordered only by what has a proxy fence on its way. The start and the end of a kernel
+have; within one call `multimem_fence` before the signal between the two, and `multimem_barrier` has it inside.
+
 The switch adds in an order of its own, and rounds its sum to the element type: sums of floats need not have the bits of
 `fold`. "unicast" and emulation add in rank order, 16-bit floats in fp32.
 """
@@ -154,16 +158,24 @@ def _red_text(op, dtype):
     }}"""
 
 
-_COUNT_TEXT = tl.constexpr("""{
+def _by_one_thread(instructions: str) -> str:
+    return f"""{{
     .reg .pred skip;
     .reg .b32 thread;
     mov.u32 thread, %tid.x;
     setp.ne.s32 skip, thread, 0;
     mov.b32 $0, 0;
-    @skip bra PAST_${:uid};
-    multimem.red.release.sys.global.add.u64 [$1], $2;
-    PAST_${:uid}:
-}""")
+    @skip bra PAST_${{:uid}};
+    {instructions}
+    PAST_${{:uid}}:
+}}"""
+
+
+_FENCE_TEXT = tl.constexpr(_by_one_thread("fence.proxy.alias;"))
+# The first fence is for what the block did before, the second for the count, which is waited for by ordinary reads.
+_COUNT_TEXT = tl.constexpr(
+    _by_one_thread("fence.proxy.alias; multimem.red.release.sys.global.add.u64 [$1], $2; fence.proxy.alias;")
+)
 
 
 def _peers_behind(base) -> tuple:
@@ -192,6 +204,10 @@ def _emulated_red(base, offset, source, quads, OP, DTYPE):
 def _emulated_count(base, offset, value):
     for peer in _peers_behind(base):
         tl.atomic_add((peer + offset).to(tl.pointer_type(tl.int64)), value, sem="release", scope="sys")
+
+
+def _emulated_fence():
+    """One process sees its stores in order, by whichever address."""
 
 
 @device(_emulated_ld_reduce)
@@ -227,14 +243,18 @@ def _switch_st(base, offset, words, mask):
 @device(_emulated_red)
 def _switch_red(base, offset, source, quads, OP: tl.constexpr, DTYPE: tl.constexpr):
     TEXT: tl.constexpr = _red_text(OP, DTYPE)
-    tl.inline_asm_elementwise(
-        TEXT, "=r,l,l,r", [base + offset, source, quads.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    number = (tl.full([], 0, tl.int64) + quads).to(tl.int32)  # quads may be a constant, when there is 1
+    tl.inline_asm_elementwise(TEXT, "=r,l,l,r", [base + offset, source, number], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @device(_emulated_count)
 def _switch_count(base, offset, value):
     tl.inline_asm_elementwise(_COUNT_TEXT, "=r,l,l", [base + offset, value], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@device(_emulated_fence)
+def _switch_fence():
+    tl.inline_asm_elementwise(_FENCE_TEXT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -277,6 +297,19 @@ def _averaged(words, SIZE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def multimem_fence(MULTIMEM: tl.constexpr):
+    """Orders this block's earlier accesses, through the switch and ordinary ones, before accesses of the other kind to
+    the same memory behind the signal that it sends next.
+
+    Ordering: block barrier, then a proxy fence of one thread; the block barrier of the signal (`signal_all`,
+    `signal_peers`, `fence`) takes it to the threads that send it.
+    """
+    fence()
+    if MULTIMEM == "switch":
+        _switch_fence()
+
+
+@triton.jit
 def multimem_ld_reduce(
     team, bases, offset, mask, OP: tl.constexpr, DTYPE: tl.constexpr, MULTIMEM: tl.constexpr
 ):  # fmt: skip
@@ -286,7 +319,8 @@ def multimem_ld_reduce(
     OP, DTYPE: sum and avg of fp64, fp32, fp16, bf16, int64, int32; min and max of fp16, bf16 (by the switch's rule for
     NaN), int64, int32; and, or, xor of any integers. For sm_100 also sum, min and max of fp8e4nv and fp8e5. One
     instruction takes a whole quad of 32-bit floats and smaller ones, else it is one a word.
-    Ordering: relaxed at sys scope; wait first until all ranks have released what they wrote.
+    Ordering: relaxed at sys scope; wait first until all ranks have released what they wrote, in this kernel behind a
+    `multimem_fence`.
     """
     ADDED: tl.constexpr = "sum" if OP == "avg" else OP
     if MULTIMEM == "switch":
@@ -308,7 +342,8 @@ def multimem_st(team, bases, offset, words, mask, MULTIMEM: tl.constexpr):
     """Stores quads ([n, words]) at byte `offset` (int64 [n]) of every rank's memory with the table `bases`, this one's
     too, where `mask`.
 
-    Ordering: relaxed at sys scope; signal the peers afterwards (`signal_all` covers it as any store).
+    Ordering: relaxed at sys scope; signal the peers afterwards (`signal_all` covers it as any store), behind a
+    `multimem_fence` where they read it in this kernel.
     """
     if MULTIMEM == "switch":
         _switch_st(tl.load(bases + team.size), offset, words, mask)
@@ -326,7 +361,7 @@ def multimem_red(
     memory with the table `bases`; each exactly once, however many threads a block has.
 
     OP, DTYPE: as `multimem_ld_reduce`, without avg and fp8; each step rounds to the element type.
-    Ordering: a block barrier, then relaxed at sys scope; signal the peers afterwards.
+    Ordering: a block barrier, then relaxed at sys scope; signal the peers afterwards, as for `multimem_st`.
     """
     fence()
     if MULTIMEM == "switch":
@@ -340,7 +375,8 @@ def multimem_red(
 
 @triton.jit
 def _count_arrival(team, offset, value, MULTIMEM: tl.constexpr):
-    """Adds `value` to the int64 at byte `offset` of all ranks' heaps. Ordering: block barrier, release at sys scope."""
+    """Adds `value` to the int64 at byte `offset` of all ranks' heaps. Ordering: block barrier, release at sys scope,
+    which covers accesses through the switch and ordinary ones to the same memory (see `multimem_fence`)."""
     fence()
     if MULTIMEM == "switch":
         _switch_count(tl.load(team.heap + team.size), offset, value)
@@ -361,6 +397,12 @@ def _not_here(team, arrivals):
     return tl.max(tl.where((ranks < team.size) & (counts == 0), ranks, -1))
 
 
+@triton.constexpr_function
+def _one_of_each(size):
+    """What a barrier adds to a word: 1 in the byte of each of `size` ranks."""
+    return sum(1 << 8 * rank for rank in range(size))
+
+
 @triton.jit
 def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     """`barrier_block` by one `multimem.red`: each rank adds 1 to its own byte of a word that every rank has.
@@ -372,8 +414,8 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     start = (block_of(team) * STATE_BYTES).to(tl.int64)
     arrived = local_at(team, start + _ARRIVED, tl.int64)
     passed = local_at(team, start + _PASSED, tl.int64)
-    one = tl.full([], 1, tl.int64)
-    _count_arrival(team, start + _ARRIVED, one << (team.rank * 8).to(tl.int64), MULTIMEM)
+    bits = tl.full([], 8, tl.int64) * team.rank
+    _count_arrival(team, start + _ARRIVED, tl.full([], 1, tl.int64) << bits, MULTIMEM)
     before = tl.load(passed)  # behind a block barrier: one thread stored it in the barrier before
     arrivals = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - before
     late = _not_here(team, arrivals)
@@ -388,8 +430,7 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     if not go:
         record_fault(team, late, BARRIER, epoch, before, before + arrivals)
     tl.debug_barrier()
-    ALL: tl.constexpr = 0x0101010101010101 & ((1 << (8 * team.size)) - 1)
-    tl.store(passed, before + ALL)
+    tl.store(passed, before + _one_of_each(team.size))
     return tl.where(go, epoch, epoch - DEAD)
 
 

@@ -47,7 +47,8 @@ def staged(
     """At step s a block stores span s of its chunk into its ring on all ranks, and takes in span s - 1 of all chunks.
 
     Waits:    block b for block b of every peer, once a step.
-    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Ordering: multimem stores, proxy fence, block barrier, release at sys scope; acquire at sys scope, block barrier,
+              loads.
     Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peers' signals for span
               s - 2, so they are past their step s - 3 and have taken in span s - 4.
               Between calls the ring alternates by the parity of the epoch, or is WHOLE between barriers.
@@ -66,6 +67,7 @@ def staged(
                 index = shmem.span_start(step, span) + inside
                 words = shmem.load_words(send, shmem.words_of(index, DTYPE), count, DTYPE, WIDE)
                 shmem.multimem_st(team, team.heap, slot + inside * 16, words, index < quads, MULTIMEM)
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)

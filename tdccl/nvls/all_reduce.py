@@ -81,7 +81,8 @@ def one_shot_staged(
     """At step s a block copies span s of its message into its own ring, and loads span s - 1 of all rings reduced.
 
     Waits:    block b for block b of every peer, once a step.
-    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, multimem loads.
+    Ordering: stores, proxy fence, block barrier, release at sys scope; acquire at sys scope, block barrier, multimem
+              loads.
     Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peers' signals for span
               s - 2, so they are past their step s - 3 and have loaded span s - 4.
               Between calls the ring alternates by the parity of the epoch, or is WHOLE between barriers.
@@ -95,6 +96,7 @@ def one_shot_staged(
     for step in range(steps + 1):
         if step < steps:
             shmem.stage(team, epoch, send, 0, step, quads, count, DTYPE, TILE, TILES, ONE_SHOT_DEPTH, WHOLE, WIDE)
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
@@ -122,7 +124,8 @@ def two_shot_staged(
 
     A part is `part` elements, `quads` quads. Rings are numbered by parts, those of the results behind.
     Waits:    block b for block b of every peer, twice a step: for their inputs, for their results.
-    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads; multimem too.
+    Ordering: stores, proxy fence, block barrier, release at sys scope; acquire at sys scope, block barrier, loads;
+              multimem too.
     Reuse:    a slot returns after DEPTH = 3 steps. Inputs: when a block starts step s it has seen all results s - 3, so
               all parts of its input s - 3 are loaded. Results: when it sends result s - 1 it has seen the peers' inputs
               s - 1, so they are past their step s - 2 and have written out s - 4.
@@ -141,6 +144,7 @@ def two_shot_staged(
                     team, epoch, send + owner * part, owner, step, quads, _left(count, owner, part),
                     DTYPE, TILE, TILES, TWO_SHOT_DEPTH, WHOLE, WIDE,
                 )  # fmt: skip
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if (step >= 1) & (step <= steps):
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)
@@ -151,6 +155,7 @@ def two_shot_staged(
                 mask = shmem.span_start(step - 1, span) + inside < quads
                 words = shmem.multimem_ld_reduce(team, team.heap, inputs + inside * 16, mask, OP, DTYPE, MULTIMEM)
                 shmem.multimem_st(team, team.heap, results + inside * 16, words, mask, MULTIMEM)
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.RESULT, step)
         if step >= 2:
             epoch = shmem.wait_all(team, epoch, shmem.RESULT, step - 1)

@@ -59,7 +59,8 @@ def staged(
 
     Waits:    block b for block b: of every rank for the root's span, of the root for all to have taken in the span that
               was in the slot before.
-    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads.
+    Ordering: multimem stores, proxy fence, block barrier, release at sys scope; acquire at sys scope, block barrier,
+              loads.
     Reuse:    the root writes span s only when all ranks have told it that they took in span s - DEPTH.
               Between calls the ring alternates by the parity of the epoch; the BARRIER signal lets each rank hear
               from all in each call. WHOLE: barriers instead, and twice the ring.
@@ -81,10 +82,12 @@ def staged(
                 index = shmem.span_start(step, span) + inside
                 words = shmem.load_words(send, shmem.words_of(index, DTYPE), count, DTYPE, WIDE)
                 shmem.multimem_st(team, team.heap, slot + inside * 16, words, index < quads, MULTIMEM)
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         else:
             epoch = shmem.wait_peers(team, epoch, shmem.DATA, step + 1, ranks == root)
             shmem.unstage(team, epoch, recv, 0, step, count, DTYPE, TILE, TILES, DEPTH, WHOLE, WIDE)
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_peers(team, epoch, shmem.RESULT, step + 1, ranks == root)
     if WHOLE:
         epoch = shmem.barrier_block(team, epoch, 2)

@@ -50,7 +50,8 @@ def staged(
     chunk from all ranks' rings reduced.
 
     Waits:    block b for block b of every peer, once a step.
-    Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, multimem loads.
+    Ordering: stores, proxy fence, block barrier, release at sys scope; acquire at sys scope, block barrier, multimem
+              loads.
     Reuse:    a slot returns after DEPTH = 4 steps. When a block starts step s it has seen its peers' signals for span
               s - 2, so they are past their step s - 3 and have loaded span s - 4.
               Between calls the ring alternates by the parity of the epoch, or is WHOLE between barriers.
@@ -68,6 +69,7 @@ def staged(
                     team, epoch, send + owner * count, owner, step, quads, count,
                     DTYPE, TILE, TILES, DEPTH, WHOLE, WIDE,
                 )  # fmt: skip
+            shmem.multimem_fence(MULTIMEM)
             shmem.signal_all(team, epoch, shmem.DATA, step + 1)
         if step >= 1:
             epoch = shmem.wait_all(team, epoch, shmem.DATA, step)

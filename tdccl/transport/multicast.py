@@ -6,17 +6,17 @@ The memory is torch's symmetric memory. Nothing of it is imported, and no multic
 
 import contextlib
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tdccl.environment import emulated, multicast_forbidden_by, multimem_by_unicast
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory, together
+from tdccl.transport.symmetric_memory import SymmetricMemory, free_kept, keep, together
 
+_BY_UNICAST = "TDCCL_NVLS=unicast"
 _carriers = itertools.count(1)
-_never_freed: list[Any] = []  # what a peer may still be using after a failure
 
 
 class Multicast(NamedTuple):
@@ -27,22 +27,27 @@ class Multicast(NamedTuple):
 
 
 def multicast_between(bootstrap: Bootstrap, device: torch.device, ranks_of_a_gpu: int) -> Multicast:
-    """What all these ranks, so many on one GPU, have in common; collective. It looks, and makes no multicast object."""
-    by_unicast = multimem_by_unicast()
-    if emulated():
-        return Multicast("unicast" if by_unicast else "switch", "emulated")
-    mine = "TDCCL_NVLS=unicast" if by_unicast else _missing(bootstrap, device)
-    reasons = bootstrap.exchange(mine)
+    """What all these ranks, so many on one GPU, have in common; collective. It looks, and makes no multicast object.
+
+    Raises InitError, on all ranks, where TDCCL_NVLS is none of its values on one.
+    """
+    reasons = together(bootstrap, lambda: _missing(bootstrap, device))
     reason = next(filter(None, reasons), None)
-    if reason == "TDCCL_NVLS=unicast" and len({*reasons}) == 1:
+    if reason == _BY_UNICAST and len({*reasons}) == 1:
         return Multicast("unicast", reason)
     if reason is None and ranks_of_a_gpu > 1:
         reason = "two ranks share a GPU"
-    return Multicast("switch", "the GPUs and their switch have it") if reason is None else Multicast(None, reason)
+    if reason is not None:
+        return Multicast(None, reason)
+    return Multicast("switch", "emulated" if emulated() else "the GPUs and their switch have it")
 
 
 def _missing(bootstrap: Bootstrap, device: torch.device) -> str | None:
     """Why this rank cannot take part in multicast, or None."""
+    if multimem_by_unicast():
+        return _BY_UNICAST
+    if emulated():
+        return None
     if bootstrap.size == 1:
         return "there is one rank only"
     if variable := multicast_forbidden_by():
@@ -63,19 +68,20 @@ def supported(device: torch.device) -> bool:
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
     """Allocates `nbytes` zeroed bytes on every rank's GPU; collective over the bootstrap's ranks.
 
-    Its `multicast` is 0, on all ranks alike, where the driver refuses a multicast object. Raises InitError where
-    multicast is forbidden, memory is short, or a peer's cannot be reached.
+    Its `multicast` is 0, on all ranks alike, where the driver refuses one of them a multicast object. Raises InitError,
+    on all ranks, where multicast is forbidden to one by now, memory is short, or a peer's cannot be reached.
     """
-    if variable := multicast_forbidden_by():
-        raise InitError(f"{variable} forbids NVLink multicast, and memory with a multicast address was asked for")
-    from torch.distributed import _symmetric_memory as torch_symmetric
-
+    free_kept()
     local: torch.Tensor | None = None
     shared: SymmetricMemory | None = None
     held = []  # torch's handle
 
     def obtain() -> None:
         nonlocal local
+        if variable := multicast_forbidden_by():
+            raise InitError(f"{variable} forbids NVLink multicast, and memory with a multicast address was asked for")
+        from torch.distributed import _symmetric_memory as torch_symmetric
+
         with torch.cuda.device(device), _explained(nbytes):
             local = torch_symmetric.empty(nbytes, dtype=torch.uint8, device=device)
             # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
@@ -84,14 +90,16 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
                 local.zero_()
             stream.synchronize()
 
-    def meet() -> None:
-        """Wherever this fails, the other ranks are next in an exchange of `together`."""
+    def meet() -> bool:
+        """Whether this rank has a multicast address. Wherever this fails, the other ranks are next in an exchange of
+        `together`."""
         nonlocal shared
         with torch.cuda.device(device), _explained(nbytes):
             handle = _rendezvous(bootstrap, local)
             held.append(handle)
             addresses = [address + handle.offset for address in handle.buffer_ptrs]
             shared = SymmetricMemory(local, addresses, release, handle.multicast_ptr)
+            return shared.multicast != 0
 
     def release(bootstrap, peers_gone):
         try:
@@ -101,15 +109,25 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
                 return
         except TdcclError:
             pass
-        _never_freed.extend([local, *held])
+        keep((local, *held), lambda: peers_gone() and _works(device))
         held.clear()
 
     together(bootstrap, obtain)
     try:
-        together(bootstrap, meet)
+        if not all(together(bootstrap, meet)):
+            shared.multicast = 0  # nobody looks for it in the table then
     except _Told as told:
         raise told.__cause__ from None
     return shared
+
+
+def _works(device: torch.device) -> bool:
+    """Whether the GPU still does what it is told. Where it does not, torch ends a process that frees such memory."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Told(TdcclError):

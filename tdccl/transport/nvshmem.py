@@ -179,11 +179,13 @@ def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:
     """NVSHMEM, started by the first call."""
     global _started
     environment.forbid_multicast_to_others()
-    everyone = bootstrap.exchange((_started and _started.world, _unusable()))
-    for rank, (_, reason) in enumerate(everyone):
+    said = (_started and _started.world, _unusable(), environment.multicast_forbidden_by())
+    everyone = bootstrap.exchange(said)
+    environment.forbid_multicast_to_others(for_a_peer=any(variable for *_, variable in everyone))
+    for rank, (_, reason, _) in enumerate(everyone):
         if reason:
             raise InitError(f"ranks are on several nodes, which needs NVSHMEM; rank {rank} says: {reason}")
-    worlds = [world for world, _ in everyone]
+    worlds = [world for world, *_ in everyone]
     if len(set(worlds)) > 1:
         apart = sorted([rank for rank, other in enumerate(worlds) if other == world] for world in {*worlds} - {None})
         raise InitError(

@@ -4,7 +4,6 @@ Needs no NCCL, no torch group and no multicast object, so any number of overlapp
 any order. Two ranks may share one GPU.
 """
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,7 @@ from cuda.bindings import runtime
 
 from tdccl.errors import InitError, TdcclError
 from tdccl.transport.bootstrap import Bootstrap
-from tdccl.transport.symmetric_memory import SymmetricMemory, together
-
-# After a failure: memory that a peer may still have mapped, and whether that has changed.
-_kept: list[tuple[Any, Callable[[], bool]]] = []
-_keeping = threading.Lock()
+from tdccl.transport.symmetric_memory import SymmetricMemory, free_kept, keep, together
 
 
 def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> SymmetricMemory:
@@ -76,8 +71,7 @@ def _shared(bootstrap: Bootstrap, obtain: Callable[[], "_Raw"], device: torch.de
                 return
         except TdcclError:
             pass
-        with _keeping:
-            _kept.append((memory, peers_gone))
+        keep(memory, peers_gone)
 
     with torch.cuda.device(device):
         handles = together(bootstrap, export)
@@ -97,12 +91,6 @@ def _close(addresses: list[int], own: int) -> None:
     for address in addresses:
         if address != own:
             runtime.cudaIpcCloseMemHandle(address)
-
-
-def free_kept() -> None:
-    """Frees what was kept for peers who are gone now."""
-    with _keeping:
-        _kept[:] = [(memory, peers_gone) for memory, peers_gone in _kept if not peers_gone()]
 
 
 def pin(address: int, nbytes: int) -> None:

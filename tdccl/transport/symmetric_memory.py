@@ -1,8 +1,9 @@
 """Memory that exists on every rank of a group and that every rank can address."""
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -10,6 +11,10 @@ from tdccl.errors import InitError
 from tdccl.transport.bootstrap import Bootstrap
 
 T = TypeVar("T")
+
+# After a failure: memory that a peer may still have mapped, and whether it may be freed by now.
+_kept: list[tuple[Any, Callable[[], bool]]] = []
+_keeping = threading.Lock()
 
 
 def together(bootstrap: Bootstrap, step: Callable[[], T]) -> list[T]:
@@ -99,3 +104,15 @@ class Regions:
         if index >= 0 and address + nbytes <= regions[index].end:
             return regions[index].memory
         return None
+
+
+def keep(memory: Any, until: Callable[[], bool]) -> None:
+    """Holds on to `memory` until `free_kept` finds that until() is true."""
+    with _keeping:
+        _kept.append((memory, until))
+
+
+def free_kept() -> None:
+    """Frees what was kept for peers who are gone now."""
+    with _keeping:
+        _kept[:] = [(memory, until) for memory, until in _kept if not until()]
