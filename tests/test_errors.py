@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -54,6 +55,26 @@ def bad_calls(comm):
         (lambda: comm.all_reduce([1, 2]), ["list", "expected a torch tensor"]),
         (lambda: comm.explain("gossip", x), ["gossip", "all_reduce"]),
         (lambda: comm.symmetric(x), ["empty()"]),
+        (lambda: comm.scatter(x, None), ["recv is a NoneType"]),
+        (lambda: comm.all_reduce(x, stream="fast"), ["stream is a str", "an int"]),
+        (lambda: comm.all_to_all(x, None, 2, [2] * size), ["send_splits is 2", f"{size} counts"]),
+        (lambda: comm.all_gather(x, None, 2 * size), ["recv_splits is", f"{size} counts"]),
+        (lambda: comm.reduce_scatter(x, None, "sum", 2), ["send_splits is 2", f"{size} counts"]),
+        (lambda: comm.all_reduce(x, timeout=math.inf), ["all_reduce: timeout is inf", "seconds > 0"]),
+        (lambda: comm.gather(x, timeout="5"), ["gather: timeout is '5'", "seconds > 0"]),
+        (lambda: comm.send(x, (comm.rank + 1) % size, timeout=-1), ["send_recv: timeout is -1"]),
+        (
+            lambda: comm.send(x, comm.rank),
+            [f"rank {comm.rank} sends itself", f"[{4 * x.numel()}] bytes", "takes in []"],
+        ),
+        (lambda: comm.recv(x, comm.rank), [f"rank {comm.rank} sends itself messages of []"]),
+        (lambda: comm.limit_waits(-1), ["limit_waits: timeout is -1"]),
+        (lambda: comm.split("red"), ["rank 0 gave color 'red'", "whole numbers"]),
+        (lambda: comm.split(0, "a" if comm.rank == size - 1 else 0), [f"rank {size - 1} gave", "key 'a'"]),
+        (lambda: comm.split(lambda: 0), ["whole numbers"]),  # which cannot be told to other ranks
+        (lambda: comm.empty(2.5), ["empty: got shape 2.5"]),
+        (lambda: comm.empty((1 << 62, 2)), ["empty: got shape", "2**63"]),
+        (lambda: comm.lend(None), ["lend: got shape None"]),
     ]
 
 
@@ -112,15 +133,37 @@ def check_destroyed(comm):
     other = comm.split(0)
     x = torch.ones(3, device=comm.device)
     assert other.all_reduce(x).tolist() == [comm.size] * 3
+    memory = other.empty(3)
     other.destroy()
     other.destroy()
-    with pytest.raises(tdccl.DestroyedError, match="destroyed"):
-        other.all_reduce(x)
+    for use in (
+        lambda: other.all_reduce(x),
+        lambda: other.symmetric(memory),
+        lambda: other.addresses_of(memory),
+        lambda: other.limit_blocks(1),
+        lambda: other.limit_waits(1),
+    ):
+        with pytest.raises(tdccl.DestroyedError, match="destroyed"):
+            use()
     assert comm.all_reduce(x).tolist() == [comm.size] * 3
 
 
 def test_use_after_destroy(ranks, world):
     ranks.run(check_destroyed, world)
+
+
+def check_equal_colors(comm):
+    """Whole numbers of whatever type are one color, and any that counts is a split."""
+    size, kinds = comm.size, (1, np.int64(1), torch.tensor(1), True)
+    with comm.split(kinds[comm.rank % 4]) as group:
+        x = torch.arange(2 * size, device=comm.device)
+        counts = np.full(size, 2)
+        assert group.all_to_all(x, None, counts, iter(counts)).tolist() == [2 * comm.rank, 2 * comm.rank + 1] * size
+        assert group.empty(torch.tensor([2, 3])).shape == (2, 3)
+
+
+def test_whole_numbers_are_those_of_any_library(ranks, world):
+    ranks.run(check_equal_colors, world)
 
 
 def check_subgroups(comm):
@@ -303,6 +346,12 @@ for _ in range(2):
     with tdccl.init(rank={rank}, size=2, timeout=60) as comm:
         print(comm.all_reduce(torch.ones(4, device=comm.device)).tolist())
 """
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, "60", None])
+def test_init_checks_its_timeout(timeout):
+    with pytest.raises(tdccl.InitError, match=f"timeout is {timeout!r}, expected seconds > 0"):
+        tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, timeout=timeout)
 
 
 def test_init_by_a_tcp_address():
