@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -352,6 +353,40 @@ for _ in range(2):
 def test_init_checks_its_timeout(timeout):
     with pytest.raises(tdccl.InitError, match=f"timeout is {timeout!r}, expected seconds > 0"):
         tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "given, environment, message",
+    [
+        ({"store": "a store"}, {}, "store is 'a store', expected a torch.distributed Store"),
+        ({"mpi": "comm"}, {}, "mpi is 'comm', expected an mpi4py communicator"),
+        ({"store": True, "rank": 0}, {}, "also needs rank= and size="),
+        ({"store": True, "rank": 1.0, "size": 2}, {}, "rank is 1.0 and size is 2, expected a rank from 0 to size - 1"),
+        ({"store": True, "rank": 2, "size": 2}, {}, "rank is 2 and size is 2"),
+        ({"rank": 3, "size": 2}, {"TDCCL_INIT": "tcp://127.0.0.1:29643"}, "rank is 3 and size is 2"),
+        ({}, {"TDCCL_INIT": "tcp://127.0.0.1:29643", "RANK": "x", "WORLD_SIZE": "2"}, "rank is 'x'"),
+        ({}, {"TDCCL_INIT": "tcp://127.0.0.1:29643"}, "also needs rank= and size=, or RANK and WORLD_SIZE"),
+        ({"rank": 0, "size": 1}, {"TDCCL_INIT": "tcp://127.0.0.1:99999"}, "expected tcp://host:port"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, "torchrun's environment: rank is"),
+    ],
+)
+def test_init_says_what_it_was_given(given, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if given.get("store") is True:
+        given = {**given, "store": torch.distributed.HashStore()}
+    with pytest.raises(tdccl.InitError, match=re.escape(message)):
+        tdccl.init(**given, timeout=1)
+
+
+def test_init_refuses_another_rank_than_the_launcher_says(monkeypatch):
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(tdccl.InitError, match="given size=2, and those who started this process say 1"):
+        tdccl.init(rank=0, size=2, timeout=1)
+    with tdccl.init(rank=0, size=1) as comm:
+        assert comm.size == 1
 
 
 def test_init_by_a_tcp_address():
