@@ -189,7 +189,7 @@ class Communicator(Calls):
         if key is AGAIN:
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
-        root = self._checked_root("broadcast", root)
+        root = self._checked_rank("broadcast", "root", root)
         if self.size > 1:
             self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, timeout=timeout, key=key)
         return buf
@@ -298,7 +298,7 @@ class Communicator(Calls):
     ) -> Any:
         """recv of rank `root` = op over all ranks' `send`; the bits are those of `all_reduce`. Returns recv there, None
         elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
-        root = self._checked_root("reduce", root)
+        root = self._checked_rank("reduce", "root", root)
         if self.rank == root:
             source, target, result = self._pair("reduce", send, recv, lambda shape: shape, stream)
         else:
@@ -313,7 +313,7 @@ class Communicator(Calls):
     ) -> Any:
         """recv of rank `root` = all ranks' `send`, one after another; returns recv there, None elsewhere, where recv is
         not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
-        root = self._checked_root("gather", root)
+        root = self._checked_rank("gather", "root", root)
         if self.rank == root:
             source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         else:
@@ -325,17 +325,17 @@ class Communicator(Calls):
     def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None, timeout: float | None = None) -> Any:
         """recv of rank i = piece i of rank root's `send`; returns recv. recv: [d, ...]; send: [size * d, ...] on rank
         `root`, not overlapping recv; elsewhere it is not looked at."""
-        root = self._checked_root("scatter", root)
+        root = self._checked_rank("scatter", "root", root)
         source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
         if self.rank == root:
             source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, stream, shrinks=True)
         self._move_by_root("scatter", source, target, target.numel(), root, stream, timeout)
         return recv
 
-    def _checked_root(self, collective: str, root: Any) -> int:
-        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
-            raise ArgumentError(f"{collective}: root is {root!r}, expected a rank from 0 to {self.size - 1}")
-        return operator.index(root)
+    def _checked_rank(self, method: str, name: str, rank: Any) -> int:
+        if not hasattr(rank, "__index__") or not 0 <= operator.index(rank) < self.size:
+            raise ArgumentError(f"{method}: {name} is {rank!r}, expected a rank from 0 to {self.size - 1}")
+        return operator.index(rank)
 
     def _move_by_root(self, collective: str, source, target, count: int, root: int, stream, timeout) -> None:
         """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
@@ -448,6 +448,7 @@ class Communicator(Calls):
     def has_message_from(self, source: int) -> bool:
         """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
         self.check()
+        source = self._checked_rank("has_message_from", "source", source)
         if self._rails is not None:
             lane = self._pairs_start + source * rails.lane_bytes(self._context.pair_slot)
             words = self._lanes.local[lane : lane + rails.LANE_WORD_BYTES.value].view(torch.int64)
@@ -624,10 +625,11 @@ class Communicator(Calls):
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why; not collective.
 
-        collective: a method's name. send, recv, op, root: as the method takes them. Raises ArgumentError.
+        collective: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all (of equal pieces), all_to_all_vdev,
+        reduce, barrier or send_recv. send, recv, op, root: as the method takes them. Raises ArgumentError.
         """
         self.check()
-        if collective not in self._algorithms:
+        if not isinstance(collective, str) or collective not in self._algorithms:
             raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
@@ -636,7 +638,13 @@ class Communicator(Calls):
         reduces = "reduce" in collective
         if reduces:
             arrays.check_reduction(collective, op, source.dtype)
+        if collective in ("broadcast", "reduce"):
+            root = self._checked_rank(collective, "root", root)
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
+        if collective == "all_to_all_vdev":
+            row = math.prod(source.shape[1:]) * source.itemsize
+            sizes = row, source.numel() * source.itemsize, target.numel() * target.itemsize
+            call = call._replace(count=0, on_device=(0, 0, *sizes))
         return Explanation(call, self._choose(call), self._heap.nbytes)
 
     # ---- its end ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 import tdccl
 from bench import launch
 from tdccl import tuning
+from tdccl.transport import bootstrap
 
 
 def bad_calls(comm):
@@ -55,6 +56,8 @@ def bad_calls(comm):
         (lambda: comm.all_gather(both[1:3], both[: 2 * size]), ["overlap", "expected"]),
         (lambda: comm.all_reduce([1, 2]), ["list", "expected a torch tensor"]),
         (lambda: comm.explain("gossip", x), ["gossip", "all_reduce"]),
+        (lambda: comm.explain(["all_reduce"], x), ["is not one of", "all_reduce"]),
+        (lambda: comm.has_message_from(size), [f"has_message_from: source is {size}", f"0 to {size - 1}"]),
         (lambda: comm.symmetric(x), ["empty()"]),
         (lambda: comm.scatter(x, None), ["recv is a NoneType"]),
         (lambda: comm.all_reduce(x, stream="fast"), ["stream is a str", "an int"]),
@@ -220,6 +223,11 @@ def test_arrays_of_other_frameworks(ranks, world):
 
 
 def check_explain(comm):
+    rows = torch.ones(2 * comm.size, 3, device=comm.device)
+    for collective in ("all_to_all_vdev", "reduce", "barrier", "send_recv"):
+        assert str(comm.explain(collective, rows)).startswith(collective)
+    with pytest.raises(tdccl.ArgumentError, match="root is 99"):
+        comm.explain("broadcast", rows, root=99)
     small = comm.explain("all_reduce", torch.ones(10, device=comm.device))
     assert (small.algorithm, small.path) == ("one_shot_ll", "packets")
     big = torch.ones(1 << 20, device=comm.device)
@@ -380,6 +388,7 @@ def test_init_says_what_it_was_given(given, environment, message, monkeypatch):
 
 
 def test_init_refuses_another_rank_than_the_launcher_says(monkeypatch):
+    monkeypatch.setattr(bootstrap, "_stores", {})
     launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
