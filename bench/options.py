@@ -23,6 +23,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.ops = list(OPS) if options.op == "all" else [options.op]
     options.dtypes = list(DTYPES) if options.datatype == "all" else [options.datatype]
     options.command = " ".join(["python -m bench", *_without_paths(arguments)])
+    if not options.placement:
+        parser.error(f"--placement names none, expected some of {','.join(PLACEMENTS)}")
     if options.minbytes > options.maxbytes:
         parser.error(f"-b is {options.minbytes} bytes, -e is {options.maxbytes}: expected -b <= -e")
     if options.json and not options.json.parent.is_dir():

@@ -41,7 +41,8 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
         output.begin(name, placement, ours.clock.mode, cap, [peer.name for peer in beside if peer.variants(collective)])
         for cases in _cases(options, collective, comm):
             if cases[False].count == 0:
-                output.note(f"{cases[False].limit} bytes are less than 16 a rank: left out")
+                least = "16 a rank" if collective.pieces else f"one {cases[False].dtype_name}"
+                output.note(f"{cases[False].limit} bytes are less than {least}: left out")
                 continue
             output.row([meter.results(each, cases, placement, buffers[placement]) for each in (ours, *beside)])
     status = output.end()

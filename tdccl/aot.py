@@ -4,6 +4,7 @@ A process that finds a pack (see `environment.packs`) loads from it what it has,
 """
 
 import argparse
+import errno
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 if __name__ == "__main__":
@@ -163,11 +166,20 @@ def write_pack(path: str, todo: list[tuple[str, Job]]) -> None:
     cores = min(len(todo), len(os.sched_getaffinity(0)))
     _say(f"compiling {len(todo)} kernels on {cores} cores")
     kernels = defaultdict(dict)
-    with multiprocessing.get_context("spawn").Pool(cores) as workers:
-        for done, (arch, key, compiled) in enumerate(workers.imap_unordered(_compile_item, todo), 1):
-            kernels[arch][key] = compiled
-            if sys.stderr.isatty():
-                _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
+    # Not multiprocessing's Pool, which starts another process for one that the compiler has ended, and waits for ever.
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as workers:
+        compiling = [workers.submit(_compile_item, item) for item in todo]
+        try:
+            for done, future in enumerate(as_completed(compiling), 1):
+                arch, key, compiled = future.result()
+                kernels[arch][key] = compiled
+                if sys.stderr.isatty():
+                    _say(f"\r{done} of {len(todo)}", end="\n" if done == len(todo) else "")
+        except BrokenProcessPool as error:
+            archs = ", ".join(sorted({job.arch for _, job in todo}))
+            raise SystemExit(
+                f"the compiler ended its process: does Triton {triton.__version__} know {archs}?"
+            ) from error
     pack.write(path, sources, triton.__version__, kernels)
     mebibytes, seconds = os.path.getsize(path) / 2**20, time.monotonic() - started
     _say(f"{path}: {len(todo)} kernels, {mebibytes:.1f} MiB, in {seconds:.0f} s")
@@ -190,7 +202,10 @@ def _say(text: str, end: str = "\n") -> None:
 def show(options: argparse.Namespace) -> None:
     """Prints where each pack is from, and how many kernels it has of each function, architecture and world."""
     for path in options.pack or environment.packs():
-        opened = pack.Pack(path)
+        try:
+            opened = pack.Pack(path)
+        except pack.UNREADABLE as error:
+            raise SystemExit(f"{path} is no pack: {error}") from error
         fresh = "fresh" if opened.header["sources"] == pack.source_digest() else "stale: built from other sources"
         print(f"{path}: tdccl {opened.header['tdccl']}, triton {opened.header['triton']}, {fresh}")
         for arch in opened.archs:
@@ -222,7 +237,22 @@ def main(words: list[str]) -> None:
     lister.set_defaults(run=show)
     lister.add_argument("pack", nargs="*", help="default: those that a process would find here")
     options = parser.parse_args(words)
+    if options.run is build:
+        try:
+            _check_writable(options.out)
+        except OSError as error:
+            builder.error(f"--out is {options.out}: {error.strerror}")
     options.run(options)
+
+
+def _check_writable(path: str) -> None:
+    """Raises OSError where no pack can be written, before minutes go by."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "a folder, expected a file in it")
 
 
 def _some_of(known: list[str]) -> Callable[[str], list[str]]:

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import math
-import operator
 import threading
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
 from tdccl.membership import COMPARISON, Membership
 from tdccl.runtime import agreement, arrays
-from tdccl.runtime.algorithm import Call
+from tdccl.runtime.algorithm import Call, nanoseconds
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.runtime.recorder import PLAIN, ROOTED, described, name_of, place_of, placed
 from tdccl.runtime.streams import Order, is_capturing, stream_of
@@ -84,11 +83,16 @@ class Calls(Membership):
             )
         return source, target, recv
 
+    def _counts(self, collective: str, name: str, splits: Any) -> tuple[int, ...]:
+        """A split list as whole numbers, one a rank."""
+        counts = arrays.whole_numbers(splits)
+        if counts is None or len(counts) != self.size:
+            raise ArgumentError(f"{collective}: {name} is {splits!r}, expected {self.size} counts >= 0")
+        return counts
+
     def _row_splits(self, source, send_splits, recv_splits):
-        for name, splits in (("send_splits", send_splits), ("recv_splits", recv_splits)):
-            counts = list(splits)
-            if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
-                raise ArgumentError(f"all_to_all: {name} is {counts}, expected {self.size} counts >= 0")
+        send_splits = self._counts("all_to_all", "send_splits", send_splits)
+        recv_splits = self._counts("all_to_all", "recv_splits", recv_splits)
         rows = source.shape[0] if source.dim() else 0
         if sum(send_splits) != rows:
             raise ArgumentError(f"all_to_all: send has {rows} rows, expected sum(send_splits) = {sum(send_splits)}")
@@ -97,8 +101,7 @@ class Calls(Membership):
                 f"all_to_all: rank {self.rank} sends itself {send_splits[self.rank]} rows but expects "
                 f"{recv_splits[self.rank]}"
             )
-        counts = (send_splits, recv_splits)
-        return tuple(tuple(map(operator.index, splits)) for splits in counts), math.prod(source.shape[1:])
+        return (send_splits, recv_splits), math.prod(source.shape[1:])
 
     def _call(self, collective, source, target, count, op, root, splits) -> Call:
         send, recv = source.data_ptr(), target.data_ptr()
@@ -190,6 +193,8 @@ class Calls(Membership):
 
         called: the collective's name to the user, if it is another.
         """
+        if timeout is not None:
+            nanoseconds(called or collective, timeout)
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
             return
@@ -225,9 +230,7 @@ class Calls(Membership):
                 self._plans.clear()  # split lists may differ in every call
             team = self._team
             if call.timeout is not None:
-                if not call.timeout > 0:
-                    raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
-                team = team._replace(timeout=int(call.timeout * 1e9))
+                team = team._replace(timeout=nanoseconds(call.collective, call.timeout))
             with self._on_device():
                 plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rails)
         return plan
@@ -266,6 +269,8 @@ class Calls(Membership):
             launch = shown(what, launch)
         with self._turn:
             if self._emulated:
+                if stream is not None:
+                    arrays.stream_handle(stream)  # what GPUs would refuse
                 with self._lock:
                     index = self._recorder.note(what, 0)
                 self._interpret(launch, send, recv)
@@ -355,6 +360,7 @@ class Calls(Membership):
     def limit_blocks(self, max_blocks: int | None) -> None:
         """From the next call on a collective has at most so many blocks (None: as many as are fastest), to leave the
         other multiprocessors to computation; every rank has to be given the same. Raises ArgumentError below 1."""
+        self.check_not_destroyed()
         try:
             self._context = self._context_for(max_blocks)._replace(multicast=self.multicast)
         except InitError as error:
@@ -364,8 +370,10 @@ class Calls(Membership):
         self._calls.clear()
 
     def limit_waits(self, seconds: float) -> None:
-        """From the next call on a wait of one that is given no timeout lasts so long at most."""
-        self.timeout, self._team = seconds, self._team._replace(timeout=int(seconds * 1e9))
+        """From the next call on a wait of one that is given no timeout lasts so long at most. Raises ArgumentError."""
+        self.check_not_destroyed()
+        self._team = self._team._replace(timeout=nanoseconds("limit_waits", seconds))
+        self.timeout = seconds
         self._plans.clear()
         self._calls.clear()
 

@@ -15,9 +15,9 @@ from torch.autograd import profiler
 from tdccl import environment, transport
 from tdccl.calls import AGAIN, Calls, overlap, shown
 from tdccl.decisions import layout, rails
-from tdccl.errors import ArgumentError, DestroyedError, TdcclError
+from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError
 from tdccl.runtime import arrays
-from tdccl.runtime.algorithm import Call, team_of
+from tdccl.runtime.algorithm import Call, nanoseconds, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice
@@ -49,6 +49,10 @@ def init(
     Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
     no NVSHMEM.
     """
+    try:
+        nanoseconds("init", timeout)
+    except ArgumentError as error:
+        raise InitError(str(error)) from error
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
     return communicator
@@ -185,7 +189,7 @@ class Communicator(Calls):
         if key is AGAIN:
             return buf
         tensor = self._checked("broadcast", "buf", arrays.as_tensor(buf, "buf", written=True))
-        root = self._checked_root("broadcast", root)
+        root = self._checked_rank("broadcast", "root", root)
         if self.size > 1:
             self._run("broadcast", tensor, tensor, tensor.numel(), root=root, stream=stream, timeout=timeout, key=key)
         return buf
@@ -224,7 +228,7 @@ class Communicator(Calls):
             )
             return result
         splits, row = self._row_splits(source, send_splits, recv_splits)
-        shape = (sum(recv_splits), *source.shape[1:])
+        shape = (sum(splits[1]), *source.shape[1:])
         source, target, result = self._pair(
             "all_to_all", send, recv, lambda _: shape, stream, expected=math.prod(shape)
         )
@@ -294,7 +298,7 @@ class Communicator(Calls):
     ) -> Any:
         """recv of rank `root` = op over all ranks' `send`; the bits are those of `all_reduce`. Returns recv there, None
         elsewhere, where recv is not looked at. recv may be send; None makes a new one."""
-        root = self._checked_root("reduce", root)
+        root = self._checked_rank("reduce", "root", root)
         if self.rank == root:
             source, target, result = self._pair("reduce", send, recv, lambda shape: shape, stream)
         else:
@@ -309,7 +313,7 @@ class Communicator(Calls):
     ) -> Any:
         """recv of rank `root` = all ranks' `send`, one after another; returns recv there, None elsewhere, where recv is
         not looked at. send: [d, ...]; recv: [size * d, ...], not overlapping send."""
-        root = self._checked_root("gather", root)
+        root = self._checked_rank("gather", "root", root)
         if self.rank == root:
             source, target, result = self._pair("gather", send, recv, lambda shape: _scaled(shape, self.size), stream)
         else:
@@ -321,18 +325,17 @@ class Communicator(Calls):
     def scatter(self, send: Any, recv: Any, root: int = 0, *, stream: Any = None, timeout: float | None = None) -> Any:
         """recv of rank i = piece i of rank root's `send`; returns recv. recv: [d, ...]; send: [size * d, ...] on rank
         `root`, not overlapping recv; elsewhere it is not looked at."""
-        root = self._checked_root("scatter", root)
+        root = self._checked_rank("scatter", "root", root)
+        source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
         if self.rank == root:
             source, target, _ = self._pair("scatter", send, recv, lambda shape: shape, stream, shrinks=True)
-        else:
-            source = target = self._checked("scatter", "recv", arrays.as_tensor(recv, "recv", written=True))
         self._move_by_root("scatter", source, target, target.numel(), root, stream, timeout)
         return recv
 
-    def _checked_root(self, collective: str, root: Any) -> int:
-        if not hasattr(root, "__index__") or not 0 <= operator.index(root) < self.size:
-            raise ArgumentError(f"{collective}: root is {root!r}, expected a rank from 0 to {self.size - 1}")
-        return operator.index(root)
+    def _checked_rank(self, method: str, name: str, rank: Any) -> int:
+        if not hasattr(rank, "__index__") or not 0 <= operator.index(rank) < self.size:
+            raise ArgumentError(f"{method}: {name} is {rank!r}, expected a rank from 0 to {self.size - 1}")
+        return operator.index(rank)
 
     def _move_by_root(self, collective: str, source, target, count: int, root: int, stream, timeout) -> None:
         """A gather or scatter of `count` elements a rank is an all_to_all in which most pieces are empty."""
@@ -346,10 +349,8 @@ class Communicator(Calls):
         )
 
     def _all_gather_uneven(self, send, recv, recv_splits, stream, timeout):
-        counts = list(recv_splits)
+        counts = self._counts("all_gather", "recv_splits", recv_splits)
         source = self._checked("all_gather", "send", arrays.as_tensor(send, "send"))
-        if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
-            raise ArgumentError(f"all_gather: recv_splits is {counts}, expected {self.size} counts >= 0")
         rows = source.shape[0] if source.dim() else 1
         if counts[self.rank] != rows:
             raise ArgumentError(f"all_gather: send has {rows} rows, recv_splits says {counts[self.rank]} of this rank")
@@ -360,15 +361,13 @@ class Communicator(Calls):
         )
         if overlap(source, target):
             raise ArgumentError("all_gather: recv overlaps send; in place it takes equal pieces only")
-        splits = ((rows * row,) * self.size, tuple(operator.index(count) * row for count in counts))
+        splits = ((rows * row,) * self.size, tuple(count * row for count in counts))
         self._run("all_gather", source, target, 0, splits=splits, stream=stream, timeout=timeout)
         return result
 
     def _reduce_scatter_uneven(self, send, recv, op, send_splits, stream, timeout):
-        counts = list(send_splits)
+        counts = self._counts("reduce_scatter", "send_splits", send_splits)
         source = self._checked("reduce_scatter", "send", arrays.as_tensor(send, "send"))
-        if len(counts) != self.size or not all(hasattr(count, "__index__") and count >= 0 for count in counts):
-            raise ArgumentError(f"reduce_scatter: send_splits is {counts}, expected {self.size} counts >= 0")
         if not source.dim() or source.shape[0] != sum(counts):
             raise ArgumentError(
                 f"reduce_scatter: send has shape {tuple(source.shape)}, expected sum(send_splits) = {sum(counts)} rows"
@@ -428,11 +427,16 @@ class Communicator(Calls):
         """
         out = self._messages("send", sends)
         into = self._messages("recv", recvs, written=True)
-        local = zip(out.pop(self.rank, []), into.pop(self.rank, []))
+        if timeout is not None:
+            nanoseconds("send_recv", timeout)
+        local = out.pop(self.rank, []), into.pop(self.rank, [])
+        sent, received = ([tensor.numel() * tensor.itemsize for tensor in each] for each in local)
+        if sent != received:
+            raise ArgumentError(
+                f"send_recv: rank {self.rank} sends itself messages of {sent} bytes, but takes in {received} here"
+            )
         rounds = max(map(len, [*out.values(), *into.values()]), default=0)
-        for source, target in local:
-            if source.numel() * source.itemsize != target.numel() * target.itemsize:
-                raise ArgumentError(f"send_recv: rank {self.rank} sends itself what it does not receive")
+        for source, target in zip(*local):
             with self._on(stream):
                 target.view(-1).view(torch.uint8).copy_(source.view(-1).view(torch.uint8))
         for number in range(rounds):
@@ -444,6 +448,7 @@ class Communicator(Calls):
     def has_message_from(self, source: int) -> bool:
         """Whether a message of rank `source` has begun to arrive that no `recv` which has ended took."""
         self.check()
+        source = self._checked_rank("has_message_from", "source", source)
         if self._rails is not None:
             lane = self._pairs_start + source * rails.lane_bytes(self._context.pair_slot)
             words = self._lanes.local[lane : lane + rails.LANE_WORD_BYTES.value].view(torch.int64)
@@ -509,11 +514,7 @@ class Communicator(Calls):
         Collectives on it (or on views of it) take the zero-copy algorithms, until `destroy`.
         """
         self.check()
-        shape = (shape,) if hasattr(shape, "__index__") else tuple(shape)
-        if not isinstance(dtype, torch.dtype) or not all(hasattr(d, "__index__") and d >= 0 for d in shape):
-            raise ArgumentError(
-                f"empty: got shape {shape} and dtype {dtype}, expected whole numbers >= 0 and a torch.dtype"
-            )
+        shape = arrays.checked_shape("empty", shape, dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         sizes = self._bootstrap.exchange(nbytes)
         if len(set(sizes)) > 1:
@@ -532,7 +533,7 @@ class Communicator(Calls):
         Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ.
         """
         self.check()
-        return self._loans.tensor(numel, dtype)
+        return self._loans.tensor(math.prod(arrays.checked_shape("lend", numel, dtype)), dtype)
 
     def register(self, pool: "torch.cuda.MemPool") -> None:
         """Makes a torch memory pool symmetric memory: what it holds now, and tensors that go there later; collective.
@@ -587,6 +588,7 @@ class Communicator(Calls):
         return [address + tensor.data_ptr() - segment.address for address in segment.addresses]
 
     def _segment_with(self, tensor: torch.Tensor, method: str) -> transport.SymmetricMemory:
+        self.check_not_destroyed()  # its memory may be gone, that of the peers
         segment = None
         if isinstance(tensor, torch.Tensor):
             segment = self._segment_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
@@ -598,10 +600,19 @@ class Communicator(Calls):
         return segment
 
     def split(self, color: int | None, key: int = 0) -> "Communicator | None":
-        """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part."""
+        """One new communicator for each color, ranks ordered by (key, rank); collective. None takes no part.
+
+        Raises ArgumentError, on every rank: a color or a key is no whole number.
+        """
         self.check()
         self._splits += 1
-        everyone = self._bootstrap.exchange((color, key))
+        everyone = self._bootstrap.exchange((color if color is None else _whole(color), _whole(key)))
+        for rank, (its_color, its_key) in enumerate(everyone):
+            if isinstance(its_color, str) or isinstance(its_key, str):
+                raise ArgumentError(
+                    f"split: rank {rank} gave color {its_color} and key {its_key}, expected whole numbers, or no color"
+                )
+        color, key = everyone[self.rank]
         if color is None:
             return None
         members = sorted(
@@ -614,10 +625,11 @@ class Communicator(Calls):
     def explain(self, collective: str, send: Any, recv: Any = None, op: str = "sum", root: int = 0) -> "Explanation":
         """Which algorithm, grid, workspace and path a call with these arrays would take, and why; not collective.
 
-        collective: a method's name. send, recv, op, root: as the method takes them. Raises ArgumentError.
+        collective: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all (of equal pieces), all_to_all_vdev,
+        reduce, barrier or send_recv. send, recv, op, root: as the method takes them. Raises ArgumentError.
         """
         self.check()
-        if collective not in self._algorithms:
+        if not isinstance(collective, str) or collective not in self._algorithms:
             raise ArgumentError(f"explain: {collective!r} is not one of {', '.join(self._algorithms)}")
         source = self._checked(collective, "send", arrays.as_tensor(send, "send"))
         target = source if recv is None else self._checked(collective, "recv", arrays.as_tensor(recv, "recv"))
@@ -626,7 +638,13 @@ class Communicator(Calls):
         reduces = "reduce" in collective
         if reduces:
             arrays.check_reduction(collective, op, source.dtype)
+        if collective in ("broadcast", "reduce"):
+            root = self._checked_rank(collective, "root", root)
         call = self._call(collective, source, target, chunk.numel() // pieces, op if reduces else None, root, None)
+        if collective == "all_to_all_vdev":
+            row = math.prod(source.shape[1:]) * source.itemsize
+            sizes = row, source.numel() * source.itemsize, target.numel() * target.itemsize
+            call = call._replace(count=0, on_device=(0, 0, *sizes))
         return Explanation(call, self._choose(call), self._heap.nbytes)
 
     # ---- its end ------------------------------------------------------------------------------------------
@@ -745,6 +763,14 @@ class Explanation:
             lines.append("  reduced in the switch: the bits need not be those of the other algorithms")
         lines += [f"  not {name}: {reason}" for name, reason in self.choice.passed_over.items()]
         return "\n".join(lines)
+
+
+def _whole(value: Any) -> int | str:
+    """A whole number, or words for what is none, which ranks can exchange."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return repr(value)
 
 
 def _scaled(shape, size: int):

@@ -346,9 +346,13 @@ class Membership:
     def check(self) -> None:
         """Raises DestroyedError after `destroy`, and Timeout, PeerFailure or Aborted after a fault; every call does
         this first. On a GPU a timeout shows when the kernel has ended: call it after a synchronisation."""
+        self.check_not_destroyed()
+        self.raise_fault()
+
+    def check_not_destroyed(self) -> None:
+        """Raises DestroyedError after `destroy`."""
         if self._destroyed:
             raise DestroyedError(self._destroyed)
-        self.raise_fault()
 
     def check_one_node(self, what: str) -> None:
         """Raises ArgumentError where ranks are on several nodes, for what goes by their addresses alone."""

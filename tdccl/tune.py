@@ -37,6 +37,8 @@ _WORTH = 0.98
 _AS_GOOD = 0.99
 # Packets this many times slower than the best are not tried at larger sizes.
 _HOPELESS = 3.0
+# log2 of message sizes in bytes: from a chunk of 16 bytes for each of 8 ranks, to what grids and offsets were made for.
+_SMALLEST, _LARGEST = 7, 36
 # Under a cap messages are tuned from this size on.
 _LARGE = 1 << 20
 
@@ -230,6 +232,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.collectives) - set(COLLECTIVES):
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(COLLECTIVES)}")
+    if not _SMALLEST <= options.smallest <= options.largest <= _LARGEST or options.factor < 1 or 0 in options.caps:
+        parser.error(
+            f"-b {options.smallest} -e {options.largest} -f {options.factor} -c {options.caps}: expected "
+            f"{_SMALLEST} <= -b <= -e <= {_LARGEST}, -f and -c of 1 or more"
+        )
+    if options.output and (options.output.is_dir() or not options.output.parent.is_dir()):
+        parser.error(f"-o is {options.output}: expected a file in a folder that exists")
     return options
 
 

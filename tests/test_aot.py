@@ -203,6 +203,39 @@ def test_no_pack_is_read_where_none_is_wanted(monkeypatch, tmp_path):
     assert aot.environment.packs() == [aot.environment.default_pack()] == [str(tmp_path / "tdccl" / "kernels.zip")]
 
 
+class Fatal:
+    """A job that ends the process that is to compile it, as LLVM does for an architecture that it does not know."""
+
+    arch = "sm_1"
+
+    @property
+    def nodes(self):
+        os._exit(1)
+
+
+def test_a_compiler_that_ends_its_process_ends_the_build(tmp_path):
+    with pytest.raises(SystemExit, match=r"does Triton .* know sm_1"):
+        aot.write_pack(str(tmp_path / "none.zip"), [("key", Fatal())])
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("build --out {0}", "--out is {0}: a folder"),
+        ("build --out {0}/file/pack.zip", "--out is {0}/file/pack.zip: "),
+        ("list {0}/file", "{0}/file is no pack: "),
+        ("list {0}/missing.zip", "{0}/missing.zip is no pack: "),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused_at_once(words, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("no pack")
+    monkeypatch.setattr(aot, "build", lambda options: pytest.fail("compiles"))
+    with pytest.raises(SystemExit) as refused:
+        aot.main(words.format(tmp_path).split())
+    assert said.format(tmp_path) in f"{refused.value} {capsys.readouterr().err}"
+
+
 def test_building_twice_gives_the_same_bytes(tmp_path):
     for name in ("one.zip", "two.zip"):
         run_aot(

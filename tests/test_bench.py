@@ -101,6 +101,7 @@ def test_caps_alone_leave_the_peers_out(capsys):
         ("--vs mpi", "expected some of"),
         ("--max-blocks 4,0", "'0', expected a whole number >= 1"),
         ("-G", "need a GPU"),
+        ("--placement ,", "expected some of plain,symmetric"),
         ("-J missing/results.json", "there is no folder missing"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 import tdccl
 from bench import launch
 from tdccl import tuning
+from tdccl.transport import bootstrap
 
 
 def bad_calls(comm):
@@ -53,7 +56,29 @@ def bad_calls(comm):
         (lambda: comm.all_gather(both[1:3], both[: 2 * size]), ["overlap", "expected"]),
         (lambda: comm.all_reduce([1, 2]), ["list", "expected a torch tensor"]),
         (lambda: comm.explain("gossip", x), ["gossip", "all_reduce"]),
+        (lambda: comm.explain(["all_reduce"], x), ["is not one of", "all_reduce"]),
+        (lambda: comm.has_message_from(size), [f"has_message_from: source is {size}", f"0 to {size - 1}"]),
         (lambda: comm.symmetric(x), ["empty()"]),
+        (lambda: comm.scatter(x, None), ["recv is a NoneType"]),
+        (lambda: comm.all_reduce(x, stream="fast"), ["stream is a str", "an int"]),
+        (lambda: comm.all_to_all(x, None, 2, [2] * size), ["send_splits is 2", f"{size} counts"]),
+        (lambda: comm.all_gather(x, None, 2 * size), ["recv_splits is", f"{size} counts"]),
+        (lambda: comm.reduce_scatter(x, None, "sum", 2), ["send_splits is 2", f"{size} counts"]),
+        (lambda: comm.all_reduce(x, timeout=math.inf), ["all_reduce: timeout is inf", "seconds > 0"]),
+        (lambda: comm.gather(x, timeout="5"), ["gather: timeout is '5'", "seconds > 0"]),
+        (lambda: comm.send(x, (comm.rank + 1) % size, timeout=-1), ["send_recv: timeout is -1"]),
+        (
+            lambda: comm.send(x, comm.rank),
+            [f"rank {comm.rank} sends itself", f"[{4 * x.numel()}] bytes", "takes in []"],
+        ),
+        (lambda: comm.recv(x, comm.rank), [f"rank {comm.rank} sends itself messages of []"]),
+        (lambda: comm.limit_waits(-1), ["limit_waits: timeout is -1"]),
+        (lambda: comm.split("red"), ["rank 0 gave color 'red'", "whole numbers"]),
+        (lambda: comm.split(0, "a" if comm.rank == size - 1 else 0), [f"rank {size - 1} gave", "key 'a'"]),
+        (lambda: comm.split(lambda: 0), ["whole numbers"]),  # which cannot be told to other ranks
+        (lambda: comm.empty(2.5), ["empty: got shape 2.5"]),
+        (lambda: comm.empty((1 << 62, 2)), ["empty: got shape", "2**63"]),
+        (lambda: comm.lend(None), ["lend: got shape None"]),
     ]
 
 
@@ -112,15 +137,37 @@ def check_destroyed(comm):
     other = comm.split(0)
     x = torch.ones(3, device=comm.device)
     assert other.all_reduce(x).tolist() == [comm.size] * 3
+    memory = other.empty(3)
     other.destroy()
     other.destroy()
-    with pytest.raises(tdccl.DestroyedError, match="destroyed"):
-        other.all_reduce(x)
+    for use in (
+        lambda: other.all_reduce(x),
+        lambda: other.symmetric(memory),
+        lambda: other.addresses_of(memory),
+        lambda: other.limit_blocks(1),
+        lambda: other.limit_waits(1),
+    ):
+        with pytest.raises(tdccl.DestroyedError, match="destroyed"):
+            use()
     assert comm.all_reduce(x).tolist() == [comm.size] * 3
 
 
 def test_use_after_destroy(ranks, world):
     ranks.run(check_destroyed, world)
+
+
+def check_equal_colors(comm):
+    """Whole numbers of whatever type are one color, and any that counts is a split."""
+    size, kinds = comm.size, (1, np.int64(1), torch.tensor(1), True)
+    with comm.split(kinds[comm.rank % 4]) as group:
+        x = torch.arange(2 * size, device=comm.device)
+        counts = np.full(size, 2)
+        assert group.all_to_all(x, None, counts, iter(counts)).tolist() == [2 * comm.rank, 2 * comm.rank + 1] * size
+        assert group.empty(torch.tensor([2, 3])).shape == (2, 3)
+
+
+def test_whole_numbers_are_those_of_any_library(ranks, world):
+    ranks.run(check_equal_colors, world)
 
 
 def check_subgroups(comm):
@@ -176,6 +223,11 @@ def test_arrays_of_other_frameworks(ranks, world):
 
 
 def check_explain(comm):
+    rows = torch.ones(2 * comm.size, 3, device=comm.device)
+    for collective in ("all_to_all_vdev", "reduce", "barrier", "send_recv"):
+        assert str(comm.explain(collective, rows)).startswith(collective)
+    with pytest.raises(tdccl.ArgumentError, match="root is 99"):
+        comm.explain("broadcast", rows, root=99)
     small = comm.explain("all_reduce", torch.ones(10, device=comm.device))
     assert (small.algorithm, small.path) == ("one_shot_ll", "packets")
     big = torch.ones(1 << 20, device=comm.device)
@@ -303,6 +355,47 @@ for _ in range(2):
     with tdccl.init(rank={rank}, size=2, timeout=60) as comm:
         print(comm.all_reduce(torch.ones(4, device=comm.device)).tolist())
 """
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, "60", None])
+def test_init_checks_its_timeout(timeout):
+    with pytest.raises(tdccl.InitError, match=f"timeout is {timeout!r}, expected seconds > 0"):
+        tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "given, environment, message",
+    [
+        ({"store": "a store"}, {}, "store is 'a store', expected a torch.distributed Store"),
+        ({"mpi": "comm"}, {}, "mpi is 'comm', expected an mpi4py communicator"),
+        ({"store": True, "rank": 0}, {}, "also needs rank= and size="),
+        ({"store": True, "rank": 1.0, "size": 2}, {}, "rank is 1.0 and size is 2, expected a rank from 0 to size - 1"),
+        ({"store": True, "rank": 2, "size": 2}, {}, "rank is 2 and size is 2"),
+        ({"rank": 3, "size": 2}, {"TDCCL_INIT": "tcp://127.0.0.1:29643"}, "rank is 3 and size is 2"),
+        ({}, {"TDCCL_INIT": "tcp://127.0.0.1:29643", "RANK": "x", "WORLD_SIZE": "2"}, "rank is 'x'"),
+        ({}, {"TDCCL_INIT": "tcp://127.0.0.1:29643"}, "also needs rank= and size=, or RANK and WORLD_SIZE"),
+        ({"rank": 0, "size": 1}, {"TDCCL_INIT": "tcp://127.0.0.1:99999"}, "expected tcp://host:port"),
+        ({}, {"RANK": "0", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, "torchrun's environment: rank is"),
+    ],
+)
+def test_init_says_what_it_was_given(given, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if given.get("store") is True:
+        given = {**given, "store": torch.distributed.HashStore()}
+    with pytest.raises(tdccl.InitError, match=re.escape(message)):
+        tdccl.init(**given, timeout=1)
+
+
+def test_init_refuses_another_rank_than_the_launcher_says(monkeypatch):
+    monkeypatch.setattr(bootstrap, "_stores", {})
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(tdccl.InitError, match="given size=2, and those who started this process say 1"):
+        tdccl.init(rank=0, size=2, timeout=1)
+    with tdccl.init(rank=0, size=1) as comm:
+        assert comm.size == 1
 
 
 def test_init_by_a_tcp_address():

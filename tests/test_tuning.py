@@ -103,7 +103,14 @@ def test_rows_that_say_the_same_become_one():
         *(
             '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": '
             f'[{{"upto": null, "algorithm": "two_shot_staged", "changes": {changes}}}]}}}}}}'
-            for changes in ('{"blocks": 0}', '{"warps": 12}', '{"tile": 0}', '{"packet_tile": 64, "packet_warps": 4}')
+            for changes in (
+                '{"blocks": 0}',
+                '{"warps": 12}',
+                '{"warps": 64}',
+                '{"tile": 0}',
+                '{"tile": 4}',
+                '{"packet_tile": 64, "packet_warps": 4}',
+            )
         ),
         '{"gpu": "emulation", "world": 2, "rows": {"all_reduce": {"plain": [{"upto": 9, "algorithm": "push_ll"}]}}}',
     ],
@@ -124,6 +131,13 @@ def test_a_table_with_unknown_algorithms_is_refused(tmp_path, monkeypatch):
     with pytest.raises(tdccl.InitError, match="broadcast by telepathy: expected nvls_push, nvls_staged, push_ll"):
         table_for("emulation", 2)
     assert table_for("emulation", 3).source == "emulation"  # made for other ranks
+
+
+@pytest.mark.parametrize("words", ["-b 12 -e 11", "-b -1", "-b 3 -e 3", "-f 0", "-c 0", "-o missing/mine.json", "-o ."])
+def test_the_tuner_refuses_before_it_measures(words, capsys):
+    with pytest.raises(SystemExit):
+        tune._parse(["all_reduce", *words.split()])
+    assert "expected" in capsys.readouterr().err
 
 
 def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path):

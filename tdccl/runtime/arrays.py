@@ -1,5 +1,7 @@
 """Arrays and streams of any framework, seen as torch tensors and stream handles."""
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -38,6 +40,29 @@ def as_tensor(array: Any, name: str, written: bool = False) -> torch.Tensor:
         f"{name} is a {type(array).__name__}, expected a torch tensor, a CuPy array, or anything with "
         "DLPack or __cuda_array_interface__"
     )
+
+
+def whole_numbers(values: Any) -> tuple[int, ...] | None:
+    """Whole numbers >= 0, from anything that lists them; None if it does not."""
+    try:
+        found = tuple(map(operator.index, values))
+    except TypeError:
+        return None
+    return found if min(found, default=0) >= 0 else None
+
+
+def checked_shape(what: str, shape: Any, dtype: Any) -> tuple[int, ...]:
+    """A shape, or a number of elements, as a tuple. Raises ArgumentError unless there can be a tensor of it."""
+    try:
+        found = whole_numbers((operator.index(shape),))
+    except TypeError:
+        found = whole_numbers(shape)
+    if found is None or not isinstance(dtype, torch.dtype) or math.prod(found) * dtype.itemsize >= 1 << 63:
+        raise ArgumentError(
+            f"{what}: got shape {shape!r} and dtype {dtype}, expected whole numbers >= 0, of less than 2**63 bytes, "
+            "and a torch.dtype"
+        )
+    return found
 
 
 def signature(collective: str, value: Any, timeout: float | None, send: Any, recv: Any) -> tuple | None:

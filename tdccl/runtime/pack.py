@@ -22,7 +22,7 @@ from tdccl import __version__, environment
 _log = logging.getLogger(__name__)
 _DEFAULT_SHARED = 48 << 10  # more than this a kernel must ask for
 _MOMENT = (1980, 1, 1, 0, 0, 0)  # of every file in a pack: the same kernels make the same bytes
-_UNREADABLE = (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Kernel(NamedTuple):
@@ -74,7 +74,7 @@ def source_digest() -> str:
 
 
 class Pack:
-    """A pack that lies in a file. Making and reading one raises one of `_UNREADABLE` if the file is damaged."""
+    """A pack that lies in a file. Making and reading one raises one of `UNREADABLE` if the file is damaged."""
 
     def __init__(self, path: str):
         self.path = path
@@ -139,7 +139,7 @@ def _found() -> list[Pack]:
     for path in environment.packs():
         try:
             pack = Pack(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             warnings.warn(f"tdccl: the pack {path} is ignored: {error!r}", stacklevel=2)
             continue
         if pack.sources == source_digest():
@@ -161,7 +161,7 @@ def load(identity: str, capability: tuple[int, int]) -> Loaded | None:
             kernel = pack.kernel(arch, key)
             if kernel is not None:
                 return _load(kernel, pack.cubin(arch, key))
-        except (*_UNREADABLE, RuntimeError) as error:
+        except (*UNREADABLE, RuntimeError) as error:
             warnings.warn(f"tdccl: a kernel of the pack {pack.path} cannot be loaded: {error!r}", stacklevel=2)
         _log.debug("no kernel %s for %s in %s: %s", key, arch, pack.path, identity)
     return None

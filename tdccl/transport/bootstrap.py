@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import operator
 import os
 import pickle
 import socket
@@ -298,31 +299,57 @@ def launched() -> bool:
     return bool(environment.rendezvous_address() or os.environ.keys() >= _TORCHRUN or _MPIRUN & os.environ.keys())
 
 
+def _place(source: str, rank: Any, size: Any, also: str = "") -> tuple[int, int]:
+    """Rank and size as numbers, which may be words of the environment. Raises InitError if they are none."""
+    if rank is None or size is None:
+        raise InitError(f"{source} also needs rank= and size={also}")
+    try:
+        place = tuple(int(each) if isinstance(each, str) else operator.index(each) for each in (rank, size))
+    except (TypeError, ValueError):
+        place = (0, 0)
+    if not 0 <= place[0] < place[1]:
+        raise InitError(f"{source}: rank is {rank!r} and size is {size!r}, expected a rank from 0 to size - 1")
+    return place
+
+
 def discover(mpi=None, store=None, rank: int | None = None, size: int | None = None, timeout: float = 60.0):
     """The bootstrap for what the caller gave, or for the launcher's environment.
 
     In order: `mpi` (an mpi4py communicator); `store` with rank and size; TDCCL_INIT=tcp://host:port with rank and
-    size (given, or RANK and WORLD_SIZE); torchrun's environment; mpirun's. Raises InitError if there is none.
+    size (given, or RANK and WORLD_SIZE); torchrun's environment; mpirun's. Raises InitError if there is none, or if it
+    says another rank or size than the caller.
     """
+    bootstrap = _discovered(mpi, store, rank, size, timeout)
+    for name, given, found in (("rank", rank, bootstrap.rank), ("size", size, bootstrap.size)):
+        if given is not None and given != found:
+            raise InitError(f"init was given {name}={given}, and those who started this process say {found}")
+    return bootstrap
+
+
+def _discovered(mpi, store, rank: int | None, size: int | None, timeout: float) -> Bootstrap:
     variables = os.environ
     if mpi is not None:
+        if not hasattr(mpi, "Get_attr"):
+            raise InitError(f"init: mpi is {mpi!r}, expected an mpi4py communicator")
         return MPIBootstrap(mpi, timeout)
     if store is not None:
-        if rank is None or size is None:
-            raise InitError("init(store=...) also needs rank= and size=")
+        if not hasattr(store, "compare_set"):
+            raise InitError(f"init: store is {store!r}, expected a torch.distributed Store")
+        rank, size = _place("init(store=...)", rank, size)
         made = store.add(f"tdccl/inits/{rank}", 1)  # an earlier communicator's keys must not pass for this one's
         return StoreBootstrap(store, rank, size, timeout, f"tdccl/{made}")
     if address := environment.rendezvous_address():
-        rank = int(variables.get("RANK", -1)) if rank is None else rank
-        size = int(variables.get("WORLD_SIZE", -1)) if size is None else size
-        if rank < 0 or size < 1:
-            raise InitError(f"TDCCL_INIT={address} also needs rank= and size=, or RANK and WORLD_SIZE")
+        rank, size = (
+            variables.get("RANK") if rank is None else rank,
+            variables.get("WORLD_SIZE") if size is None else size,
+        )
+        rank, size = _place(f"TDCCL_INIT={address}", rank, size, ", or RANK and WORLD_SIZE")
         host, _, port = address.removeprefix("tcp://").rpartition(":")
-        if not address.startswith("tcp://") or not host or not port.isdigit():
+        if not address.startswith("tcp://") or not host or not port.isdigit() or int(port) >= 1 << 16:
             raise InitError(f"TDCCL_INIT is {address!r}, expected tcp://host:port")
         return _over_store(address, lambda: _tcp_store(host, int(port), rank, timeout), rank, size, timeout)
     if variables.keys() >= _TORCHRUN:
-        rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        rank, size = _place("torchrun's environment", variables["RANK"], variables["WORLD_SIZE"])
         return _over_store("torchrun", lambda: _torchrun_store(timeout), rank, size, timeout)
     if variables.keys() & _MPIRUN:
         try:

@@ -20,6 +20,8 @@ EMULATED = "emulation"  # in place of the name of a GPU
 PLACEMENTS = ("plain", "symmetric")
 # Those that say how large the heap is cannot change from call to call.
 _POWERS = {"packet_tile", "packet_warps", "warps", "tile", "small_tile"}
+_LEAST = {"tile": 16, "small_tile": 16}  # bytes: two of the largest elements
+_MOST_WARPS = 32
 _CHANGEABLE = {field.name for field in fields(Rules)} - {"heap_blocks", "packets", "rings", "channels", "slot_bytes"}
 
 
@@ -161,6 +163,10 @@ def _row(row: dict[str, Any]) -> Row:
             raise ValueError(f"{name}: {value!r} is not a whole number above 0")
         if name in _POWERS and value & (value - 1):
             raise ValueError(f"{name}: {value} is not a power of two")
+        if name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"{name}: {value} is less than {_LEAST[name]}")
+        if "warps" in name and value > _MOST_WARPS:
+            raise ValueError(f"{name}: {value} is more than the {_MOST_WARPS} that a block can have")
     if changes.get("packet_tile", 1 << 30) < 32 * changes.get("packet_warps", 1):
         raise ValueError(f"{changes}: a block of packet_warps has more threads than packet_tile words")
     return Row(row["upto"], str(row["algorithm"]), changes)
