@@ -28,7 +28,7 @@ from tdccl.decisions import (
     table_across,
     table_for,
 )
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Mismatch, PeerFailure, TdcclError, Timeout
 from tdccl.runtime import heartbeat, watcher
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.heartbeat import Heartbeat
@@ -365,10 +365,10 @@ class Membership:
         return str(self._recorder.dump(folder, None))
 
     def _dump_for(self, error: TdcclError) -> None:
-        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
+        """Writes the last calls where TDCCL_TRACE_DIR says, of a fault once."""
         folder = environment.trace_folder()
         if folder and self._recorder is not None and not self._dumped:
-            self._dumped = True
+            self._dumped = not isinstance(error, Mismatch)  # after which there may be more
             with contextlib.suppress(OSError):  # the error itself says more
                 self._recorder.dump(folder, f"{type(error).__name__}: {error}")
 

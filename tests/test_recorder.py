@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pool
 import pytest
@@ -153,6 +154,44 @@ def test_a_dead_rank_is_named_by_its_last_call_and_by_the_trace(tmp_path):
     names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert len(names) == 3 and all("rank" in name for name in names)
     assert [each.size for each in trace.load(folder)] == [3, 2, 1]
+
+
+def test_what_is_dumped_last_of_a_rank_counts(tmp_path):
+    """A rank that had dumped on request, and is killed later, has come to where its peers saw it."""
+    recorder = alone()
+    index = recorder.note(a_call(1), stream=0)
+    recorder.dump(tmp_path, None)
+    recorder.note(a_call(2), stream=0)
+    recorder.end(index)
+    recorder.rank = 1
+    recorder.dump(tmp_path, "a peer's")
+    (found,) = trace.load(tmp_path)
+    assert [call.count for call in found.calls[0]] == [1, 2] and found.calls[0][0].ended
+
+
+def check_dumps(comm, folder):
+    """A mismatch, after which the ranks go on, and a fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TDCCL_TRACE_DIR", folder)
+        patch.setenv("TDCCL_DEBUG", "1")
+        part = comm.split(0)
+        with pytest.raises(tdccl.Mismatch):
+            part.broadcast(torch.ones(3, device=comm.device), root=comm.rank)
+        told = [dump["error"] for dump in map(json.loads, map(Path.read_text, Path(folder).iterdir()))]
+        assert any("Mismatch" in error for error in told), told
+        part.barrier()
+        part.abort()
+        with pytest.raises(tdccl.Aborted):
+            part.barrier()
+        part.destroy()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
+def test_a_fault_after_a_mismatch_is_dumped(ranks, tmp_path):
+    ranks.run(check_dumps, 2, folder=str(tmp_path))
+    (found,) = trace.load(tmp_path)
+    assert [*found.errors] == [0, 1] and all(error.startswith("Aborted") for error in found.errors.values())
+    assert all(len(calls) == 1 for calls in found.calls.values())
 
 
 def test_the_trace_tool_says_what_to_do_where_there_is_nothing(tmp_path):
