@@ -646,7 +646,7 @@ class Communicator(Calls):
         bootstrap = StoreBootstrap(
             store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
         )
-        bootstrap.interrupt = functools.partial(self._check_alive, members)
+        bootstrap.interrupt = functools.partial(self._check_coming, members)
         try:
             smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
         except BaseException:
@@ -672,12 +672,13 @@ class Communicator(Calls):
             if self._destroyed:
                 return
             self._destroyed = _DESTROYED
-            self._interpreted.wait_for(lambda: not self._interpreting)
         bootstrap = self._bootstrap
         try:
             if not self._emulated:
                 torch.cuda.synchronize(self.device)
             if self._abort_word.value:
+            with self._interpreted:
+                self._interpreted.wait_for(lambda: not self._interpreting)
                 bootstrap = None
             else:
                 bootstrap.barrier()  # no peer's kernel writes here any more

@@ -307,11 +307,14 @@ class Membership:
         while time.monotonic() < deadline:
             if port := self._control.announced(first, mask):
                 with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
+            gone = self._gone(members)  # asked first: who has met here may destroy this communicator at once
                     store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
                     store.set_timeout(timedelta(seconds=self.timeout))
                     return store, members
             self._check_alive(members)
             time.sleep(1e-3)
+            elif gone:
+                raise gone
         raise InitError(
             f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
         )
@@ -341,6 +344,17 @@ class Membership:
 
     def _check_alive(self, members: list[int]) -> None:
         for rank in self._dead.intersection(members):
+    def _gone(self, members: list[int]) -> InitError | None:
+        """The error that says who of `members` will not come to `shrink`, if anybody."""
+        left = [rank for rank in members if self._control.has_left(rank)]
+        return InitError(f"shrink: rank {left[0]} has destroyed the communicator; exclude it as well") if left else None
+
+    def _check_coming(self, members: list[int]) -> None:
+        """Raises unless all `members` may yet come to `shrink`."""
+        self._check_alive(members)
+        if gone := self._gone(members):
+            raise gone
+
             raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
 
     def check(self) -> None:

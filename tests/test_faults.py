@@ -121,9 +121,9 @@ def test_a_refused_timeout_or_shrink_changes_nothing(ranks, world):
     ranks.run(bad_timeouts, world)
 
 
-def interrupted(comm):
+def interrupted(comm, part, wait):
     group, last = comm.split(0), comm.rank == comm.size - 1
-    stopped = mock.patch.object(group._bootstrap, "barrier", side_effect=KeyboardInterrupt)
+    stopped = mock.patch.object(getattr(group, part), wait, side_effect=KeyboardInterrupt)
     start = time.monotonic()
     if last:
         with stopped, pytest.raises(KeyboardInterrupt):
@@ -133,8 +133,32 @@ def interrupted(comm):
     assert time.monotonic() - start < 10
 
 
-def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world):
-    ranks.run(interrupted, world)
+@pytest.mark.parametrize("where", [("_interpreted", "wait_for"), ("_bootstrap", "barrier")], ids=["call", "barrier"])
+def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world, where):
+    """While it waits for a call of another thread, or for the other ranks."""
+    part, wait = where
+    ranks.run(interrupted, world, part=part, wait=wait)
+
+
+def destroyed_instead(comm, gone):
+    """Rank 2 is left out; of the other two one destroys the communicator in place of shrinking it."""
+    group = comm.split(0)
+    group.abort()
+    start = time.monotonic()
+    if comm.rank in (gone, 2):
+        group.destroy()
+    else:
+        with pytest.raises(tdccl.InitError, match=f"rank {gone} has destroyed the communicator; exclude it as well"):
+            group.shrink(exclude=[2])
+        with group.shrink(exclude=[gone, 2]) as alone:
+            assert alone.size == 1
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
+@pytest.mark.parametrize("gone", [0, 1])
+def test_shrink_does_not_wait_for_who_has_destroyed_the_communicator(ranks, gone):
+    ranks.run(destroyed_instead, 3, gone=gone)
 
 
 def test_an_exchange_to_which_all_have_come_outlives_a_fault():
