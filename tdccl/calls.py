@@ -14,7 +14,7 @@ from torch.autograd import profiler
 from tdccl import compositions, transport, tuning
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
-from tdccl.membership import COMPARISON, Membership
+from tdccl.membership import COMPARISON, Membership, seconds_of
 from tdccl.runtime import agreement, arrays
 from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Choice, Plan, choose
@@ -197,6 +197,7 @@ class Calls(Membership):
             compositions.reduce(self, source, target, op, root, stream, timeout)
             return
         call = self._call(collective, source, target, count, op, root or 0, splits)
+        timeout = None if timeout is None else seconds_of(called or collective, timeout)
         call = call._replace(on_device=on_device, timeout=timeout)
         with self._turn:
             with self._lock:
@@ -225,8 +226,6 @@ class Calls(Membership):
                 self._plans.clear()  # split lists may differ in every call
             team = self._team
             if call.timeout is not None:
-                if not call.timeout > 0:
-                    raise ArgumentError(f"{call.collective}: timeout is {call.timeout}, expected seconds > 0")
                 team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
                 plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rails)
@@ -241,17 +240,17 @@ class Calls(Membership):
         elif call.on_device is not None:
             count = call.on_device[2] // source.itemsize  # of a row
         places = map(placed, self._places(call, source, target)) if alike else (None, None)
-        number = self._recorder.collectives + 1
+        number, seconds = self._recorder.collectives + 1, call.timeout or self.timeout
         mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
         try:
-            agreement.check_alike(self._bootstrap.exchange(mine))
+            agreement.check_alike(self._bootstrap.exchange(mine, seconds))
         except Mismatch as error:
             self._dump_for(error)
             raise
         except InitError as error:
             if not error.absent:
                 raise
-            fault = {"peer": error.absent[0], "kind": COMPARISON, "epoch": number, "timeout": int(self.timeout * 1e9)}
+            fault = {"peer": error.absent[0], "kind": COMPARISON, "epoch": number, "timeout": int(seconds * 1e9)}
             words = [fault.get(name, 0) for name in layout.FAULT_FIELDS[1:]]
             self._control.words[1 : len(words) + 1] = torch.tensor(words)
             self._abort_word.value = layout.TIMED_OUT | self.rank << 8
@@ -365,7 +364,8 @@ class Calls(Membership):
 
     def limit_waits(self, seconds: float) -> None:
         """From the next call on a wait of one that is given no timeout lasts so long at most."""
-        self.timeout, self._team = seconds, self._team._replace(timeout=int(seconds * 1e9))
+        self.timeout = seconds_of("limit_waits", seconds)
+        self._team = self._team._replace(timeout=int(self.timeout * 1e9))
         self._plans.clear()
         self._calls.clear()
 

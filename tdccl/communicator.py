@@ -16,6 +16,7 @@ from tdccl import environment, transport
 from tdccl.calls import AGAIN, Calls, overlap, shown
 from tdccl.decisions import layout, rails
 from tdccl.errors import ArgumentError, DestroyedError, TdcclError
+from tdccl.membership import seconds_of
 from tdccl.runtime import arrays
 from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.arenas import Arenas
@@ -49,6 +50,7 @@ def init(
     Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
     no NVSHMEM.
     """
+    timeout = seconds_of("init", timeout)
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
     return communicator
@@ -426,6 +428,7 @@ class Communicator(Calls):
         The messages of a call go in step: a large one that nobody takes in holds the others up. Where its receiver
         comes only after something that depends on one of the others, give each a call and a stream of its own.
         """
+        timeout = None if timeout is None else seconds_of("send_recv", timeout)
         out = self._messages("send", sends)
         into = self._messages("recv", recvs, written=True)
         local = zip(out.pop(self.rank, []), into.pop(self.rank, []))
@@ -674,11 +677,11 @@ class Communicator(Calls):
             self._destroyed = _DESTROYED
         bootstrap = self._bootstrap
         try:
+            with self._interpreted:
+                self._interpreted.wait_for(lambda: not self._interpreting)
             if not self._emulated:
                 torch.cuda.synchronize(self.device)
             if self._abort_word.value:
-            with self._interpreted:
-                self._interpreted.wait_for(lambda: not self._interpreting)
                 bootstrap = None
             else:
                 bootstrap.barrier()  # no peer's kernel writes here any more

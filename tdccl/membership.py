@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import numbers
 import os
 import socket
 import sys
@@ -40,6 +41,7 @@ _announced = False
 _alive: weakref.WeakSet["Membership"] = weakref.WeakSet()
 _inherited: list["Membership"] = []  # from the process that this one was forked from
 _FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
+_FOR_EVER = 1e9  # seconds: thirty years
 COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
 
 
@@ -305,16 +307,16 @@ class Membership:
             return store, members
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
+            gone = self._gone(members)  # asked first: who has met here may destroy this communicator at once
             if port := self._control.announced(first, mask):
                 with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
-            gone = self._gone(members)  # asked first: who has met here may destroy this communicator at once
                     store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
                     store.set_timeout(timedelta(seconds=self.timeout))
                     return store, members
-            self._check_alive(members)
-            time.sleep(1e-3)
             elif gone:
                 raise gone
+            self._check_alive(members)
+            time.sleep(1e-3)
         raise InitError(
             f"shrink: rank {first} did not come within {self.timeout:g} s, or does not exclude just {exclude}"
         )
@@ -342,8 +344,6 @@ class Membership:
             raise InitError(f"shrink: the store at which the hosts met is gone ({error})") from error
         raise InitError(f"shrink: rank {members[0]} did not come within {self.timeout:g} s, or excludes other ranks")
 
-    def _check_alive(self, members: list[int]) -> None:
-        for rank in self._dead.intersection(members):
     def _gone(self, members: list[int]) -> InitError | None:
         """The error that says who of `members` will not come to `shrink`, if anybody."""
         left = [rank for rank in members if self._control.has_left(rank)]
@@ -355,6 +355,8 @@ class Membership:
         if gone := self._gone(members):
             raise gone
 
+    def _check_alive(self, members: list[int]) -> None:
+        for rank in self._dead.intersection(members):
             raise PeerFailure(f"shrink: rank {rank} has died, too; exclude it as well", rank)
 
     def check(self) -> None:
@@ -430,6 +432,13 @@ class Membership:
         self._control.share()
         waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
         return Timeout("\n  ".join([waited, *calls]), fault["peer"])
+
+
+def seconds_of(what: str, timeout: float) -> float:
+    """A timeout, cut to what fits into nanoseconds. Raises ArgumentError, about `what`, unless it is seconds > 0."""
+    if not isinstance(timeout, numbers.Real) or not timeout > 0:
+        raise ArgumentError(f"{what}: timeout is {timeout!r}, expected seconds > 0")
+    return min(float(timeout), _FOR_EVER)
 
 
 def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:

@@ -107,9 +107,15 @@ def test_two_communicators_in_inverted_order(ranks, world):
 
 def bad_timeouts(comm):
     x = torch.ones(4, device=comm.device)
-    with pytest.raises(tdccl.ArgumentError, match="timeout is 0, expected seconds > 0"):
-        comm.all_reduce(x, timeout=0)
-    assert comm.all_reduce(x, timeout=50).tolist() == [comm.size] * 4
+    for refused in (0, -1, float("nan"), "5"):
+        with pytest.raises(tdccl.ArgumentError, match=f"timeout is {refused!r}, expected seconds > 0"):
+            comm.all_reduce(x, timeout=refused)
+        with pytest.raises(tdccl.ArgumentError, match=f"init: timeout is {refused!r}, expected seconds > 0"):
+            tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, device=comm.device, timeout=refused)
+    for seconds in (50, 1e10, float("inf")):  # the last two have no room in nanoseconds
+        assert comm.all_reduce(x, timeout=seconds).tolist() == [comm.size] * 4
+    with tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, device=comm.device, timeout=1e10) as alone:
+        assert alone.all_reduce(x).tolist() == [1] * 4
     with pytest.raises(tdccl.ArgumentError, match="exclude is"):
         comm.shrink(exclude=[comm.rank])
     with pytest.raises(tdccl.ArgumentError, match="exclude is"):

@@ -29,8 +29,9 @@ class Bootstrap(ABC):
     interrupt: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
-    def exchange(self, value: Any) -> list[Any]:
-        """Every rank's (picklable) value, in rank order. Raises InitError, naming who did not come in time."""
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
+        """Every rank's (picklable) value, in rank order. Raises InitError, naming who did not come within `timeout`
+        seconds (None: as long as it was made for)."""
 
     @abstractmethod
     def subgroup(self, members: list[int], name: str) -> "Bootstrap":
@@ -75,14 +76,14 @@ class StoreBootstrap(Bootstrap):
         self._timeout, self._prefix = timeout, prefix
         self._round = 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
         self._round += 1
         keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
         try:
             if self._round == 1 and self._store.add(f"{self._prefix}/claims/{self.rank}", 1) > 1:
                 raise InitError(f"rank {self.rank} of {self.size} is there already: start each rank once")
             self._store.set(keys[self.rank], pickle.dumps(value))
-            self._wait(keys)
+            self._wait(keys, self._timeout if timeout is None else timeout)
             values = [pickle.loads(self._store.get(key)) for key in keys]
             if self._round > 2:  # all have written the last round, so all have read the one before
                 self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
@@ -93,9 +94,9 @@ class StoreBootstrap(Bootstrap):
             raise InitError(f"the store is gone; has the process that holds it died? ({error})") from error
         return values
 
-    def _wait(self, keys: list[str]) -> None:
+    def _wait(self, keys: list[str], seconds: float) -> None:
         """Polls, because a wait of the store can be neither interrupted nor cut short without a warning in the log."""
-        deadline, pause = time.monotonic() + self._timeout, 1e-4
+        deadline, pause = time.monotonic() + seconds, 1e-4
         while not self._store.check(keys):
             try:
                 self.interrupt()
@@ -105,7 +106,7 @@ class StoreBootstrap(Bootstrap):
                 raise
             if time.monotonic() > deadline:
                 absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise _missing(absent, self.size, self._timeout)
+                raise _missing(absent, self.size, seconds)
             time.sleep(pause)
             pause = min(pause * 1.5, 5e-3)
 
@@ -213,12 +214,13 @@ class MPIBootstrap(Bootstrap):
             name = str(self._mail.made)
         self._name, self._round = name, 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
         self._round += 1
+        seconds = self._timeout if timeout is None else timeout
         label, values = (self._name, self._round), {self.rank: value}
         pending = [rank for rank in range(self.size) if rank != self.rank]
         leaving = {rank: self._mail.send(value, label, self._members[rank]) for rank in pending}
-        deadline, fault = time.monotonic() + self._timeout, None
+        deadline, fault = time.monotonic() + seconds, None
         while True:
             for rank in pending:
                 for received in self._mail.receive(label, self._members[rank]):
@@ -233,7 +235,7 @@ class MPIBootstrap(Bootstrap):
             except TdcclError as error:
                 deadline, fault = time.monotonic() + self._GRACE, error
             if time.monotonic() > deadline:
-                raise fault or _missing(sorted({*pending, *leaving}), self.size, self._timeout)
+                raise fault or _missing(sorted({*pending, *leaving}), self.size, seconds)
             time.sleep(0.0002)
 
     def store(self, name: str):
