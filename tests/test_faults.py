@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from unittest import mock
@@ -18,6 +19,7 @@ import tdccl
 from bench import crew, fault_table
 from tdccl.communicator import Communicator
 from tdccl.membership import Membership
+from tdccl.transport import bootstrap
 from tdccl.transport.bootstrap import StoreBootstrap
 from tdccl.transport.symmetric_memory import together
 
@@ -73,8 +75,6 @@ def test_nan_and_inf(ranks, world):
 
 def inverted_order(comm):
     """Two communicators on two streams (threads in emulation), first the one, on other ranks first the other."""
-    import threading
-
     pair = [comm.split(0), comm.split(0)]
     xs = [torch.full((50_000,), float(comm.rank + i), device=comm.device) for i in range(2)]
     order = [0, 1] if comm.rank % 2 else [1, 0]
@@ -345,6 +345,27 @@ if comm.device.type == "cuda":
 """
     first, second = (process.communicate(timeout=60)[1] for process in start(tmp_path, ending))
     assert "ValueError" in second and "PeerFailure: rank 1" in first
+
+
+def test_threads_stop_waiting_for_ranks_at_the_end_of_the_program(monkeypatch):
+    """Else the interpreter's end, if it finds one inside a store's request, is a crash."""
+    requests, errors = bootstrap._Requests(), []
+    monkeypatch.setattr(bootstrap, "_requests", requests)
+    waiting = StoreBootstrap(torch.distributed.HashStore(), 0, 2, timeout=100)
+
+    def wait():
+        with pytest.raises(tdccl.InitError) as raised:
+            waiting.exchange(None)
+        errors.append(str(raised.value))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    requests.stop()
+    thread.join(5)
+    assert errors == ["the program has ended while this thread waited for other ranks"]
+    alone = StoreBootstrap(torch.distributed.HashStore(), 0, 1, timeout=100)
+    assert alone.exchange("at exit") == ["at exit"]  # what a program does there itself
 
 
 MPI_PROGRAM = """

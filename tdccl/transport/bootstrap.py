@@ -1,5 +1,6 @@
 """How ranks find each other before they share memory: one small interface over a Store, MPI, or a TCP address."""
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -61,6 +62,45 @@ def _missing(absent: list[int], size: int, seconds: float) -> InitError:
     return error
 
 
+class _Requests:
+    """The threads that wait at a store: one that is inside a request when the interpreter ends takes the process with
+    it, so at the end of the main thread's program all others are told to stop."""
+
+    def __init__(self):
+        self._waiting: list[int] = []
+        self._over = False
+
+    @contextlib.contextmanager
+    def one(self):
+        """Around what waits."""
+        self._waiting.append(threading.get_ident())
+        try:
+            self.check()
+            yield
+        finally:
+            self._waiting.remove(threading.get_ident())
+
+    def check(self) -> None:
+        """Raises InitError in a thread that has to stop."""
+        if self._over and threading.current_thread() is not threading.main_thread():
+            raise InitError("the program has ended while this thread waited for other ranks")
+
+    def stop(self) -> None:
+        """At the end: returns when the threads have stopped, or soon."""
+        self._over, deadline = True, time.monotonic() + 1
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(1e-3)
+
+    def forget(self) -> None:
+        """In a forked child, which has but one thread."""
+        self._waiting.clear()
+
+
+_requests = _Requests()
+atexit.register(_requests.stop)
+os.register_at_fork(after_in_child=_requests.forget)
+
+
 class StoreBootstrap(Bootstrap):
     """Over a torch.distributed Store."""
 
@@ -77,13 +117,17 @@ class StoreBootstrap(Bootstrap):
         self._round = 0
 
     def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
+        with _requests.one():
+            return self._exchange(value, self._timeout if timeout is None else timeout)
+
+    def _exchange(self, value: Any, seconds: float) -> list[Any]:
         self._round += 1
         keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
         try:
             if self._round == 1 and self._store.add(f"{self._prefix}/claims/{self.rank}", 1) > 1:
                 raise InitError(f"rank {self.rank} of {self.size} is there already: start each rank once")
             self._store.set(keys[self.rank], pickle.dumps(value))
-            self._wait(keys, self._timeout if timeout is None else timeout)
+            self._wait(keys, seconds)
             values = [pickle.loads(self._store.get(key)) for key in keys]
             if self._round > 2:  # all have written the last round, so all have read the one before
                 self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
@@ -99,6 +143,7 @@ class StoreBootstrap(Bootstrap):
         deadline, pause = time.monotonic() + seconds, 1e-4
         while not self._store.check(keys):
             try:
+                _requests.check()
                 self.interrupt()
             except TdcclError:
                 if self._store.check(keys):  # a rank that went on from here met with it: the next call's concern
