@@ -14,6 +14,7 @@ import torch
 import tdccl
 from bench import launch
 from tdccl import trace
+from tdccl.runtime import recorder
 from tdccl.runtime.recorder import CALLS, PLAIN, Recorder, described
 from tdccl.transport import host
 from tdccl.transport.bootstrap import StoreBootstrap
@@ -40,6 +41,15 @@ def test_the_last_calls_are_kept():
     assert all(entry.number == entry.index for entry in entries)
     assert str(entries[-1]) == f"all_reduce of {3 * CALLS - 1} float32, sum" and entries[-1].stream == 7
     assert entries[-1].ended >= entries[-1].started > 0 and entries[-2].ended == 0
+
+
+def test_a_dump_while_another_thread_destroys_is_whole(tmp_path, monkeypatch):
+    """The error that is dumped for would be lost with it."""
+    own, read = alone(), recorder._entries
+    own.note(a_call(7), stream=0)
+    monkeypatch.setattr(recorder, "_entries", lambda memory: (own.close(), read(memory))[1])
+    (seen,) = json.loads(own.dump(tmp_path, None).read_text())["ranks"].values()
+    assert seen["pid"] == os.getpid() and [call["count"] for call in seen["calls"]] == [7]
 
 
 def check_entries(comm):
