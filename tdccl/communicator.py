@@ -47,8 +47,8 @@ def init(
     max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
                 default: TDCCL_MAX_BLOCKS, else what is fastest
 
-    Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
-    no NVSHMEM.
+    Raises ArgumentError: a timeout that is none; InitError: ranks missing (named) or different, more than 8 on a host,
+    memory not shared, and on several hosts no NVSHMEM.
     """
     timeout = seconds_of("init", timeout)
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
@@ -641,8 +641,8 @@ class Communicator(Calls):
         meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
         excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
 
-        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
-        PeerFailure: one that is not excluded has died.
+        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, excludes others, or
+        has destroyed this communicator; PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
         world_rank = self._bootstrap.world_rank
