@@ -13,9 +13,9 @@ from torch.autograd import profiler
 from tdccl import compositions, transport, tuning
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError, DestroyedError, InitError, Mismatch, TdcclError
-from tdccl.membership import COMPARISON, Membership
+from tdccl.membership import COMPARISON, Membership, seconds_of
 from tdccl.runtime import agreement, arrays
-from tdccl.runtime.algorithm import Call, nanoseconds
+from tdccl.runtime.algorithm import Call
 from tdccl.runtime.plan import Choice, Plan, choose
 from tdccl.runtime.recorder import PLAIN, ROOTED, described, name_of, place_of, placed
 from tdccl.runtime.streams import Order, is_capturing, stream_of
@@ -193,8 +193,7 @@ class Calls(Membership):
 
         called: the collective's name to the user, if it is another.
         """
-        if timeout is not None:
-            nanoseconds(called or collective, timeout)
+        timeout = None if timeout is None else seconds_of(called or collective, timeout)
         empty = count == 0 and splits is None and on_device is None and collective != "barrier"
         if empty and not self._debug:
             return
@@ -230,7 +229,7 @@ class Calls(Membership):
                 self._plans.clear()  # split lists may differ in every call
             team = self._team
             if call.timeout is not None:
-                team = team._replace(timeout=nanoseconds(call.collective, call.timeout))
+                team = team._replace(timeout=int(call.timeout * 1e9))
             with self._on_device():
                 plan = self._plans[call] = Plan(self._choose(call), call, team, self._segments, self._rails)
         return plan
@@ -244,17 +243,17 @@ class Calls(Membership):
         elif call.on_device is not None:
             count = call.on_device[2] // source.itemsize  # of a row
         places = map(placed, self._places(call, source, target)) if alike else (None, None)
-        number = self._recorder.collectives + 1
+        number, seconds = self._recorder.collectives + 1, call.timeout or self.timeout
         mine = agreement.Proposal(number, collective, dtype, op, root, count, *places, splits)
         try:
-            agreement.check_alike(self._bootstrap.exchange(mine))
+            agreement.check_alike(self._bootstrap.exchange(mine, seconds))
         except Mismatch as error:
             self._dump_for(error)
             raise
         except InitError as error:
             if not error.absent:
                 raise
-            fault = {"peer": error.absent[0], "kind": COMPARISON, "epoch": number, "timeout": int(self.timeout * 1e9)}
+            fault = {"peer": error.absent[0], "kind": COMPARISON, "epoch": number, "timeout": int(seconds * 1e9)}
             words = [fault.get(name, 0) for name in layout.FAULT_FIELDS[1:]]
             self._control.words[1 : len(words) + 1] = torch.tensor(words)
             self._abort_word.value = layout.TIMED_OUT | self.rank << 8
@@ -372,8 +371,8 @@ class Calls(Membership):
     def limit_waits(self, seconds: float) -> None:
         """From the next call on a wait of one that is given no timeout lasts so long at most. Raises ArgumentError."""
         self.check_not_destroyed()
-        self._team = self._team._replace(timeout=nanoseconds("limit_waits", seconds))
-        self.timeout = seconds
+        self.timeout = seconds_of("limit_waits", seconds)
+        self._team = self._team._replace(timeout=int(self.timeout * 1e9))
         self._plans.clear()
         self._calls.clear()
 

@@ -15,9 +15,10 @@ from torch.autograd import profiler
 from tdccl import environment, transport
 from tdccl.calls import AGAIN, Calls, overlap, shown
 from tdccl.decisions import layout, rails
-from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError
+from tdccl.errors import ArgumentError, DestroyedError, TdcclError
+from tdccl.membership import seconds_of
 from tdccl.runtime import arrays
-from tdccl.runtime.algorithm import Call, nanoseconds, team_of
+from tdccl.runtime.algorithm import Call, team_of
 from tdccl.runtime.arenas import Arenas
 from tdccl.runtime.loans import Loans
 from tdccl.runtime.plan import Choice
@@ -46,13 +47,10 @@ def init(
     max_blocks  the largest grid of a collective, to leave the other multiprocessors of a GPU to computation;
                 default: TDCCL_MAX_BLOCKS, else what is fastest
 
-    Raises InitError: ranks missing (named) or different, more than 8 on a host, memory not shared, and on several hosts
-    no NVSHMEM.
+    Raises ArgumentError: a timeout that is none; InitError: ranks missing (named) or different, more than 8 on a host,
+    memory not shared, and on several hosts no NVSHMEM.
     """
-    try:
-        nanoseconds("init", timeout)
-    except ArgumentError as error:
-        raise InitError(str(error)) from error
+    timeout = seconds_of("init", timeout)
     communicator = Communicator(discover(mpi, store, rank, size, timeout), device, timeout, max_blocks)
     _made.append(weakref.ref(communicator, _made.remove))
     return communicator
@@ -425,10 +423,9 @@ class Communicator(Calls):
         The messages of a call go in step: a large one that nobody takes in holds the others up. Where its receiver
         comes only after something that depends on one of the others, give each a call and a stream of its own.
         """
+        timeout = None if timeout is None else seconds_of("send_recv", timeout)
         out = self._messages("send", sends)
         into = self._messages("recv", recvs, written=True)
-        if timeout is not None:
-            nanoseconds("send_recv", timeout)
         local = out.pop(self.rank, []), into.pop(self.rank, [])
         sent, received = ([tensor.numel() * tensor.itemsize for tensor in each] for each in local)
         if sent != received:
@@ -656,15 +653,15 @@ class Communicator(Calls):
         meet anew at a port of the first of them. This communicator is then destroyed: calls under way and those of
         excluded ranks that live raise Aborted. If it fails, it may be called again, to exclude more.
 
-        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, or excludes others;
-        PeerFailure: one that is not excluded has died.
+        Raises ArgumentError: not ranks, or this one among them; InitError: a rank did not come, excludes others, or
+        has destroyed this communicator; PeerFailure: one that is not excluded has died.
         """
         store, members = self.meet(exclude)
         world_rank = self._bootstrap.world_rank
         bootstrap = StoreBootstrap(
             store, members.index(self.rank), len(members), self.timeout, "tdccl/shrink", world_rank
         )
-        bootstrap.interrupt = functools.partial(self._check_alive, members)
+        bootstrap.interrupt = functools.partial(self._check_coming, members)
         try:
             smaller = Communicator(bootstrap, self.device, self.timeout, self.max_blocks, self._scratch)
         except BaseException:
@@ -690,9 +687,10 @@ class Communicator(Calls):
             if self._destroyed:
                 return
             self._destroyed = _DESTROYED
-            self._interpreted.wait_for(lambda: not self._interpreting)
         bootstrap = self._bootstrap
         try:
+            with self._interpreted:
+                self._interpreted.wait_for(lambda: not self._interpreting)
             if not self._emulated:
                 torch.cuda.synchronize(self.device)
             if self._abort_word.value:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import numbers
 import os
 import socket
 import sys
@@ -28,7 +29,7 @@ from tdccl.decisions import (
     table_across,
     table_for,
 )
-from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, PeerFailure, TdcclError, Timeout
+from tdccl.errors import Aborted, ArgumentError, DestroyedError, InitError, Mismatch, PeerFailure, TdcclError, Timeout
 from tdccl.runtime import heartbeat, watcher
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.heartbeat import Heartbeat
@@ -40,6 +41,7 @@ _announced = False
 _alive: weakref.WeakSet["Membership"] = weakref.WeakSet()
 _inherited: list["Membership"] = []  # from the process that this one was forked from
 _FORKED = "this communicator belongs to the process that this one was forked from; make a new one with tdccl.init"
+_FOR_EVER = 1e9  # seconds: thirty years
 COMPARISON = 6  # a kind of wait that no kernel has: the ranks' comparison of their next calls
 
 
@@ -305,11 +307,14 @@ class Membership:
             return store, members
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
+            gone = self._gone(members)  # asked first: who has met here may destroy this communicator at once
             if port := self._control.announced(first, mask):
                 with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
                     store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
                     store.set_timeout(timedelta(seconds=self.timeout))
                     return store, members
+            elif gone:
+                raise gone
             self._check_alive(members)
             time.sleep(1e-3)
         raise InitError(
@@ -338,6 +343,17 @@ class Membership:
         except RuntimeError as error:
             raise InitError(f"shrink: the store at which the hosts met is gone ({error})") from error
         raise InitError(f"shrink: rank {members[0]} did not come within {self.timeout:g} s, or excludes other ranks")
+
+    def _gone(self, members: list[int]) -> InitError | None:
+        """The error that says who of `members` will not come to `shrink`, if anybody."""
+        left = [rank for rank in members if self._control.has_left(rank)]
+        return InitError(f"shrink: rank {left[0]} has destroyed the communicator; exclude it as well") if left else None
+
+    def _check_coming(self, members: list[int]) -> None:
+        """Raises unless all `members` may yet come to `shrink`."""
+        self._check_alive(members)
+        if gone := self._gone(members):
+            raise gone
 
     def _check_alive(self, members: list[int]) -> None:
         for rank in self._dead.intersection(members):
@@ -369,10 +385,10 @@ class Membership:
         return str(self._recorder.dump(folder, None))
 
     def _dump_for(self, error: TdcclError) -> None:
-        """Writes the last calls where TDCCL_TRACE_DIR says, once."""
+        """Writes the last calls where TDCCL_TRACE_DIR says, of a fault once."""
         folder = environment.trace_folder()
         if folder and self._recorder is not None and not self._dumped:
-            self._dumped = True
+            self._dumped = not isinstance(error, Mismatch)  # after which there may be more
             with contextlib.suppress(OSError):  # the error itself says more
                 self._recorder.dump(folder, f"{type(error).__name__}: {error}")
 
@@ -420,6 +436,13 @@ class Membership:
         self._control.share()
         waited = f"rank {rank} waited {fault['timeout'] / 1e9:g} s for rank {fault['peer']}: {what}"
         return Timeout("\n  ".join([waited, *calls]), fault["peer"])
+
+
+def seconds_of(what: str, timeout: float) -> float:
+    """A timeout, cut to what fits into nanoseconds. Raises ArgumentError, about `what`, unless it is seconds > 0."""
+    if not isinstance(timeout, numbers.Real) or not timeout > 0:
+        raise ArgumentError(f"{what}: timeout is {timeout!r}, expected seconds > 0")
+    return min(float(timeout), _FOR_EVER)
 
 
 def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ from torch.futures import Future
 from tdccl import environment, tuning
 from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError, Timeout
-from tdccl.membership import survivors
+from tdccl.membership import seconds_of, survivors
 from tdccl.runtime.arenas import nothing_placed
 from tdccl.runtime.streams import current_stream
 from tdccl.transport.bootstrap import StoreBootstrap
@@ -943,7 +943,7 @@ class ProcessGroup(dist.ProcessGroup):
             return self._communicator
 
     def _meet_all(self, device: torch.device | None) -> Communicator:
-        seconds = self._timeout.total_seconds()
+        seconds = seconds_of("init_process_group", self._timeout.total_seconds())
         world_rank = self._members[self._rank] if self._members else self._rank
         bootstrap = StoreBootstrap(self._store, self._rank, self._ranks, seconds, world_rank=world_rank)
         bootstrap.interrupt = self._check_not_ended

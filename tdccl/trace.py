@@ -17,7 +17,7 @@ from tdccl.runtime.recorder import MESSAGES, Entry, account
 
 @dataclass
 class Communicator:
-    """What is known of one communicator, by rank. What a rank itself has dumped counts before what a peer saw of it."""
+    """What is known of one communicator, by rank: by the dump, its own or a peer's, that saw the rank go furthest."""
 
     name: str
     size: int
@@ -35,9 +35,15 @@ def load(folder: Path) -> list[Communicator]:
         if dump["error"]:
             of.errors[dump["rank"]] = dump["error"]
         for rank, seen in ((int(rank), seen) for rank, seen in dump["ranks"].items()):
-            if rank == dump["rank"] or rank not in of.calls:
-                of.pids[rank], of.calls[rank] = seen["pid"], [Entry(**call) for call in seen["calls"]]
+            calls = [Entry(**call) for call in seen["calls"]]
+            if rank not in of.calls or _reached(calls) > _reached(of.calls[rank]):
+                of.pids[rank], of.calls[rank] = seen["pid"], calls
     return sorted(found.values(), key=lambda each: -each.size)
+
+
+def _reached(calls: list[Entry]) -> tuple[int, int]:
+    """How far a rank had come: its last call, and whether that had ended."""
+    return (calls[-1].index, calls[-1].ended) if calls else (0, 0)
 
 
 def summary(of: Communicator) -> Iterator[str]:

@@ -64,7 +64,7 @@ def bad_calls(comm):
         (lambda: comm.all_to_all(x, None, 2, [2] * size), ["send_splits is 2", f"{size} counts"]),
         (lambda: comm.all_gather(x, None, 2 * size), ["recv_splits is", f"{size} counts"]),
         (lambda: comm.reduce_scatter(x, None, "sum", 2), ["send_splits is 2", f"{size} counts"]),
-        (lambda: comm.all_reduce(x, timeout=math.inf), ["all_reduce: timeout is inf", "seconds > 0"]),
+        (lambda: comm.all_reduce(x, timeout=math.nan), ["all_reduce: timeout is nan", "seconds > 0"]),
         (lambda: comm.gather(x, timeout="5"), ["gather: timeout is '5'", "seconds > 0"]),
         (lambda: comm.send(x, (comm.rank + 1) % size, timeout=-1), ["send_recv: timeout is -1"]),
         (
@@ -357,9 +357,9 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, "60", None])
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, "60", None])
 def test_init_checks_its_timeout(timeout):
-    with pytest.raises(tdccl.InitError, match=f"timeout is {timeout!r}, expected seconds > 0"):
+    with pytest.raises(tdccl.ArgumentError, match=f"timeout is {timeout!r}, expected seconds > 0"):
         tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, timeout=timeout)
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from unittest import mock
@@ -18,6 +19,7 @@ import tdccl
 from bench import crew, fault_table
 from tdccl.communicator import Communicator
 from tdccl.membership import Membership
+from tdccl.transport import bootstrap
 from tdccl.transport.bootstrap import StoreBootstrap
 from tdccl.transport.symmetric_memory import together
 
@@ -75,8 +77,6 @@ def test_nan_and_inf(ranks, world):
 
 def inverted_order(comm):
     """Two communicators on two streams (threads in emulation), first the one, on other ranks first the other."""
-    import threading
-
     pair = [comm.split(0), comm.split(0)]
     xs = [torch.full((50_000,), float(comm.rank + i), device=comm.device) for i in range(2)]
     order = [0, 1] if comm.rank % 2 else [1, 0]
@@ -109,9 +109,15 @@ def test_two_communicators_in_inverted_order(ranks, world):
 
 def bad_timeouts(comm):
     x = torch.ones(4, device=comm.device)
-    with pytest.raises(tdccl.ArgumentError, match="timeout is 0, expected seconds > 0"):
-        comm.all_reduce(x, timeout=0)
-    assert comm.all_reduce(x, timeout=50).tolist() == [comm.size] * 4
+    for refused in (0, -1, float("nan"), "5"):
+        with pytest.raises(tdccl.ArgumentError, match=f"timeout is {refused!r}, expected seconds > 0"):
+            comm.all_reduce(x, timeout=refused)
+        with pytest.raises(tdccl.ArgumentError, match=f"init: timeout is {refused!r}, expected seconds > 0"):
+            tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, device=comm.device, timeout=refused)
+    for seconds in (50, 1e10, float("inf")):  # the last two have no room in nanoseconds
+        assert comm.all_reduce(x, timeout=seconds).tolist() == [comm.size] * 4
+    with tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1, device=comm.device, timeout=1e10) as alone:
+        assert alone.all_reduce(x).tolist() == [1] * 4
     with pytest.raises(tdccl.ArgumentError, match="exclude is"):
         comm.shrink(exclude=[comm.rank])
     with pytest.raises(tdccl.ArgumentError, match="exclude is"):
@@ -123,9 +129,9 @@ def test_a_refused_timeout_or_shrink_changes_nothing(ranks, world):
     ranks.run(bad_timeouts, world)
 
 
-def interrupted(comm):
+def interrupted(comm, part, wait):
     group, last = comm.split(0), comm.rank == comm.size - 1
-    stopped = mock.patch.object(group._bootstrap, "barrier", side_effect=KeyboardInterrupt)
+    stopped = mock.patch.object(getattr(group, part), wait, side_effect=KeyboardInterrupt)
     start = time.monotonic()
     if last:
         with stopped, pytest.raises(KeyboardInterrupt):
@@ -135,8 +141,32 @@ def interrupted(comm):
     assert time.monotonic() - start < 10
 
 
-def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world):
-    ranks.run(interrupted, world)
+@pytest.mark.parametrize("where", [("_interpreted", "wait_for"), ("_bootstrap", "barrier")], ids=["call", "barrier"])
+def test_nobody_waits_for_a_rank_that_is_stopped_while_it_destroys(ranks, world, where):
+    """While it waits for a call of another thread, or for the other ranks."""
+    part, wait = where
+    ranks.run(interrupted, world, part=part, wait=wait)
+
+
+def destroyed_instead(comm, gone):
+    """Rank 2 is left out; of the other two one destroys the communicator in place of shrinking it."""
+    group = comm.split(0)
+    group.abort()
+    start = time.monotonic()
+    if comm.rank in (gone, 2):
+        group.destroy()
+    else:
+        with pytest.raises(tdccl.InitError, match=f"rank {gone} has destroyed the communicator; exclude it as well"):
+            group.shrink(exclude=[2])
+        with group.shrink(exclude=[gone, 2]) as alone:
+            assert alone.size == 1
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 3, reason="needs three ranks")
+@pytest.mark.parametrize("gone", [0, 1])
+def test_shrink_does_not_wait_for_who_has_destroyed_the_communicator(ranks, gone):
+    ranks.run(destroyed_instead, 3, gone=gone)
 
 
 def test_an_exchange_to_which_all_have_come_outlives_a_fault():
@@ -317,6 +347,27 @@ if comm.device.type == "cuda":
 """
     first, second = (process.communicate(timeout=60)[1] for process in start(tmp_path, ending))
     assert "ValueError" in second and "PeerFailure: rank 1" in first
+
+
+def test_threads_stop_waiting_for_ranks_at_the_end_of_the_program(monkeypatch):
+    """Else the interpreter's end, if it finds one inside a store's request, is a crash."""
+    requests, errors = bootstrap._Requests(), []
+    monkeypatch.setattr(bootstrap, "_requests", requests)
+    waiting = StoreBootstrap(torch.distributed.HashStore(), 0, 2, timeout=100)
+
+    def wait():
+        with pytest.raises(tdccl.InitError) as raised:
+            waiting.exchange(None)
+        errors.append(str(raised.value))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    requests.stop()
+    thread.join(5)
+    assert errors == ["the program has ended while this thread waited for other ranks"]
+    alone = StoreBootstrap(torch.distributed.HashStore(), 0, 1, timeout=100)
+    assert alone.exchange("at exit") == ["at exit"]  # what a program does there itself
 
 
 MPI_PROGRAM = """

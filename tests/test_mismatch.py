@@ -159,20 +159,21 @@ def test_debug_lets_pass_what_is_in_place(ranks, members):
     ranks.run(check_in_place, members)
 
 
-def check_late(comm):
-    with another(comm, 2, debug=True) as other:
-        other._bootstrap._timeout = 2
+def check_late(comm, given):
+    with another(comm, 30 if given else 1, debug=True) as other:
         if comm.rank:
             with pytest.raises(tdccl.Timeout) as raised:
-                other.barrier()
-            assert "for rank 0: to compare call 1\n  rank 0 has made no call" in str(raised.value), raised.value
+                other.barrier(timeout=given)
+            message = "rank 1 waited 1 s for rank 0: to compare call 1\n  rank 0 has made no call"
+            assert message in str(raised.value), raised.value
             with pytest.raises(tdccl.Timeout):
                 other.barrier()
 
 
 @worlds(2)
-def test_debug_names_a_rank_that_does_not_come(ranks, members):
-    ranks.run(check_late, members)
+@pytest.mark.parametrize("given", [None, 1], ids=["communicator's_timeout", "call's_timeout"])
+def test_debug_names_a_rank_that_does_not_come(ranks, members, given):
+    ranks.run(check_late, members, given=given)
 
 
 def check_capture(comm):

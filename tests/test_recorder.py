@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pool
 import pytest
@@ -13,6 +14,7 @@ import torch
 import tdccl
 from bench import launch
 from tdccl import trace
+from tdccl.runtime import recorder
 from tdccl.runtime.recorder import CALLS, PLAIN, Recorder, described
 from tdccl.transport import host
 from tdccl.transport.bootstrap import StoreBootstrap
@@ -39,6 +41,15 @@ def test_the_last_calls_are_kept():
     assert all(entry.number == entry.index for entry in entries)
     assert str(entries[-1]) == f"all_reduce of {3 * CALLS - 1} float32, sum" and entries[-1].stream == 7
     assert entries[-1].ended >= entries[-1].started > 0 and entries[-2].ended == 0
+
+
+def test_a_dump_while_another_thread_destroys_is_whole(tmp_path, monkeypatch):
+    """The error that is dumped for would be lost with it."""
+    own, read = alone(), recorder._entries
+    own.note(a_call(7), stream=0)
+    monkeypatch.setattr(recorder, "_entries", lambda memory: (own.close(), read(memory))[1])
+    (seen,) = json.loads(own.dump(tmp_path, None).read_text())["ranks"].values()
+    assert seen["pid"] == os.getpid() and [call["count"] for call in seen["calls"]] == [7]
 
 
 def check_entries(comm):
@@ -153,6 +164,45 @@ def test_a_dead_rank_is_named_by_its_last_call_and_by_the_trace(tmp_path):
     names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert len(names) == 3 and all("rank" in name for name in names)
     assert [each.size for each in trace.load(folder)] == [3, 2, 1]
+
+
+def test_what_is_dumped_last_of_a_rank_counts(tmp_path):
+    """A rank that had dumped on request, and is killed later, has come to where its peers saw it."""
+    recorder = alone()
+    index = recorder.note(a_call(1), stream=0)
+    recorder.dump(tmp_path, None)
+    recorder.note(a_call(2), stream=0)
+    recorder.end(index)
+    recorder.rank = 1
+    recorder.dump(tmp_path, "a peer's")
+    (found,) = trace.load(tmp_path)
+    assert [call.count for call in found.calls[0]] == [1, 2] and found.calls[0][0].ended
+
+
+def check_dumps(comm, folder):
+    """A mismatch, after which the ranks go on, and a fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TDCCL_TRACE_DIR", folder)
+        patch.setenv("TDCCL_DEBUG", "1")
+        part = comm.split(0)
+        with pytest.raises(tdccl.Mismatch):
+            part.broadcast(torch.ones(3, device=comm.device), root=comm.rank)
+        comm._bootstrap.barrier()  # all have dumped
+        assert all("Mismatch" in error for each in trace.load(Path(folder)) for error in each.errors.values())
+        part.barrier()
+        comm._bootstrap.barrier()  # no kernel of theirs runs any more
+        part.abort()
+        with pytest.raises(tdccl.Aborted):
+            part.barrier()
+        part.destroy()
+
+
+@pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs two ranks")
+def test_a_fault_after_a_mismatch_is_dumped(ranks, tmp_path):
+    ranks.run(check_dumps, 2, folder=str(tmp_path))
+    (found,) = trace.load(tmp_path)
+    assert [*found.errors] == [0, 1] and all(error.startswith("Aborted") for error in found.errors.values())
+    assert all(len(calls) == 1 for calls in found.calls.values())
 
 
 def test_the_trace_tool_says_what_to_do_where_there_is_nothing(tmp_path):

@@ -1,6 +1,5 @@
 """What an algorithm is: a kernel, when it may run, and how a call is laid out over its grid."""
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -58,7 +57,6 @@ ITEMSIZE = {
     "fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
 }  # fmt: skip
 _UNITS = {16: "i64", 8: "i64", 4: "i32", 2: "i16", 1: "i8"}
-_LONGEST_WAIT = 9e9  # seconds: more nanoseconds do not fit into an int64
 # The most ranks of which four lists of 8 bytes a rank fit into a kernel's parameters, 32764 bytes in CUDA.
 _MOST_LISTED = 1000
 
@@ -86,13 +84,6 @@ def context_of(size: int, scratch: int, rules: Rules) -> Context:
     """The context of a communicator of `size` ranks with so many bytes of scratch; ring_bytes says how much is left."""
     ring_bytes = _layout.ring_bytes_within(scratch, team_of(Context(size, 0, rules), ""))
     return Context(size, ring_bytes, rules)
-
-
-def nanoseconds(what: str, seconds: Any) -> int:
-    """A timeout as kernels take it. Raises ArgumentError unless it is a number of seconds that a wait can last."""
-    if not isinstance(seconds, numbers.Real) or not 0 < seconds <= _LONGEST_WAIT:
-        raise ArgumentError(f"{what}: timeout is {seconds!r}, expected seconds > 0, at most {_LONGEST_WAIT:g}")
-    return int(seconds * 1e9)
 
 
 def team_of(context: Context, backend: str):

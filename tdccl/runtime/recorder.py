@@ -157,13 +157,14 @@ class Recorder:
 
     def histories(self) -> dict[int, list[Entry]]:
         """By rank, for all that can be seen from here: the last calls, the oldest first."""
-        return {rank: _entries(memory) for rank, memory in sorted(self._seen.items())}
+        return _histories(self._seen)
 
     def dump(self, folder: str | os.PathLike, error: str | None) -> Path:
         """Writes all that can be seen from here, as JSON, to a file of this rank's in `folder`; returns its path."""
+        seen = self._seen  # another thread may close it
         ranks = {
-            rank: {"pid": struct.unpack_from("<q", self._seen[rank])[0], "calls": [call._asdict() for call in calls]}
-            for rank, calls in self.histories().items()
+            rank: {"pid": struct.unpack_from("<q", seen[rank])[0], "calls": [call._asdict() for call in calls]}
+            for rank, calls in _histories(seen).items()
         }
         told = {"communicator": self.name, "size": self.size, "rank": self.rank, "error": error, "ranks": ranks}
         path = Path(folder, f"{self.name}-rank{self.rank}.json")
@@ -173,8 +174,11 @@ class Recorder:
 
     def close(self) -> None:
         """Lets go of all memory; what peers have mapped stays."""
-        self._seen.clear()
-        self._ring = None
+        self._seen, self._ring = {}, None
+
+
+def _histories(seen: dict[int, memoryview]) -> dict[int, list[Entry]]:
+    return {rank: _entries(memory) for rank, memory in sorted(seen.items())}
 
 
 def _entries(memory: memoryview) -> list[Entry]:

@@ -1,5 +1,6 @@
 """How ranks find each other before they share memory: one small interface over a Store, MPI, or a TCP address."""
 
+import atexit
 import contextlib
 import itertools
 import operator
@@ -30,8 +31,9 @@ class Bootstrap(ABC):
     interrupt: Callable[[], None] = staticmethod(lambda: None)
 
     @abstractmethod
-    def exchange(self, value: Any) -> list[Any]:
-        """Every rank's (picklable) value, in rank order. Raises InitError, naming who did not come in time."""
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
+        """Every rank's (picklable) value, in rank order. Raises InitError, naming who did not come within `timeout`
+        seconds (None: as long as it was made for)."""
 
     @abstractmethod
     def subgroup(self, members: list[int], name: str) -> "Bootstrap":
@@ -61,6 +63,45 @@ def _missing(absent: list[int], size: int, seconds: float) -> InitError:
     return error
 
 
+class _Requests:
+    """The threads that wait at a store: one that is inside a request when the interpreter ends takes the process with
+    it, so at the end of the main thread's program all others are told to stop."""
+
+    def __init__(self):
+        self._waiting: list[int] = []
+        self._over = False
+
+    @contextlib.contextmanager
+    def one(self):
+        """Around what waits."""
+        self._waiting.append(threading.get_ident())
+        try:
+            self.check()
+            yield
+        finally:
+            self._waiting.remove(threading.get_ident())
+
+    def check(self) -> None:
+        """Raises InitError in a thread that has to stop."""
+        if self._over and threading.current_thread() is not threading.main_thread():
+            raise InitError("the program has ended while this thread waited for other ranks")
+
+    def stop(self) -> None:
+        """At the end: returns when the threads have stopped, or soon."""
+        self._over, deadline = True, time.monotonic() + 1
+        while self._waiting and time.monotonic() < deadline:
+            time.sleep(1e-3)
+
+    def forget(self) -> None:
+        """In a forked child, which has but one thread."""
+        self._waiting.clear()
+
+
+_requests = _Requests()
+atexit.register(_requests.stop)
+os.register_at_fork(after_in_child=_requests.forget)
+
+
 class StoreBootstrap(Bootstrap):
     """Over a torch.distributed Store."""
 
@@ -76,14 +117,18 @@ class StoreBootstrap(Bootstrap):
         self._timeout, self._prefix = timeout, prefix
         self._round = 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
+        with _requests.one():
+            return self._exchange(value, self._timeout if timeout is None else timeout)
+
+    def _exchange(self, value: Any, seconds: float) -> list[Any]:
         self._round += 1
         keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self.size)]
         try:
             if self._round == 1 and self._store.add(f"{self._prefix}/claims/{self.rank}", 1) > 1:
                 raise InitError(f"rank {self.rank} of {self.size} is there already: start each rank once")
             self._store.set(keys[self.rank], pickle.dumps(value))
-            self._wait(keys)
+            self._wait(keys, seconds)
             values = [pickle.loads(self._store.get(key)) for key in keys]
             if self._round > 2:  # all have written the last round, so all have read the one before
                 self._store.delete_key(f"{self._prefix}/{self._round - 2}/{self.rank}")
@@ -94,11 +139,12 @@ class StoreBootstrap(Bootstrap):
             raise InitError(f"the store is gone; has the process that holds it died? ({error})") from error
         return values
 
-    def _wait(self, keys: list[str]) -> None:
+    def _wait(self, keys: list[str], seconds: float) -> None:
         """Polls, because a wait of the store can be neither interrupted nor cut short without a warning in the log."""
-        deadline, pause = time.monotonic() + self._timeout, 1e-4
+        deadline, pause = time.monotonic() + seconds, 1e-4
         while not self._store.check(keys):
             try:
+                _requests.check()
                 self.interrupt()
             except TdcclError:
                 if self._store.check(keys):  # a rank that went on from here met with it: the next call's concern
@@ -106,7 +152,7 @@ class StoreBootstrap(Bootstrap):
                 raise
             if time.monotonic() > deadline:
                 absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise _missing(absent, self.size, self._timeout)
+                raise _missing(absent, self.size, seconds)
             time.sleep(pause)
             pause = min(pause * 1.5, 5e-3)
 
@@ -214,12 +260,13 @@ class MPIBootstrap(Bootstrap):
             name = str(self._mail.made)
         self._name, self._round = name, 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
         self._round += 1
+        seconds = self._timeout if timeout is None else timeout
         label, values = (self._name, self._round), {self.rank: value}
         pending = [rank for rank in range(self.size) if rank != self.rank]
         leaving = {rank: self._mail.send(value, label, self._members[rank]) for rank in pending}
-        deadline, fault = time.monotonic() + self._timeout, None
+        deadline, fault = time.monotonic() + seconds, None
         while True:
             for rank in pending:
                 for received in self._mail.receive(label, self._members[rank]):
@@ -234,7 +281,7 @@ class MPIBootstrap(Bootstrap):
             except TdcclError as error:
                 deadline, fault = time.monotonic() + self._GRACE, error
             if time.monotonic() > deadline:
-                raise fault or _missing(sorted({*pending, *leaving}), self.size, self._timeout)
+                raise fault or _missing(sorted({*pending, *leaving}), self.size, seconds)
             time.sleep(0.0002)
 
     def store(self, name: str):
