@@ -16,7 +16,9 @@ from waiting import settle, settle_all
 
 import tdccl
 import tdccl.language as shmem
+from tdccl import environment
 from tdccl.decisions import layout
+from tdccl.language import packets
 from tdccl.language.signals import may_go_on
 
 
@@ -64,6 +66,51 @@ def patience_of(team, patient, first):
         all_go = all_go & go.to(tl.int32)
     tl.store(patient, all_go)
     shmem.end(team, epoch)
+
+
+@triton.jit
+def deadline_of(team, told):
+    go, _ = may_go_on(team, 0, tl.full([], 0, tl.int64))
+    tl.store(told, go.to(tl.int32))
+
+
+def check_deadline(comm):
+    """The poll that finds it passed is the last one: else a wait could end well, and its rank be taken for failed."""
+    told = torch.ones(1, dtype=torch.int32, device=comm.device)
+    group = comm.split(0)
+    deadline_of[(1,)](group.team._replace(timeout=0), told)
+    assert told.item() == 0
+    group.abort()
+
+
+def test_a_deadline_ends_the_wait_that_finds_it(ranks):
+    ranks.run(check_deadline, 1)
+
+
+def check_just_too_late(comm):
+    """What comes between the deadline and the last look at it has come too late, and its rank is named."""
+    group, x = comm.split(0), torch.ones(8)
+
+    def passes(team, polls, started):
+        comm._bootstrap.barrier()  # rank 1 makes its call
+        comm._bootstrap.barrier()
+        return may_go_on(team._replace(timeout=0), polls, started)
+
+    if comm.rank == 0:
+        with mock.patch.object(packets, "may_go_on", passes), pytest.raises(tdccl.Timeout, match="for rank 1") as told:
+            group.all_reduce(x)
+        assert told.value.rank == 1
+    else:
+        comm._bootstrap.barrier()
+        group.all_reduce(x)
+        comm._bootstrap.barrier()
+    comm._bootstrap.barrier()
+    group.abort()
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 2, reason="2 ranks, and waits that a test ends")
+def test_who_comes_just_after_the_deadline_is_late(ranks):
+    ranks.run(check_just_too_late, 2)
 
 
 def check_patience(comm):

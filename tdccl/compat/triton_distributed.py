@@ -144,7 +144,8 @@ def _wait_one(waiter, pointer, scope: tl.constexpr, semantic: tl.constexpr, valu
     while (seen != value) & go:
         polls += 1
         go, started = may_poll(waiter, _BACKEND, polls, started)
-        seen = tl.atomic_add(pointer, 0, sem=semantic, scope=scope)
+        if go:
+            seen = tl.atomic_add(pointer, 0, sem=semantic, scope=scope)
     if not go:  # who should have come is not known here: the rank that waits stands for it
         zero = tl.full([], 0, tl.int64)
         record_fault(waiter, waiter.rank, USER, zero, zero + value, seen.to(tl.int64))

@@ -425,8 +425,9 @@ def multimem_barrier(team, epoch, MULTIMEM: tl.constexpr):
     while (late >= 0) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        arrivals = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - before
-        late = _not_here(team, arrivals)
+        if go:  # who comes after the deadline was late
+            arrivals = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - before
+            late = _not_here(team, arrivals)
     if not go:
         record_fault(team, late, BARRIER, epoch, before, before + arrivals)
     tl.debug_barrier()

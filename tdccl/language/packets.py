@@ -120,7 +120,8 @@ def _receive(team, epoch, own, slot_index, mask, SOURCES: tl.constexpr, first):
     while (_missing(packets, epoch) != 0) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        packets = _poll(team, epoch, own, slot_index, mask, SOURCES, first)
+        if go:  # who comes after the deadline was late
+            packets = _poll(team, epoch, own, slot_index, mask, SOURCES, first)
     if not go:
         _record_missing(team, epoch, packets, SOURCES, first)
     words = ()

@@ -130,8 +130,8 @@ def may_poll(team, BACKEND: tl.constexpr, polls, started):
         stop = tl.where(now - started >= team.timeout, tl.program_id(0) + 1, 0).to(tl.int64)
         if polls % POLLS_A_LOOK_AT_HOST == 0:
             stop = tl.where(look(team.control) != 0, 1 << 32, stop)
-        # One thread's clock decides for the block; what it finds here counts from the next check on.
-        go = tl.atomic_cas(_stop_word(team), tl.full([], 0, tl.int64), stop, sem="relaxed", scope="gpu") == 0
+        tl.atomic_cas(_stop_word(team), tl.full([], 0, tl.int64), stop, sem="relaxed", scope="gpu")
+        go = look(_stop_word(team)) == 0  # one thread's clock decides for the block, by what it has left there
     return go, started
 
 
@@ -189,7 +189,8 @@ def wait_word(team, pointer, value, peer, KIND: tl.constexpr, epoch, CMP: tl.con
     while (not _holds(seen, value, CMP)) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = look(pointer)
+        if go:
+            seen = look(pointer)
     tl.atomic_add(pointer, 0, sem="acquire", scope="sys")  # the looks order nothing; this one read acquires
     if not go:
         record_fault(team, peer, KIND, epoch, tl.full([], 0, tl.int64) + value, seen)
@@ -258,8 +259,9 @@ def wait_counters(team, pointers, targets, wanted, KIND: tl.constexpr, epoch, CM
     while (late >= 0) & go:
         polls += 1
         go, started = may_go_on(team, polls, started)
-        seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
-        late = _late_rank(seen, targets, wanted, CMP)
+        if go:  # who comes after the deadline was late
+            seen = tl.atomic_add(pointers, zero, mask=wanted, sem="acquire", scope="sys")
+            late = _late_rank(seen, targets, wanted, CMP)
     if not go:
         expected, found = tl.where(ranks == late, targets, 0), tl.where(ranks == late, seen, 0)
         record_fault(team, late, KIND, epoch, tl.sum(expected), tl.sum(found))
