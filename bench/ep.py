@@ -306,6 +306,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     comm = tdccl.init() if launched() else tdccl.init(store=dist.HashStore(), rank=0, size=1)
     bootstrap = discover(timeout=comm.timeout) if launched() else comm._bootstrap
+    bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     return run(options, comm, bootstrap)
 
 

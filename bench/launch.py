@@ -21,7 +21,9 @@ def main(options: argparse.Namespace) -> int:
     if options.ranks is not None:
         raise SystemExit(f"--ranks {options.ranks} is for a run without a launcher; this one gives the ranks itself")
     comm = tdccl.init()
-    return run(options, comm, discover(timeout=comm.timeout))
+    bootstrap = discover(timeout=comm.timeout)
+    bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
+    return run(options, comm, bootstrap)
 
 
 def processes():

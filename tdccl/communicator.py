@@ -458,7 +458,10 @@ class Communicator(Calls):
     def _messages(self, name: str, listed, written: bool = False) -> dict[int, list[torch.Tensor]]:
         """The checked tensors of messages by the other rank, empty ones left out."""
         found: dict[int, list[torch.Tensor]] = {}
-        for array, rank in listed:
+        for message in listed:
+            if not isinstance(message, tuple | list) or len(message) != 2:
+                raise ArgumentError(f"send_recv: a message is {message!r}, expected (tensor, the other rank)")
+            array, rank = message
             tensor = self._checked("send_recv", name, arrays.as_tensor(array, name, written=written))
             if not hasattr(rank, "__index__") or not 0 <= operator.index(rank) < self.size:
                 raise ArgumentError(f"send_recv: the other rank is {rank!r}, expected one from 0 to {self.size - 1}")

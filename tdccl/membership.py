@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -300,15 +301,15 @@ class Membership:
         self.abort()
         if hidden:
             return self._meet_across(members), members
-        mask, first = sum(1 << rank for rank in members), members[0]
+        group, first = zlib.crc32(repr(members).encode()) >> 1, members[0]
         if self.rank == first:
             store = open_store("127.0.0.1", 0, True, self.timeout)
-            self._control.announce(mask, store.port)
+            self._control.announce(group, store.port)
             return store, members
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             gone = self._gone(members)  # asked first: who has met here may destroy this communicator at once
-            if port := self._control.announced(first, mask):
+            if port := self._control.announced(first, group):
                 with contextlib.suppress(RuntimeError):  # it has died, or failed and will announce another port
                     store = open_store("127.0.0.1", port, False, min(2.0, self.timeout))
                     store.set_timeout(timedelta(seconds=self.timeout))
@@ -447,7 +448,7 @@ def seconds_of(what: str, timeout: float) -> float:
 
 def survivors(rank: int, size: int, exclude: list[int]) -> list[int]:
     """The ranks of a shrunk group. Raises ArgumentError unless `exclude` are some of `size` ranks without `rank`."""
-    excluded = set(exclude)
+    excluded = set(exclude) if isinstance(exclude, Iterable) else set()
     if not excluded or not excluded <= set(range(size)) or rank in excluded:
         raise ArgumentError(
             f"shrink: exclude is {exclude}, expected ranks from 0 to {size - 1} without rank {rank}, which calls it"

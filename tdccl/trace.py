@@ -29,8 +29,7 @@ class Communicator:
 def load(folder: Path) -> list[Communicator]:
     """The communicators of which there are dumps in `folder`, the largest first."""
     found: dict[str, Communicator] = {}
-    dumps = [json.loads(path.read_text()) for path in sorted(folder.glob("*-rank*.json"))]
-    for dump in dumps:
+    for dump in map(_read, sorted(folder.glob("*-rank*.json"))):
         of = found.setdefault(dump["communicator"], Communicator(dump["communicator"], dump["size"]))
         if dump["error"]:
             of.errors[dump["rank"]] = dump["error"]
@@ -39,6 +38,16 @@ def load(folder: Path) -> list[Communicator]:
             if rank not in of.calls or _reached(calls) > _reached(of.calls[rank]):
                 of.pids[rank], of.calls[rank] = seen["pid"], calls
     return sorted(found.values(), key=lambda each: -each.size)
+
+
+def _read(path: Path) -> dict:
+    try:
+        dump = json.loads(path.read_text())
+        if {"communicator", "size", "rank", "error", "ranks"} <= {*dump}:
+            return dump
+    except (OSError, ValueError, TypeError):
+        pass
+    sys.exit(f"{path}: not a dump of a communicator; move it out of the folder")
 
 
 def _reached(calls: list[Entry]) -> tuple[int, int]:
@@ -120,7 +129,10 @@ def main(arguments: list[str]) -> None:
     for of in communicators:
         print(*summary(of), sep="\n")
     output = options.output or options.folder / "timeline.json"
-    output.write_text(json.dumps(timeline(communicators)))
+    try:
+        output.write_text(json.dumps(timeline(communicators)))
+    except OSError as error:
+        sys.exit(f"-o {output}: {error.strerror}; expected a file that can be written")
     print(f"wrote {output}; open it in ui.perfetto.dev or chrome://tracing")
 
 

@@ -249,6 +249,7 @@ def main(arguments: list[str]) -> None:
     if len(comm.topology.nodes) > 1:
         raise SystemExit("tables are for the ranks of one node: start as many as there are on one")
     bootstrap = discover(timeout=comm.timeout)
+    bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, options.factor)]
     log = print if comm.rank == 0 else lambda *_, **__: None
     tuner = Tuner(comm, bootstrap)

@@ -7,6 +7,7 @@ A body is a module-level function `body(comm, **arguments)` of a test module. `R
 import importlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from bench import launch
+from tdccl import environment
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 30  # seconds, of the ranks' waits
 # Ranks may share a GPU (TDCCL_TEST_RANKS larger than the number of GPUs): right, but slow by time slicing.
 _FOUND = torch.cuda.device_count() if torch.cuda.is_available() else 4
 LARGEST_WORLD = int(os.environ.get("TDCCL_TEST_RANKS", min(4, _FOUND)))
@@ -63,7 +66,12 @@ class RankPool:
         return answers
 
     def close(self) -> None:
+        """Ends the ranks. On GPUs their kernels end first: under MPS who is killed in one takes all others along."""
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + (0 if environment.emulated() else 2 * TIMEOUT)
         for process in self._processes:
+            process.join(max(0, deadline - time.monotonic()))
             process.kill()
             process.join()
 
@@ -83,7 +91,7 @@ def _serve(rank: int, port: int, pipe) -> None:
         try:
             if world not in communicators:
                 own = dist.PrefixStore(f"world{world}", store)
-                communicators[world] = tdccl.init(store=own, rank=rank, size=world, timeout=30)
+                communicators[world] = tdccl.init(store=own, rank=rank, size=world, timeout=TIMEOUT)
             body = getattr(importlib.import_module(module), name)
             pipe.send((True, body(communicators[world], **arguments)))
         except BaseException:

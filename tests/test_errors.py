@@ -73,6 +73,8 @@ def bad_calls(comm):
         ),
         (lambda: comm.recv(x, comm.rank), [f"rank {comm.rank} sends itself messages of []"]),
         (lambda: comm.limit_waits(-1), ["limit_waits: timeout is -1"]),
+        (lambda: comm.send_recv([x], []), ["send_recv: a message is", "expected (tensor, the other rank)"]),
+        (lambda: comm.shrink(size), [f"shrink: exclude is {size}", "expected ranks"]),
         (lambda: comm.split("red"), ["rank 0 gave color 'red'", "whole numbers"]),
         (lambda: comm.split(0, "a" if comm.rank == size - 1 else 0), [f"rank {size - 1} gave", "key 'a'"]),
         (lambda: comm.split(lambda: 0), ["whole numbers"]),  # which cannot be told to other ranks

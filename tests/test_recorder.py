@@ -208,6 +208,10 @@ def test_a_fault_after_a_mismatch_is_dumped(ranks, tmp_path):
 def test_the_trace_tool_says_what_to_do_where_there_is_nothing(tmp_path):
     with pytest.raises(SystemExit, match="no dumps here; set TDCCL_TRACE_DIR"):
         trace.main([str(tmp_path)])
+    for text in ("no JSON", "[]", '{"communicator": 1}'):
+        (tmp_path / "foreign-rank0.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"foreign-rank0.json: not a dump"):
+            trace.main([str(tmp_path)])
 
 
 def check_destroyed(comm, folder):

@@ -117,11 +117,11 @@ class Control:
         return all(self.has_left(rank) or _dead(self.pids[rank]) for rank in self._node if rank != self._rank)
 
     def announce(self, members: int, port: int) -> None:
-        """Says at which port the ranks in the bit mask `members` meet; port 0 takes it back."""
+        """Says at which port `members`, a number of 31 bits for a set of ranks, meet; port 0 takes it back."""
         self.words[_MEETING] = members << 32 | port
 
     def announced(self, rank: int, members: int) -> int:
-        """The port at which `rank` awaits the ranks in the mask, 0 if it does not."""
+        """The port at which `rank` awaits those members, 0 if it does not."""
         word = int(self._blocks[rank][_MEETING])
         return word & 0xFFFFFFFF if word >> 32 == members else 0
 
