@@ -305,7 +305,9 @@ def main(arguments: list[str]) -> int:
     """Runs on the ranks of mpirun or torchrun, or on one rank if there is no launcher."""
     options = _options(arguments)
     comm = tdccl.init() if launched() else tdccl.init(store=dist.HashStore(), rank=0, size=1)
-    bootstrap = discover(timeout=comm.timeout) if launched() else comm._bootstrap
+    if not launched():
+        return run(options, comm, comm._bootstrap)
+    bootstrap = discover(timeout=comm.timeout)
     bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     return run(options, comm, bootstrap)
 

@@ -104,12 +104,14 @@ def _callees_first(function, seen: set[int]) -> None:
     Triton 3.6 makes a key from what is known of the callees by then: from one process to the next a kernel's would
     depend on what was compiled before it, and its cache miss.
     """
+    from triton.runtime.jit import JITCallable
+
     seen.add(id(function))  # its hash is its key
     names = function.fn.__code__.co_names
     known = [function.fn.__globals__.get(name) for name in names]
     known += [getattr(module, name, None) for module in known if isinstance(module, ModuleType) for name in names]
     for callee in known:
-        if isinstance(callee, type(function)) and id(callee) not in seen:
+        if isinstance(callee, JITCallable) and id(callee) not in seen:
             _callees_first(callee, seen)
     _ = function.cache_key
 
