@@ -276,7 +276,7 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
     bench.say(f"{head}\n{'':>64} {'(us)':>10} {'(GB/s)':>8} {'(GB/s)':>8}")
     nodes, width = len(comm.topology.nodes), comm.topology.width
     few = [tokens for tokens in options.tokens if tokens <= _FEW and nodes == 1]
-    for shape in options.shapes:  # one object of each kind for all numbers of tokens: one compilation
+    for shape in options.shapes:
         sizes = shape.hidden, shape.experts, shape.top_k
         if nodes > 1 and not environment.emulated():  # with NVSHMEM's bitcode each kernel takes seconds
             if comm.rank == 0:
@@ -284,13 +284,12 @@ def run(options: argparse.Namespace, comm: Communicator, bootstrap: Bootstrap) -
                 made = ep_kernels.Sizes(nodes, width, max(options.tokens), *sizes, comm.multiprocessors)
                 ep_kernels.warm(made, 10 * major + minor)
             bootstrap.barrier()
-        ep = ExpertParallel(comm, max(options.tokens), *sizes)
-        low = LowLatency(comm, max(few), *sizes) if few else None
+        ep = ExpertParallel(comm, max(options.tokens), *sizes)  # for all numbers of tokens: one compilation
         for seed, tokens in enumerate(options.tokens):
             case = Case(comm, shape, tokens, seed)
             throughput(bench, ep, case)
             if tokens in few:
-                low_latency(bench, low, case)
+                low_latency(bench, LowLatency(comm, tokens, *sizes), case)  # which cuts rows by it
             rivals(bench, case)
     bench.say(f"# Wrong results : {bench.wrong} {'FAILED' if bench.wrong else 'OK'}")
     if options.json and comm.rank == 0:

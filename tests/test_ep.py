@@ -187,16 +187,20 @@ def check_quantised(rows, scales, sent, quant):
     assert same_bits(rows, expected) and same_bits(scales, scale)
 
 
-def check_low_latency(comm, quant, hidden):
-    given, _ = shape_of(comm, 0, hidden=hidden, max_tokens=12)
-    low = LowLatency(comm, given["max_tokens"], hidden, given["experts"], given["top_k"])
+def check_low_latency(comm, quant, hidden, tokens):
+    given, _ = shape_of(comm, 0, hidden=hidden, max_tokens=tokens)
+    low = LowLatency(comm, tokens, hidden, given["experts"], given["top_k"], max_blocks=8)
     for seed in range(2):
-        check_batched(comm, low, shape_of(comm, seed, hidden=hidden, max_tokens=12)[1], quant)
+        check_batched(comm, low, shape_of(comm, seed, hidden=hidden, max_tokens=tokens)[1], quant)
 
 
-@pytest.mark.parametrize("quant, hidden", [(None, 64), ("fp8_128", 320), ("fp8_128_ue8m0", 1088)])
-def test_few_tokens(ranks, world, quant, hidden):
-    ranks.run(check_low_latency, world, quant=quant, hidden=hidden)
+@pytest.mark.parametrize(
+    "quant, hidden, tokens",
+    [(None, 64, 24), (None, 640, 2), ("fp8_128", 320, 12), ("fp8_128", 640, 1), ("fp8_128_ue8m0", 1088, 3)],
+)
+def test_few_tokens(ranks, world, quant, hidden, tokens):
+    """Many tokens have whole rows, few have rows in slices."""
+    ranks.run(check_low_latency, world, quant=quant, hidden=hidden, tokens=tokens)
 
 
 def by_hand(comm, rows):

@@ -15,11 +15,12 @@ from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
 
 _BLOCKS = 128
-_SLICES = 2
-_WARPS = 1 if environment.emulated() else 4
-_TILE = 4 if environment.emulated() else 1  # tokens that a block has under way
+_SLICES = 4  # of a row at most, one a block
+_TILE = 4 if environment.emulated() else 1  # tokens that a block sends at once
+_TAKEN = 4 if environment.emulated() else 8  # rows that it takes, or sends back, at once
 _TILE_BYTES = 64 << 10  # of registers, for rows under way
-_ENTRIES = 512  # of a routing that are looked at at once, one a thread
+_OTHERS = 512  # entries of a routing to which one token's are compared at once
+_ENTRIES = 32  # of all sources' routings that a block looks at at once, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,10 @@ class BatchedPlan:
 class LowLatency(Experts):
     """`ExpertParallel` for few tokens: a row goes to each of its experts by itself, into the layout "batched".
 
-    Expert e is on rank e // (num_experts / ranks). All memory is allocated here, once; calls are asynchronous on the
-    current stream (or `stream`), can be captured in CUDA graphs, and never wait on the host. All ranks dispatch and
-    combine in turns, with any number of tokens each. Errors as in `ExpertParallel`.
+    Expert e is on rank e // (num_experts / ranks). The fewer max_tokens, the more blocks share a row. All memory is
+    allocated here, once; calls are asynchronous on the current stream (or `stream`), can be captured in CUDA graphs,
+    and never wait on the host. All ranks dispatch and combine in turns, with any number of tokens each. Errors as in
+    `ExpertParallel`.
     """
 
     def __init__(
@@ -132,7 +134,8 @@ class LowLatency(Experts):
         slicing = self._slicing(unit, payload)
         constants = {
             **slicing, "QUANT": quant or "", "SCALES": words, "SCALE_SLICE": slicing["SLICE"] // unit,
-            "SCALE_TILE": slicing["PADDED"] // unit, "CHUNK": max(1, _ENTRIES // self._places),
+            "SCALE_TILE": slicing["PADDED"] // unit,
+            "CHUNK": max(1, min(_OTHERS // self._places, power_of_two(self.max_tokens))),
             "EXPERT_TILE": power_of_two(self.num_experts), "COLUMNS": self._columns,
             "ALIGN": math.gcd(16, self.hidden * payload.itemsize), **self._given(plan),
         }  # fmt: skip
@@ -140,8 +143,8 @@ class LowLatency(Experts):
             x, plan.topk_idx, rows, scales, plan.placed, plan.source, plan.counts, plan.sizes, self._complaints,
         )  # fmt: skip
         finish = self._run(
-            self._dispatching, "ep_dispatch", low_latency.dispatch, self._dtype_name, _WARPS, constants, tensors,
-            (plan.tokens,), x.numel(), hook, stream,
+            self._dispatching, "ep_dispatch", low_latency.dispatch, self._dtype_name, _warps(slicing), constants,
+            tensors, (plan.tokens,), x.numel(), hook, stream,
         )  # fmt: skip
         if quant == "fp8_128":
             scales = scales.view(torch.float32)
@@ -172,11 +175,12 @@ class LowLatency(Experts):
         if out is None:
             out = self._empty((plan.tokens, self.hidden), self.dtype)
         self._check(out, "out", (plan.tokens, self.hidden), (self.dtype,))
-        constants = {**self._slicing(128, self.dtype), **self._given(plan)}
+        slicing = self._slicing(128, self.dtype)
+        constants = {**slicing, **self._given(plan)}
         tensors = (h, plan.placed, plan.sizes, plan.topk_idx, weights, out, self._complaints)
         finish = self._run(
-            self._combining, "ep_combine", low_latency.combine, self._dtype_name, _WARPS, constants, tensors,
-            (plan.tokens,), out.numel(), hook, stream,
+            self._combining, "ep_combine", low_latency.combine, self._dtype_name, _warps(slicing), constants,
+            tensors, (plan.tokens,), out.numel(), hook, stream,
         )  # fmt: skip
         return (out, finish) if hook else out
 
@@ -187,16 +191,22 @@ class LowLatency(Experts):
         }  # fmt: skip
 
     def _slicing(self, unit: int, payload: torch.dtype) -> dict[str, int]:
-        """How a row is cut into slices, of whole units of elements, and how many tokens' rows are under way at once."""
+        """How a row is cut into slices, of whole units of elements, and how many rows are taken at once."""
         units = -(-self.hidden // unit)
-        slices = min(_SLICES, units, self._blocks)
+        blocks = max(1, min(_SLICES, units, self._blocks // self.max_tokens))  # for a row: more where tokens are few
+        slices = power_of_two(blocks + 1) // 2
         width = -(-units // slices) * unit
         padded = max(512, power_of_two(width))
-        taken = max(1, _TILE_BYTES // (self._places * padded * payload.itemsize))
+        taken = max(1, _TILE_BYTES // (padded * payload.itemsize))
         return {
             "WIDTH": self.hidden, "SLICE": width, "SLICES": slices, "PADDED": padded,
-            "TAKEN": 1 << (min(taken, _TILE).bit_length() - 1),
+            "ENTRIES": max(_ENTRIES, power_of_two(self.comm.size) * self._places),
+            "TAKEN": min(_TAKEN, power_of_two(taken + 1) // 2),
         }  # fmt: skip
+
+
+def _warps(slicing: dict[str, int]) -> int:
+    return 1 if environment.emulated() else 8 if slicing["PADDED"] > 4096 else 4
 
 
 def _rounded(nbytes: int) -> int:

@@ -43,16 +43,21 @@ def complain(complaints, KIND: tl.constexpr, wrong, token):
 
 
 @triton.jit
-def clean(idx, token, complaints, EXPERTS: tl.constexpr):
-    """Experts [tokens, places] as int32, where -1 also stands for what is no expert, or is there twice in a row."""
+def clean(idx, token, complaints, EXPERTS: tl.constexpr, COMPLAIN: tl.constexpr = True):
+    """Experts [tokens, places] as int32, where -1 also stands for what is no expert, or is there twice in a row.
+
+    COMPLAIN: of these. Ordering: as `complain`.
+    """
     outside = (idx < -1) | (idx >= EXPERTS)
-    complain(complaints, OUT_OF_RANGE, tl.max(outside.to(tl.int32), axis=1) != 0, token)
+    if COMPLAIN:
+        complain(complaints, OUT_OF_RANGE, tl.max(outside.to(tl.int32), axis=1) != 0, token)
     idx = tl.where(outside, -1, idx).to(tl.int32)
     place = tl.arange(0, idx.shape[1])
     before = place[None, None, :] < place[None, :, None]
     same = (idx[:, :, None] == idx[:, None, :]) & before & (idx[:, :, None] >= 0)
     again = tl.max(same.to(tl.int32), axis=2) != 0
-    complain(complaints, TWICE, tl.max(again.to(tl.int32), axis=1) != 0, token)
+    if COMPLAIN:
+        complain(complaints, TWICE, tl.max(again.to(tl.int32), axis=1) != 0, token)
     return tl.where(again, -1, idx)
 
 
