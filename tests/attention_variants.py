@@ -34,7 +34,7 @@ def main() -> None:
         shape = shape_for(dim)
         operands |= dict.fromkeys(["k", "v", "gathered"], f"tensordesc<bf16[{shape.keys}, {dim}]>")
         constants = {
-            **cut, "DIM": dim, "ROWS": shape.rows, "KEYS": shape.keys,
+            **cut, "KEPT": True, "DIM": dim, "ROWS": shape.rows, "KEYS": shape.keys,
             "STAGES": shape.stages,
         }  # fmt: skip
         kernel = fused.compiled(attend_gathered, constants, set(), shape.warps, shape.told, operands)
