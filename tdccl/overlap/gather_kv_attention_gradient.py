@@ -37,7 +37,7 @@ from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import workspace
 
 _LN_2 = tl.constexpr(math.log(2))  # scores are scaled to base 2
-_FOLDED = 16  # rows of keys whose sums of all ranks are added up together: few, for each takes registers of every rank
+FOLDED = 16  # rows of keys whose sums of all ranks are added up together: few, for each takes registers of every rank
 
 
 class Part(NamedTuple):
@@ -76,12 +76,13 @@ def _slope(queries, state, k, v, live, seen, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def gradient_of_queries(
-    team, epochs, tickets, shards, signals, q, k, v, gathered, odd_row, apart_row, out, logs, gradient, of_q, deltas,
-    rows, batch, heads, group, scale, DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    team, epochs, tickets, shards, signals, q, k, v, gathered, odd_row, apart_row, out, logs, gradient, of_q,
+    minus_logs, minus_deltas, rows, batch, heads, group, scale, DTYPE: tl.constexpr, PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """of_q = gradient of the queries, all ranks' keys and values coming as for `attend_gathered`, whose arguments have
-    these names; `deltas`, as `logs`, gets the sum over a row of `gradient`, which is that of out, times out.
+    these names. gradient: that of out; the sum over each of its rows times out goes into `minus_deltas`, which is like
+    `logs`, as negative numbers, and logs over `scale` into `minus_logs`.
 
     Waits:    for the tile of keys, pushed by a kernel that every rank launches earlier.
     Ordering: acquire at sys scope, block barrier, loads.
@@ -103,7 +104,8 @@ def gradient_of_queries(
         result = tl.load(out + place, mask=there[:, None], other=0)
         log = tl.load(logs + row, mask=there, other=0)
         delta = tl.sum(slopes.to(tl.float32) * result.to(tl.float32), axis=1)
-        tl.store(deltas + row, delta, mask=there)
+        tl.store(minus_logs + row, -log / scale, mask=there)
+        tl.store(minus_deltas + row, -delta, mask=there)
         (total,) = see_gathered(
             team, epoch, shards, signals, (queries, slopes, log, delta), (tl.zeros([ROWS, DIM], tl.float32),), k, v,
             gathered, odd_row, apart_row, sequence, piece, down, head // group * DIM, rows, scale, sequence == waited,
@@ -119,31 +121,33 @@ def gradient_of_queries(
 
 
 @triton.jit
-def _add_rows(keys, values, q, gradient, log, delta, seen, scale, of_keys, of_values, MASKED: tl.constexpr):
+def _add_rows(
+    keys, values, q, gradient, minus_log, minus_delta, seen, scale, of_keys, of_values, MASKED: tl.constexpr
+):  # fmt: skip
     """The sums of a tile of keys, without the factor of `of_keys`, after a step of queries more.
 
-    keys, values: [KEYS, DIM]. q, gradient: [ROWS, DIM]. log, delta: [ROWS]. seen: bool [KEYS, ROWS], which rows see a
-    key, looked at if MASKED. Ordering: none; it computes.
+    keys, values: [KEYS, DIM]. q, gradient: [ROWS, DIM]. minus_log, minus_delta: [ROWS], with which the products begin:
+    so they take no registers beside these. seen: bool [KEYS, ROWS], which rows see a key, looked at if MASKED.
+    Ordering: none; it computes.
     """
-    weights = tl.exp2(tl.dot(keys, q.T) * scale - log[None, :])
+    shape: tl.constexpr = [keys.shape[0], q.shape[0]]
+    weights = tl.exp2(tl.dot(keys, q.T, tl.broadcast_to(minus_log[None, :], shape)) * scale)
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
     of_values = tl.dot(weights.to(q.dtype), gradient, of_values)
-    slopes = weights * (tl.dot(values, gradient.T) - delta[None, :])
-    if MASKED:
-        slopes = tl.where(seen, slopes, 0.0)
+    slopes = weights * tl.dot(values, gradient.T, tl.broadcast_to(minus_delta[None, :], shape))
     return tl.dot(slopes.to(q.dtype), q, of_keys), of_values
 
 
 @triton.jit
 def _add_piece(
-    keys, values, q, gradient, logs, deltas, q_row, column, row, mine, theirs, down, rows, scale, of_keys, of_values,
-    CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    keys, values, q, gradient, minus_logs, minus_deltas, part, column, mine, theirs, down, rows, scale, of_keys,
+    of_values, CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_add_rows` for all rows of piece number `mine` that see keys `down` .. of piece number `theirs`.
 
-    q, gradient: tensor descriptors, in which the piece begins with q_row. row: of logs and deltas, likewise. What
-    follows the piece may be anything. Ordering: plain loads.
+    q, gradient: tensor descriptors, of which `part` is the piece; they give zeros past its rows, which add nothing.
+    minus_logs, minus_deltas: of the piece. Ordering: plain loads.
     """
     i, j = tl.arange(0, ROWS), tl.arange(0, KEYS)
     first, crossed, behind = 0, 0, rows  # row i sees those up to `behind` + i
@@ -155,42 +159,41 @@ def _add_piece(
     whole = crossed + (rows - crossed) // ROWS * ROWS
     for start in tl.range(crossed, whole, ROWS, num_stages=STAGES):
         of_keys, of_values = _add_rows(
-            keys, values, q.load([q_row + start, column]), gradient.load([q_row + start, column]),
-            tl.load(logs + row + start + i), tl.load(deltas + row + start + i), None, scale, of_keys, of_values,
-            MASKED=False,
+            keys, values, q.load([part, start, column]).reshape([ROWS, DIM]),
+            gradient.load([part, start, column]).reshape([ROWS, DIM]), tl.load(minus_logs + start + i),
+            tl.load(minus_deltas + start + i), None, scale, of_keys, of_values, MASKED=False,
         )  # fmt: skip
     crossing = (crossed - first + ROWS - 1) // ROWS
     for step in tl.range(0, crossing + tl.where(whole < rows, 1, 0), num_stages=1):
         start = tl.where(step < crossing, first + step * ROWS, whole)
-        place = start + i
-        live = place < rows
-        of_q, of_out = q.load([q_row + start, column]), gradient.load([q_row + start, column])
-        of_q, of_out = (  # 0 times NaN is not 0
-            tl.where(live[:, None], of_q, tl.zeros_like(of_q)), tl.where(live[:, None], of_out, tl.zeros_like(of_out))
-        )  # fmt: skip
-        log = tl.load(logs + row + place, mask=live, other=0)
-        delta = tl.load(deltas + row + place, mask=live, other=0)
-        seen = live[None, :] & ((down + j)[:, None] <= (behind + place)[None, :])
+        row = start + i
+        minus_log = tl.load(minus_logs + row, mask=row < rows, other=0)
+        minus_delta = tl.load(minus_deltas + row, mask=row < rows, other=0)
         of_keys, of_values = _add_rows(
-            keys, values, of_q, of_out, log, delta, seen, scale, of_keys, of_values, MASKED=True
+            keys, values, q.load([part, start, column]).reshape([ROWS, DIM]),
+            gradient.load([part, start, column]).reshape([ROWS, DIM]), minus_log, minus_delta,
+            (down + j)[:, None] <= (behind + row)[None, :], scale, of_keys, of_values, MASKED=True,
         )  # fmt: skip
     return of_keys, of_values
 
 
 @triton.jit
 def gradient_of_keys(
-    team, epochs, tickets, shards, signals, q, gradient, logs, deltas, k, v, gathered, odd, apart, sums, of_k, of_v,
-    rows, batch, width, heads, group, scale, DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, FOLDED: tl.constexpr,
+    team, epochs, tickets, shards, signals, q, gradient, minus_logs, minus_deltas, k, v, gathered, odd, apart, sums,
+    of_k, of_v, rows, batch, width, heads, group, scale, DTYPE: tl.constexpr, PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """of_k, of_v [batch, PIECES, rows, width] = the sums over ranks, in rank order, of what their queries give to them.
 
-    q, gradient: tensor descriptors of rows of heads * DIM elements. gathered: what `push_pairs` has pushed, in odd
-    epochs from element `odd` on. sums: Symmetric, fp32 [size sources, 2, batch, PIECES, rows, width]. tickets: see
-    `ticket`. A tile is KEYS keys of one of the width / DIM heads; those of peers come before the own ones. Its signal
-    is as far behind those of pushed tiles. What a rank's queries do not see it does not store.
+    q, gradient: tensor descriptors of [batch * PIECES, rows, heads * DIM]. minus_logs, minus_deltas: what the launch
+    before has left. gathered: what `push_pairs` has pushed, in odd epochs from element `odd` on. sums: Symmetric, fp32
+    [size sources, 2, batch, PIECES, rows, width]. tickets: see `ticket`. A tile is KEYS keys of one of the width / DIM
+    heads; peers' tiles come before the own ones. Its signal is as far behind those of pushed tiles. Of what this rank's
+    queries do not see it stores nothing.
 
-    Waits:    for every peer, once an own tile, whose sum it took up before any own tile, and with no wait before.
+    Waits:    for every peer, once an own tile: for the sum of that tile, which a block of the peer took up before any
+              block of it could wait. So none waits for one that may not run yet.
     Ordering: stores, block barrier, release at sys scope; acquire at sys scope, block barrier, loads. Keys of peers
               were waited for by the launch before, `gradient_of_queries`.
     Reuse:    of what is gathered, see `push_pairs`. A rank stores sums when the launch before has heard of this call
@@ -222,11 +225,11 @@ def gradient_of_keys(
             of_keys, of_values = tl.zeros([KEYS, DIM], tl.float32), tl.zeros([KEYS, DIM], tl.float32)
             for each in range(group * PIECES):
                 head, piece = tile % across * group + each // PIECES, each % PIECES
+                mine = number_of(team.rank, piece, team.size, PIECES)
+                first = ((sequence * heads + head) * PIECES + piece).to(tl.int64) * rows
                 of_keys, of_values = _add_piece(
-                    keys, values, q, gradient, logs, deltas, (sequence * PIECES + piece) * rows, head * DIM,
-                    ((sequence * heads + head) * PIECES + piece).to(tl.int64) * rows,
-                    number_of(team.rank, piece, team.size, PIECES), theirs, down, rows, scale, of_keys, of_values,
-                    CAUSAL, ROWS, KEYS, STAGES,
+                    keys, values, q, gradient, minus_logs + first, minus_deltas + first, sequence * PIECES + piece,
+                    head * DIM, mine, theirs, down, rows, scale, of_keys, of_values, CAUSAL, DIM, ROWS, KEYS, STAGES,
                 )  # fmt: skip
             slot = shmem.symm_at(sums, owner, tl.float32) + team.rank * 2 * elements
             tl.store(slot + place, of_keys * (scale * _LN_2), mask=there)
@@ -234,17 +237,13 @@ def gradient_of_keys(
         if owner == team.rank:
             wait_peers(team, signals, told + tile, shards.most, epoch)
             slots = shmem.symm_at(sums, team.rank, tl.float32)
-            for first in range(0, tl.minimum(rows - down, KEYS), FOLDED):
-                row = number * rows + down + first
-                count = rows - down - first
-                _fold(
-                    team, slots, 2 * elements, of_k, row, column, count, width, theirs,
-                    DTYPE, PIECES, CAUSAL, FOLDED, DIM,
-                )  # fmt: skip
-                _fold(
-                    team, slots + elements, 2 * elements, of_v, row, column, count, width, theirs,
-                    DTYPE, PIECES, CAUSAL, FOLDED, DIM,
-                )  # fmt: skip
+            for folded in range(0, tl.minimum(rows - down, KEYS), FOLDED):
+                row, count = number * rows + down + folded, rows - down - folded
+                for of_one in tl.static_range(2):
+                    _fold(
+                        team, slots + of_one * elements, 2 * elements, of_v if of_one else of_k, row, column, count,
+                        width, theirs, DTYPE, PIECES, CAUSAL, FOLDED, DIM,
+                    )  # fmt: skip
         else:
             shmem.fence()
             word = team.rank * shards.most + told + tile
@@ -292,7 +291,7 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
     epochs_of_queries, epochs_of_keys = space.epochs[1].tensor_split([blocks[0]])
     odd, shards = space.odd(width), overlap.shards_of(of_rank * told, width, told, space.most)
     gathered = space.buffer[: odd + 2 * apart].view(-1, width)
-    deltas = torch.empty_like(logs)
+    minus = logs.new_empty(2, *logs.shape)
     cut = {"DTYPE": DTYPES[q.dtype], "PIECES": pieces, "CAUSAL": causal}
 
     def push():
@@ -305,13 +304,14 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
         TensorDescriptor.from_tensor(each.view(-1, width), [of_queries.keys, dim]) for each in (k, v, gathered)
     )
     queries, slopes = (
-        TensorDescriptor.from_tensor(each.view(-1, heads * dim), [of_keys.rows, dim]) for each in (q, gradient)
+        TensorDescriptor.from_tensor(each.view(batch * pieces, rows, -1), [1, of_keys.rows, dim])
+        for each in (q, gradient)
     )
 
     def compute_queries(grid: int, epochs: torch.Tensor):
         gradient_of_queries[(grid,)](
             comm.team, epochs, space.epochs[0, -2:], shards, space.signals_on_all_ranks, q, keys, values, others,
-            odd // width, apart // width, out, logs, gradient, of_q, deltas, rows, batch, heads, heads // kv_heads,
+            odd // width, apart // width, out, logs, gradient, of_q, *minus, rows, batch, heads, heads // kv_heads,
             scale * LOG2_E, DIM=dim, ROWS=of_queries.rows, KEYS=of_queries.keys, STAGES=of_queries.stages,
             num_warps=of_queries.warps, **cut,
         )  # fmt: skip
@@ -330,9 +330,9 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
             compute_queries(blocks[0], epochs_of_queries)
         gradient_of_keys[(blocks[1],)](
             comm.team, epochs_of_keys, space.epochs[0, -4:-2], shards, space.signals_on_all_ranks, queries, slopes,
-            logs, deltas, k, v, gathered, odd, apart, sums.on_all_ranks, of_k, of_v, rows, batch, width, heads,
+            *minus, k, v, gathered, odd, apart, sums.on_all_ranks, of_k, of_v, rows, batch, width, heads,
             heads // kv_heads, scale * LOG2_E, DIM=dim, ROWS=of_keys.rows, KEYS=of_keys.keys, STAGES=of_keys.stages,
-            FOLDED=_FOLDED, num_warps=of_keys.warps, **cut,
+            FOLDED=FOLDED, num_warps=of_keys.warps, **cut,
         )  # fmt: skip
 
     comm.start_fused("reduce_scatter", "gather_kv_attention_gradient", k, compute)
