@@ -339,7 +339,7 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
 
 
 @torch.library.custom_op("tdccl::gather_kv_attention_gradient", mutates_args=())
-def _operator(
+def gather_kv_attention_gradient(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor, gradient: torch.Tensor,
     causal: bool, zigzag: bool, scale: float, comm: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -350,6 +350,6 @@ def _operator(
     return results
 
 
-@_operator.register_fake
+@gather_kv_attention_gradient.register_fake
 def _fake(q, k, v, *_):
     return tuple(each.new_empty(each.shape) for each in (q, k, v))
