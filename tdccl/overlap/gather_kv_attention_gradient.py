@@ -345,8 +345,9 @@ def gather_kv_attention_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The gradients of q, k and v; out and logs are what forward gave, `gradient` is that of out."""
     results = _fake(q, k, v)
-    if q.numel():
-        _compute(named(comm), (q, k, v, out, logs, gradient), results, causal, zigzag, scale)
+    if q.numel() == 0:
+        return tuple(each.zero_() for each in results)
+    _compute(named(comm), (q, k, v, out, logs, gradient), results, causal, zigzag, scale)
     return results
 
 
