@@ -290,7 +290,8 @@ class Attention:
 
         def composed(attend, differentiate):
             problem.gather()
-            return functools.partial(problem.gather_then_differentiate, problem.attend_gathered(attend), differentiate)
+            kept = [(out.to(q.dtype), log) for out, log in problem.attend_gathered(attend)]
+            return functools.partial(problem.gather_then_differentiate, kept, differentiate)
 
         def alone(attend, differentiate):
             inputs = [each.transpose(1, 2) for each in (q, k, v)]
