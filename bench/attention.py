@@ -275,7 +275,6 @@ class Attention:
         row["speedup_over"] = {way: round(times[way] / times["tdccl"], 3) for way in references}
         row["attention_ratio"] = round(times["the shard alone, torch"] / times["the shard alone, tdccl"], 3)
         self._add(row)
-
         self._gradient(name, case, problem)
 
     def _gradient(self, name: str, case: tuple[int, ...], problem: _Prefill) -> None:
