@@ -33,8 +33,12 @@ OPERATORS = [*_GPU]
 
 _TOLERANCE = 0.03
 
-# torch 2.13 renamed it.
+# Of attention backward: in rows of its own, of the same cases.
+GRADIENT = "gather_kv_attention, backward"
+
+# torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _all_to_all(recv: torch.Tensor, send: torch.Tensor) -> None:
@@ -71,6 +75,38 @@ def _cudnn(q, k, v, causal: bool = False):
     return out, log.view(out.shape[:3])
 
 
+def _flash_backward(gradient, q, k, v, out, log, causal: bool = False):
+    """The gradients of q, k and v by torch's FlashAttention, of what `_flash` takes and gives."""
+    if q.device.type == "cuda":
+        lengths, no_seed = (None, None, q.shape[2], k.shape[2]), q.new_empty(2, dtype=torch.int64)
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            gradient, q, k, v, out, log, *lengths, 0.0, causal, no_seed, no_seed
+        )
+    group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    q, k, v, out, gradient = (each.float() for each in (q, k, v, out, gradient))
+    k, v = (each.repeat_interleave(group, dim=1) for each in (k, v))
+    weights = (q @ k.mT * scale - log[..., None]).exp()
+    weights = weights.tril(k.shape[2] - q.shape[2]) if causal else weights
+    slopes = weights * (gradient @ v.mT - (gradient * out).sum(-1, keepdim=True)) * scale
+    of_k, of_v = (
+        (each.mT @ right).unflatten(1, (-1, group)).sum(2) for each, right in ((slopes, q), (weights, gradient))
+    )
+    return slopes @ k, of_k, of_v
+
+
+def _cudnn_backward(gradient, q, k, v, out, log, causal: bool = False):
+    """The same by cuDNN, in two parts where `_cudnn` has two."""
+    before = k.shape[2] - q.shape[2]
+    if causal and before:
+        earlier = _cudnn_backward(gradient, q, k[:, :, :before], v[:, :, :before], out, log)
+        later = _cudnn_backward(gradient, q, k[:, :, before:], v[:, :, before:], out, log, True)
+        return earlier[0] + later[0], *(torch.cat(each, 2) for each in zip(earlier[1:], later[1:]))
+    no_seed, lengths = q.new_empty((), dtype=torch.int64), (None, None, q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        gradient, q, k, v, out, log[..., None], no_seed, no_seed, None, *lengths, 0.0, causal
+    )
+
+
 def _merge(parts):
     """One (out, log-sum-exp) of two, in fp32, for large values may cancel."""
     (left, left_log), (right, right_log) = parts
@@ -94,21 +130,52 @@ class _Prefill:
     def gather(self) -> None:
         _all_gather(self.gathered.flatten(0, 1), self.pair)
 
-    def attend_gathered(self, attend=_flash) -> None:
-        """The keys in the order of the sequence; then each of both pieces with what it sees, as much on every rank."""
+    def in_order(self) -> torch.Tensor:
+        """[2, 1, KV heads, tokens, dim]: the gathered keys and values in the order of the sequence."""
         pieces = self.gathered.unflatten(3, (2, self.half)).permute(3, 1, 2, 0, 4, 5, 6)
         self.ordered[:, :, : self.comm.size] = pieces[0]
         self.ordered[:, :, self.comm.size :] = pieces[1].flip(2)
-        k, v = self.ordered.flatten(2, 3).transpose(2, 3)
+        return self.ordered.flatten(2, 3).transpose(2, 3)
+
+    def pieces(self):
+        """(which of this rank's positions, which of all tokens these see) of its first and of its second piece."""
         size, rank = self.comm.size, self.comm.rank
         for place, number in enumerate((rank, 2 * size - 1 - rank)):
-            mine, seen = slice(place * self.half, (place + 1) * self.half), slice((number + 1) * self.half)
-            q = self.q[:, mine].transpose(1, 2)
-            self.expected[:, mine] = attend(q, k[:, :, seen], v[:, :, seen], causal=True)[0].transpose(1, 2)
+            yield slice(place * self.half, (place + 1) * self.half), slice((number + 1) * self.half)
+
+    def attend_gathered(self, attend=_flash) -> list[tuple]:
+        """The keys in the order of the sequence; then each of both pieces with what it sees, as much on every rank."""
+        k, v = self.in_order()
+        kept = []
+        for mine, seen in self.pieces():
+            kept.append(attend(self.q[:, mine].transpose(1, 2), k[:, :, seen], v[:, :, seen], causal=True))
+            self.expected[:, mine] = kept[-1][0].transpose(1, 2)
+        return kept
 
     def gather_then_attend(self, attend=_flash) -> None:
         self.gather()
         self.attend_gathered(attend)
+
+    def gather_then_differentiate(self, kept: list[tuple], differentiate=_flash_backward) -> tuple:
+        """The gradients of q, k and v; `kept` is what attention gave for both pieces, q that of its result."""
+        self.gather()
+        k, v = self.in_order()
+        of_q, of_pair = torch.empty_like(self.q), torch.zeros_like(self.ordered)
+        of_k, of_v = of_pair.flatten(2, 3).transpose(2, 3)
+        for (mine, seen), (out, log) in zip(self.pieces(), kept):
+            q = self.q[:, mine].transpose(1, 2)
+            parts = differentiate(q, q, k[:, :, seen], v[:, :, seen], out, log, causal=True)
+            of_q[:, mine] = parts[0].transpose(1, 2)
+            of_k[:, :, seen] += parts[1]
+            of_v[:, :, seen] += parts[2]
+        size = self.comm.size
+        pieces = torch.stack([of_pair[:, :, :size], of_pair[:, :, size:].flip(2)], 3)
+        self.scatter(pieces.permute(2, 0, 1, 3, 4, 5, 6).flatten(3, 4).contiguous())
+        return of_q, *self.received[0]
+
+    def scatter(self, pairs: torch.Tensor) -> None:
+        """received[0] = the sum of all ranks' [this rank] of [size, *pair.shape]"""
+        _reduce_scatter(self.received[0], pairs.flatten(0, 1))
 
     def ring(self, attend=_flash) -> None:
         """Keys go around from rank to rank, while each attends to those that it has."""
@@ -205,6 +272,59 @@ class Attention:
             references += by_cudnn
         times, wrong = self._timed(ways, references, problem)
         row = _row("gather_kv_attention", name, case, times, wrong)
+        row["speedup_over"] = {way: round(times[way] / times["tdccl"], 3) for way in references}
+        row["attention_ratio"] = round(times["the shard alone, torch"] / times["the shard alone, tdccl"], 3)
+        self._add(row)
+        self._gradient(name, case, problem)
+
+    def _gradient(self, name: str, case: tuple[int, ...], problem: _Prefill) -> None:
+        """Backward, the result's gradient being q; keys and values are gathered again, as tdccl does."""
+        q, (k, v) = problem.q, problem.pair
+        scale = q.shape[-1] ** -0.5
+
+        def ours(comm, zigzag: bool):
+            options = True, zigzag, scale, comm.name
+            kept = torch.ops.tdccl.gather_kv_attention(q, k, v, *options)
+            return lambda: torch.ops.tdccl.gather_kv_attention_gradient(q, k, v, *kept, q, *options)
+
+        def composed(attend, differentiate):
+            problem.gather()
+            kept = [(out.to(q.dtype), log) for out, log in problem.attend_gathered(attend)]
+            return functools.partial(problem.gather_then_differentiate, kept, differentiate)
+
+        def alone(attend, differentiate):
+            inputs = [each.transpose(1, 2) for each in (q, k, v)]
+            kept = attend(*inputs, causal=True)
+            return lambda: differentiate(inputs[0], *inputs, *kept, causal=True)
+
+        def communicate():
+            problem.gather()
+            problem.scatter(problem.gathered)
+
+        both = "all_gather, attention backward, reduce_scatter, "
+        ways = {
+            "communication, torch": communicate,
+            f"{both}torch": composed(_flash, _flash_backward),
+            "tdccl": ours(self.comm, True),
+            "the shard alone, torch": alone(_flash, _flash_backward),
+            "the shard alone, tdccl": ours(self.alone, False),
+        }
+        references = [f"{both}torch"]
+        if not environment.emulated():
+            ways[f"{both}cuDNN"] = composed(_cudnn, _cudnn_backward)
+            ways["the shard alone, cuDNN"] = alone(_cudnn, _cudnn_backward)
+            references.append(f"{both}cuDNN")
+        wrong = sum(
+            self._count_wrong(found, right)
+            for reference in references
+            for found, right in zip(ways["tdccl"](), ways[reference]())
+        )
+        times = {
+            way: slowest(self.clock, self.bootstrap, call, lambda: None, self.options.effort)
+            for way, call in ways.items()
+        }
+        self.wrong += wrong
+        row = _row(GRADIENT, name, case, times, wrong)
         row["speedup_over"] = {way: round(times[way] / times["tdccl"], 3) for way in references}
         row["attention_ratio"] = round(times["the shard alone, torch"] / times["the shard alone, tdccl"], 3)
         self._add(row)

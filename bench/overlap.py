@@ -232,7 +232,7 @@ def main() -> int:
         moe.measure(bench, name)
     if options.json and rank == 0:
         report = describe(size, comm.device, options.command)
-        attended = [row for row in bench.rows if row["operator"] in attention.OPERATORS]
+        attended = [row for row in bench.rows if row["operator"] in (*attention.OPERATORS, attention.GRADIENT)]
         kinds = {"fused": [row for row in bench.rows if row not in attended], "attention": attended}
         kinds = {kind: rows for kind, rows in kinds.items() if rows}
         options.json.write_text(json.dumps({**report, "rows": [], **kinds}, indent=1) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pool
 import pytest
 import torch
-from waiting import check_told
+from waiting import check_told, settle_all
 
 import tdccl
 from tdccl import environment
@@ -19,6 +19,7 @@ from tdccl.overlap import flash_decode, gather_kv_attention
 from tdccl.overlap.attention import attend
 from tdccl.overlap.gather_kv_attention import positions
 from tdccl.overlap.gather_kv_attention import reference as plain_prefill
+from tdccl.overlap.workspace import _kept
 
 WORLDS = (2, 3)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -103,18 +104,24 @@ def prefill_problem(comm, case, dtype, seed):
     ]
 
 
+def in_order(comm, case, shards):
+    """The ranks' shards, joined in the order of their positions."""
+    order = torch.cat([positions(comm, rank, case[1], case[6]) for rank in range(comm.size)])
+    assert order.sort().values.tolist() == list(range(case[1] * comm.size))
+    joined = torch.cat(shards, dim=1)
+    return torch.empty_like(joined).index_copy_(1, order, joined)
+
+
+def attend_whole(comm, case, q, k, v):
+    """All of it in one attention."""
+    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=comm.device)
+    return attend(q, k, v, seen.tril() if case[5] else seen, case[4] ** -0.5)
+
+
 def prefill_expected(comm, case, shards):
-    """All of it in one attention, its positions put in order; this rank's rows."""
-    rows, (dim, causal, zigzag) = case[1], case[4:]
-    order = torch.cat([positions(comm, rank, rows, zigzag) for rank in range(comm.size)])
-    assert order.sort().values.tolist() == list(range(rows * comm.size))
-    whole = []
-    for part in zip(*shards):
-        joined = torch.cat(part, dim=1)
-        whole.append(torch.empty_like(joined).index_copy_(1, order, joined))
-    seen = torch.ones(rows * comm.size, rows * comm.size, dtype=torch.bool, device=comm.device)
-    result = attend(*whole, seen.tril() if causal else seen, dim**-0.5)
-    return result[:, positions(comm, comm.rank, rows, zigzag)]
+    """This rank's rows of it."""
+    result = attend_whole(comm, case, *(in_order(comm, case, part) for part in zip(*shards)))
+    return result[:, positions(comm, comm.rank, case[1], case[6])]
 
 
 def check_prefill(comm):
@@ -134,15 +141,84 @@ def test_prefill_of_ragged_shards_with_ranks_that_come_late(ranks, world):
     ranks.run(check_prefill, world)
 
 
+# Pieces of several tiles of keys and of queries, with more positions than fill them and with fewer.
+GRADIENTS = [(1, 134, 2, 1, 64, True, True), *PREFILLS, (2, 70, 2, 1, 64, True, False), (1, 80, 2, 2, 64, False, True)]
+
+
+def gradients_of(comm, case, shard, weight):
+    """Those of the queries, keys and values, of the sum of what comes out times the weight."""
+    inputs = [each.detach().requires_grad_() for each in shard]
+    return torch.autograd.grad(gather_kv_attention(comm, *inputs, *case[5:]), inputs, weight)
+
+
+def gradients_problem(comm, case, dtype, seed):
+    """(shards, weights) of all ranks."""
+    shards = prefill_problem(comm, case, dtype, seed)
+    return shards, [shard[0] for shard in prefill_problem(comm, case, dtype, seed + 100)]
+
+
+def check_gradients(comm, cases):
+    delay = random.Random(comm.rank)
+    for seed, case in enumerate(cases):
+        dtype = (torch.bfloat16, torch.float16)[seed // 2 % 2]
+        shards, weights = gradients_problem(comm, case, dtype, seed)
+        time.sleep(delay.choice([0, 0, 0.02]))
+        found, again = (gradients_of(comm, case, shards[comm.rank], weights[comm.rank]) for _ in range(2))
+        whole = [in_order(comm, case, part).float().requires_grad_() for part in zip(*shards)]
+        weight = in_order(comm, case, weights).float()
+        mine = positions(comm, comm.rank, case[1], case[6])
+        wanted = torch.autograd.grad(attend_whole(comm, case, *whole), whole, weight)
+        for name, result, same, right in zip("qkv", found, again, wanted):
+            assert torch.equal(result, same) and result.dtype == dtype, f"{case}: of {name}"
+            apart = (result.float() - right[:, mine]).abs().max() / right.abs().max()
+            assert apart <= TOLERANCE[dtype] / 2, f"{case}: of {name}, {apart} of the largest"
+
+
+def test_gradients_of_ragged_shards_with_ranks_that_come_late(ranks, world):
+    ranks.run(check_gradients, world, cases=GRADIENTS)
+
+
+def test_gradients_over_all_ranks(ranks):
+    ranks.run(check_gradients, pool.LARGEST_WORLD, cases=GRADIENTS[1:2])
+
+
+def check_beside_garbage(comm):
+    """Neither what a sequence has nor what is left in the memory that ranks share comes into another's gradients."""
+    case = (2, 46, 2, 1, 64, True, True)
+    shards, weights = gradients_problem(comm, case, torch.bfloat16, 7)
+    shard, weight = shards[comm.rank], weights[comm.rank]
+    wanted = gradients_of(comm, case, shard, weight)
+    for sequence in range(2):
+        for each in (*shard, weight):
+            each[1 - sequence] = float("nan")
+        settle_all(comm)
+        for space in itertools.chain(*_kept[comm].values()):
+            space.buffer.fill_(float("nan"))
+        settle_all(comm)
+        found = gradients_of(comm, case, shard, weight)
+        assert all(torch.equal(result[sequence], right[sequence]) for result, right in zip(found, wanted))
+        shards, weights = gradients_problem(comm, case, torch.bfloat16, 7)
+        shard, weight = shards[comm.rank], weights[comm.rank]
+
+
+def test_gradients_have_nothing_of_what_is_beside_a_sequence(ranks, world):
+    ranks.run(check_beside_garbage, world)
+
+
 def some_of_both(comm, seed: int = 4, rows: int = 24):
-    """Calls of both operators: (what they take, what they return), of this rank."""
+    """Calls of both operators and of the gradient: (what they take, what they return, the calls), of this rank."""
     q, shards = decode_problem(comm, DECODES[0], torch.bfloat16, seed)
     prefill = prefill_problem(comm, (1, rows, 2, 1, 64), torch.bfloat16, seed)[comm.rank]
-    outs = torch.empty_like(q), torch.empty_like(prefill[0])
+    outs = torch.empty_like(q), torch.empty_like(prefill[0]), *map(torch.empty_like, prefill)
 
     def call(group):
         flash_decode(group, q, *shards[comm.rank], outs[0])
         gather_kv_attention(group, *prefill, out=outs[1])
+        options = True, True, 0.125, group.name
+        kept = torch.ops.tdccl.gather_kv_attention(*prefill, *options)
+        gradients = torch.ops.tdccl.gather_kv_attention_gradient(*prefill, *kept, prefill[0], *options)
+        for out, gradient in zip(outs[2:], gradients):
+            out.copy_(gradient)
 
     return (q, *shards[comm.rank], *prefill), outs, call
 
@@ -164,15 +240,19 @@ def test_attention_and_collectives_in_turns(ranks, world):
 
 
 def check_compiled(comm):
-    """torch.compile sees the operators and their shapes."""
+    """torch.compile sees the operators, their shapes and gradients."""
     (q, k, v, lengths, *prefill), _, _ = some_of_both(comm)
 
     def layer(q, k, v, lengths, *prefill):
         return flash_decode(comm, q, k, v, lengths) * 2, gather_kv_attention(comm, *prefill) * 2
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for eager, result in zip(layer(q, k, v, lengths, *prefill), compiled(q, k, v, lengths, *prefill)):
+    inputs = q, k, v, lengths, *(each.requires_grad_() for each in prefill)
+    for eager, result in zip(layer(*inputs), compiled(*inputs)):
         assert torch.equal(result, eager)
+    for eager, result in zip(*(torch.autograd.grad(body(*inputs)[1].sum(), prefill) for body in (layer, compiled))):
+        assert torch.equal(result, eager)
+    torch.library.opcheck(torch.ops.tdccl.gather_kv_attention.default, (*prefill, True, True, 0.125, comm.name))
 
 
 def test_torch_compile_sees_the_operators(ranks):
@@ -184,6 +264,14 @@ def check_absent(comm):
     prefill = prefill_problem(comm, (1, 8, 1, 1, 64), torch.bfloat16, 1)[comm.rank]
     check_told(comm, "decode", lambda group: lambda: flash_decode(group, q, *shards[comm.rank]))
     check_told(comm, "prefill", lambda group: lambda: gather_kv_attention(group, *prefill))
+    options = True, True, 0.125, comm.name
+    kept = torch.ops.tdccl.gather_kv_attention(*prefill, *options)
+
+    def gradient(group):
+        given = *prefill, *kept, prefill[0], *options[:-1], group.name
+        return lambda: torch.ops.tdccl.gather_kv_attention_gradient(*given)
+
+    check_told(comm, "gradient", gradient)
 
 
 @pytest.mark.skipif(pool.LARGEST_WORLD < 2, reason="needs 2 ranks")
@@ -212,8 +300,6 @@ def check_refused(comm):
     for reason, call in refused:
         with pytest.raises(tdccl.ArgumentError, match=reason):
             call()
-    with pytest.raises(RuntimeError, match="autograd"):
-        gather_kv_attention(comm, prefill[0].clone().requires_grad_(), keys, values).sum().backward()
 
 
 def test_what_cannot_be_attended_to_is_refused(ranks):
@@ -255,16 +341,17 @@ def test_kernels_multiply_on_tensor_cores():
     for line in run.stdout.splitlines():
         kernel = json.loads(line)
         kernels.setdefault(kernel["name"], []).append(kernel)
-    assert kernels.keys() == {"attend_splits", "merge_ranks", "push_pairs", "attend_gathered"}
+    multiplying = {"attend_gathered", "gradient_of_queries", "gradient_of_keys"}
+    assert kernels.keys() == {"attend_splits", "merge_ranks", "push_pairs", *multiplying}
     for kernel in itertools.chain(*kernels.values()):
         assert kernel["shared"] <= 227 << 10, kernel
         assert not kernel["divergent"], kernel
-        assert not kernel["spills"] or kernel["name"] == "attend_gathered", kernel
-    for kernel in kernels["attend_gathered"]:
+        assert not kernel["spills"] or kernel["name"] in multiplying, kernel
+    for kernel in itertools.chain(*map(kernels.get, multiplying)):
         assert kernel["wgmma"] and kernel["by_descriptors"], kernel
         assert kernel["spills_in_loops"][0] == 0, kernel  # masked loops may have some
     small, _ = kernels["attend_gathered"]
     assert 2 * (small["shared"] + 1024) <= 228 << 10  # two blocks of it are on a multiprocessor
-    for kernel in kernels["attend_splits"] + kernels["push_pairs"]:
+    for kernel in kernels["attend_splits"] + kernels["push_pairs"] + kernels["gradient_of_keys"]:
         assert "128" in kernel["loads"] and "128" in kernel["stores"] and not kernel["narrow"], kernel
     assert all(kernel["mma"] for kernel in kernels["attend_splits"])

@@ -10,6 +10,7 @@ from tdccl.overlap.all_reduce_rms_norm import all_reduce_rms_norm
 from tdccl.overlap.all_to_all_gemm import all_to_all_gemm
 from tdccl.overlap.flash_decode import flash_decode
 from tdccl.overlap.gather_kv_attention import gather_kv_attention
+from tdccl.overlap.gather_kv_attention_gradient import gather_kv_attention_gradient
 from tdccl.overlap.gemm_all_reduce import gemm_all_reduce
 from tdccl.overlap.gemm_all_to_all import gemm_all_to_all
 from tdccl.overlap.gemm_reduce_scatter import gemm_reduce_scatter

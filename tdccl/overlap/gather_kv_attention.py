@@ -18,7 +18,7 @@ from tdccl import environment
 from tdccl.communicator import Communicator, named
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
-from tdccl.overlap.attention import LOG2_E, attend, check_heads, mean, no_keys, scale_of, see
+from tdccl.overlap.attention import LOG2_E, attend, check_heads, log_sum, mean, no_keys, scale_of, see
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
@@ -69,7 +69,7 @@ def positions(comm: Communicator, rank: int, rows: int, zigzag: bool = True) -> 
 
 
 @triton.jit
-def _number(rank, piece, size, PIECES: tl.constexpr):
+def number_of(rank, piece, size, PIECES: tl.constexpr):
     """Which piece of the sequence a rank's piece is."""
     return tl.where(piece == 0, rank, PIECES * size - 1 - rank)
 
@@ -103,8 +103,8 @@ def push_pairs(
         pe = (team.rank + team.size - 1 - position // tiles) % team.size
         tile = team.rank * tiles + position % tiles
         piece, first = _first_of_piece(shards, position % tiles, rows)
-        last_seen = _number(pe, PIECES - 1, team.size, PIECES)
-        if (not CAUSAL) or _number(team.rank, piece % PIECES, team.size, PIECES) <= last_seen:
+        last_seen = number_of(pe, PIECES - 1, team.size, PIECES)
+        if (not CAUSAL) or number_of(team.rank, piece % PIECES, team.size, PIECES) <= last_seen:
             source = (piece * rows + first).to(tl.int64) * shards.columns
             count = tl.minimum(rows - first, shards.TILE).to(tl.int64) * shards.columns
             target = tl.multiple_of(shmem.symm_at(here, pe, DTYPE) + overlap.offset_of(shards, tile), 16)
@@ -116,10 +116,11 @@ def push_pairs(
 
 @triton.jit
 def _see_rows(
-    q, k, v, k_row, v_row, column, count, behind, scale, top, total, out,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    queries, state, k, v, k_row, v_row, column, count, behind, scale,
+    STEP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`see` for `count` keys from k_row and v_row on, of which row i of the queries sees those up to `behind` + i.
+    """STEPs of `see_gathered` for `count` keys from k_row and v_row on, of which row i of the queries sees those up to
+    `behind` + i.
 
     k, v: tensor descriptors. What follows the `count` keys may be anything. Ordering: plain loads.
     """
@@ -127,14 +128,13 @@ def _see_rows(
     by_all = tl.minimum(count, behind + 1) // KEYS * KEYS
     for start in tl.range(0, by_all, KEYS, num_stages=STAGES):
         keys, values = k.load([k_row + start, column]), v.load([v_row + start, column])
-        top, total, out = see(q, keys, values, None, scale, top, total, out, MASKED=False)
+        state = STEP(queries, state, keys, values, None, None, scale, MASKED=False)
     for start in tl.range(by_all, count, KEYS, num_stages=1):
         keys, values = k.load([k_row + start, column]), v.load([v_row + start, column])
         key = start + j
-        values = tl.where((key < count)[:, None], values, tl.zeros_like(values))  # a weight of 0 leaves NaN what it is
         seen = (key < count)[None, :] & (key[None, :] <= behind + i[:, None])
-        top, total, out = see(q, keys, values, seen, scale, top, total, out, MASKED=True)
-    return top, total, out
+        state = STEP(queries, state, keys, values, (key < count)[:, None], seen, scale, MASKED=True)
+    return state
 
 
 @triton.jit
@@ -149,76 +149,127 @@ def _reach(mine, theirs, down, rows, CAUSAL: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _ticket(counter):
-    """The next number that no block has. Ordering: none."""
-    return tl.atomic_add(counter, 1, sem="relaxed", scope="gpu").to(tl.int32)
+def see_gathered(
+    team, epoch, shards, signals, queries, state, k, v, gathered, odd_row, apart_row, sequence, piece, down, column,
+    rows, scale, came, STEP: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`state` after a STEP for each tile of keys that rows `down` .. of this rank's `piece` of `sequence` see: own keys
+    first, then those of the next rank.
+
+    STEP(queries, state, keys, values, whether each is a key, which of them a row sees, scale, MASKED) gives the new
+    state; unless it is MASKED, all are keys and all rows see them. came: whether all these keys were waited for before.
+    Other arguments are those of `attend_gathered`, `column` that of the head in a row of keys.
+
+    Waits:    for the tile of keys, pushed by a kernel that every rank launches earlier, unless they `came`.
+    Ordering: acquire at sys scope, block barrier, loads.
+    """
+    tiles, in_piece = overlap.tiles_of(shards), (rows + shards.TILE - 1) // shards.TILE
+    start_row = (epoch & 1).to(tl.int32) * odd_row
+    mine = number_of(team.rank, piece, team.size, PIECES)
+    for part in range(PIECES):
+        theirs = number_of(team.rank, part, team.size, PIECES)
+        count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
+        row = (sequence * PIECES + part) * rows
+        state = _see_rows(queries, state, k, v, row, row, column, count, behind, scale, STEP, ROWS, KEYS, STAGES)
+    stride = tl.where(came, in_piece, 1) * shards.TILE
+    for part in range(PIECES, PIECES * team.size):
+        owner = (team.rank + part // PIECES) % team.size
+        theirs = number_of(owner, part % PIECES, team.size, PIECES)
+        count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
+        first_tile = owner * tiles + (sequence * PIECES + part % PIECES) * in_piece
+        for first in range(0, count, stride):
+            tile = first_tile + first // shards.TILE
+            if not came:
+                overlap.wait(team, shards, signals, tile, epoch)
+            row = start_row + tile * shards.TILE
+            state = _see_rows(
+                queries, state, gathered, gathered, row, row + apart_row, column, tl.minimum(count - first, stride),
+                rows, scale, STEP, ROWS, KEYS, STAGES,
+            )  # fmt: skip
+    return state
+
+
+@triton.jit
+def ticket(tickets, epoch):
+    """The next number that no block has in this call. Ordering: none."""
+    return tl.atomic_add(tickets + (epoch & 1), 1, sem="relaxed", scope="gpu").to(tl.int32)
+
+
+@triton.jit
+def no_tickets(tickets, epoch):
+    """Zeroes the next call's, which nobody takes before this one has ended. Ordering: plain store."""
+    tl.store(tickets + ((epoch + 1) & 1), tl.full([], 0, tl.int64))
+
+
+@triton.jit
+def heavy_first(position, heads, rows, PIECES: tl.constexpr, ROWS: tl.constexpr):
+    """(sequence, head, piece, first row in it) of the tile of ROWS queries at a position: a sequence after the other,
+    and of each first what sees most under a causal mask, all heads of it."""
+    down_piece = (rows + ROWS - 1) // ROWS
+    of_sequence = PIECES * down_piece * heads
+    down = PIECES * down_piece - 1 - position % of_sequence // heads
+    return position // of_sequence, position % heads, down // down_piece, down % down_piece * ROWS
+
+
+@triton.jit
+def hear_all(team, shards, signals, epoch):
+    """Waits for the first tile of every peer: who sees nothing of a peer still has to hear from it before the next
+    call. Ordering: as `overlap.wait`."""
+    for distance in range(1, team.size):
+        overlap.wait(team, shards, signals, (team.rank + distance) % team.size * overlap.tiles_of(shards), epoch)
+
+
+@triton.jit
+def _attend(queries, state, k, v, live, seen, scale, MASKED: tl.constexpr):
+    """The STEP of attention: queries ([ROWS, DIM],), state as of `see`."""
+    if MASKED:
+        v = tl.where(live, v, tl.zeros_like(v))  # a weight of 0 leaves NaN what it is
+    return see(queries[0], k, v, seen, scale, state[0], state[1], state[2], MASKED)
 
 
 @triton.jit
 def attend_gathered(
-    team, epochs, tickets, shards, signals, q, k, v, gathered, odd_row, apart_row, out, rows, batch, heads, group,
-    scale, DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, STAGES: tl.constexpr,
+    team, epochs, tickets, shards, signals, q, k, v, gathered, odd_row, apart_row, out, logs, rows, batch, heads, group,
+    scale, DTYPE: tl.constexpr, PIECES: tl.constexpr, CAUSAL: tl.constexpr, KEPT: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = attention of q to all ranks' keys; own ones from k and v, others from `gathered` when they come.
 
     q, out: [batch, PIECES, rows, heads, DIM]. k, v, gathered: tensor descriptors of rows of heads / group * DIM
     elements; `gathered` has tiles as `shards` numbers them, values `apart_row` rows behind keys. tickets: *i64, zeroed
-    once: how many tiles of queries were taken in a call of even and of odd epoch. Those that see most come first.
+    once: how many tiles of queries were taken in a call of even and of odd epoch. KEPT: `log_sum` of each row is left
+    in `logs`, fp32 [batch, heads, PIECES, rows].
 
     Waits:    for the tile of keys, pushed by a kernel that every rank launches earlier.
     Ordering: acquire at sys scope, block barrier, loads.
-    Reuse:    see `push_pairs`. A call zeroes the tickets of the next, which nobody takes before it has ended.
+    Reuse:    see `push_pairs` and `no_tickets`.
     """
     epoch = overlap.begin(team, epochs)
-    tiles, in_piece = overlap.tiles_of(shards), (rows + shards.TILE - 1) // shards.TILE
-    down_piece = (rows + ROWS - 1) // ROWS
-    of_sequence = PIECES * down_piece * heads
-    start_row = (epoch & 1).to(tl.int32) * odd_row
+    tiles = batch * PIECES * ((rows + ROWS - 1) // ROWS) * heads
     i, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     waited = -1  # the sequence of whose keys this block has waited for all that it needs
-    position = _ticket(tickets + (epoch & 1))
-    while position < batch * of_sequence:
-        sequence, head = position // of_sequence, position % heads
-        down = PIECES * down_piece - 1 - position % of_sequence // heads
-        piece, down = down // down_piece, down % down_piece * ROWS
-        mine = _number(team.rank, piece, team.size, PIECES)
-        there = (down + i < rows)[:, None]
+    position = ticket(tickets, epoch)
+    while position < tiles:
+        sequence, head, piece, down = heavy_first(position, heads, rows, PIECES, ROWS)
+        there = down + i < rows
         place = ((sequence * PIECES + piece) * rows + down + i).to(tl.int64) * heads + head
         place = place[:, None] * DIM + d[None, :]
-        queries = tl.load(q + place, mask=there, other=0)
-        top, total, values = no_keys(ROWS, DIM)
-        column = head // group * DIM
-        for part in range(PIECES):
-            theirs = _number(team.rank, part, team.size, PIECES)
-            count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
-            row = (sequence * PIECES + part) * rows
-            top, total, values = _see_rows(
-                queries, k, v, row, row, column, count, behind, scale, top, total, values, ROWS, KEYS, STAGES,
-            )  # fmt: skip
-        stride = tl.where(sequence == waited, in_piece, 1) * shards.TILE
-        for part in range(PIECES, PIECES * team.size):
-            owner = (team.rank + part // PIECES) % team.size
-            theirs = _number(owner, part % PIECES, team.size, PIECES)
-            count, behind = _reach(mine, theirs, down, rows, CAUSAL, ROWS)
-            first_tile = owner * tiles + (sequence * PIECES + part % PIECES) * in_piece
-            for first in range(0, count, stride):
-                tile = first_tile + first // shards.TILE
-                if sequence != waited:
-                    overlap.wait(team, shards, signals, tile, epoch)
-                row = start_row + tile * shards.TILE
-                top, total, values = _see_rows(
-                    queries, gathered, gathered, row, row + apart_row, column, tl.minimum(count - first, stride),
-                    rows, scale, top, total, values, ROWS, KEYS, STAGES,
-                )  # fmt: skip
-        tl.store(out + place, mean(total, values).to(DTYPE), mask=there)
+        queries = tl.load(q + place, mask=there[:, None], other=0)
+        top, total, values = see_gathered(
+            team, epoch, shards, signals, (queries,), no_keys(ROWS, DIM), k, v, gathered, odd_row, apart_row, sequence,
+            piece, down, head // group * DIM, rows, scale, sequence == waited,
+            _attend, PIECES, CAUSAL, ROWS, KEYS, STAGES,
+        )  # fmt: skip
+        tl.store(out + place, mean(total, values).to(DTYPE), mask=there[:, None])
+        if KEPT:
+            row = ((sequence * heads + head) * PIECES + piece).to(tl.int64) * rows + down + i
+            tl.store(logs + row, log_sum(top, total), mask=there)
         waited = sequence
-        position = _ticket(tickets + (epoch & 1))
+        position = ticket(tickets, epoch)
     if tl.program_id(0) == 0:
-        tl.store(tickets + ((epoch + 1) & 1), tl.full([], 0, tl.int64))
-        # Who sees nothing of a peer still has to hear from it before the next call.
-        for distance in range(1, team.size):
-            overlap.wait(team, shards, signals, (team.rank + distance) % team.size * tiles, epoch)
+        no_tickets(tickets, epoch)
+        hear_all(team, shards, signals, epoch)
     overlap.end(epochs, epoch)
 
 
@@ -244,7 +295,7 @@ def gather_kv_attention(
     _check_queries(q)
     scale = scale_of("gather_kv_attention", scale, q.shape[-1])
     if out is None:
-        return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, comm.name)
+        return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, comm.name)[0]
     _check(comm, q, k, v, zigzag)
     check_out("gather_kv_attention", out, tuple(q.shape), q)
     _compute(comm, q, k, v, causal, zigzag, scale, out)
@@ -269,7 +320,8 @@ def _check(comm: Communicator, q, k, v, zigzag: bool) -> None:
         )
 
 
-def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: float, out: torch.Tensor) -> None:
+def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: float, out, logs=None) -> None:
+    """logs: also gets the logarithm of the sum of each row's exponential scores, for the gradient."""
     if q.numel() == 0:
         return
     q, k, v = dense(q), dense(k), dense(v)
@@ -298,8 +350,9 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     def compute(grid: int, epochs: torch.Tensor):
         attend_gathered[(grid,)](
             comm.team, epochs, space.epochs[0, -2:], shards, space.signals_on_all_ranks, q, keys, values, others,
-            odd // width, apart // width, out, rows, batch, heads, heads // kv_heads, scale * LOG2_E,
-            DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages, num_warps=shape.warps, **cut,
+            odd // width, apart // width, out, logs, rows, batch, heads, heads // kv_heads, scale * LOG2_E,
+            KEPT=logs is not None, DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages,
+            num_warps=shape.warps, **cut,
         )  # fmt: skip
 
     def push_and_help():
@@ -318,14 +371,30 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
 @torch.library.custom_op("tdccl::gather_kv_attention", mutates_args=())
 def _operator(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, zigzag: bool, scale: float, comm: str
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the function returns, fp32 [B, heads, S / size]: logarithms of base 2 of the sums of rows' exponentials)"""
     communicator = named(comm)
     _check(communicator, q, k, v, zigzag)
-    out = q.new_empty(q.shape)
-    _compute(communicator, q, k, v, causal, zigzag, scale, out)
-    return out
+    out, logs = _fake(q, k, v, causal, zigzag, scale, comm)
+    _compute(communicator, q, k, v, causal, zigzag, scale, out, logs)
+    return out, logs
 
 
 @_operator.register_fake
 def _fake(q, k, v, causal, zigzag, scale, comm):
-    return q.new_empty(q.shape)
+    batch, rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=torch.float32)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradients(ctx, gradient, _):
+    of_each = torch.ops.tdccl.gather_kv_attention_gradient(*ctx.saved_tensors, gradient, *ctx.options)
+    return (*of_each, *[None] * len(ctx.options))
+
+
+_operator.register_autograd(_gradients, setup_context=_keep)
