@@ -157,7 +157,7 @@ class ExpertParallel(Experts):
             "TOKENS": max_tokens, "TOP_K": top_k, "EXPERTS": num_experts, "TILE": max(1, 128 // places),
             "PLACES": places,
         }  # fmt: skip
-        self._counting = {**self._routing, "COLUMNS": columns}
+        self._counting = {**self._routing, "COLUMNS": columns, "SOURCES": power_of_two(comm.size)}
         entries = -(-max_tokens * top_k // 4) * 4
         row_bytes = {"rows": hidden * dtype.itemsize, "scales": self.groups * 4, "weights": top_k * 4}
         if self.nodes == 1:

@@ -98,22 +98,41 @@ def _load_routing(pointer, first, last, TILE: tl.constexpr, TOP_K: tl.constexpr,
 def _routing_of(
     team, buffers, gathered, parity, source, TOKENS: tl.constexpr, TOP_K: tl.constexpr, NODES: tl.constexpr
 ):
-    """(pointer to the routing of a source, how many tokens it has): of what it told this block, or across nodes of
-    `gathered`. Ordering: plain loads."""
+    """Pointer to the routing of a source: what it told this block, or across nodes what was `gathered`."""
     if NODES == 1:
-        routing = shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
-        size = (team.local + _sizes_offset(buffers, parity, team.size)).to(tl.pointer_type(tl.int32)) + source
+        return shmem.local_at(team, _routing_offset(buffers, parity, source, TOKENS, TOP_K, team.size), tl.int32)
+    else:
+        return gathered + source * ((TOKENS * TOP_K + 3) // 4 * 4 + 4)
+
+
+@triton.jit
+def _sizes_of_all(
+    team, buffers, gathered, parity, TOKENS: tl.constexpr, TOP_K: tl.constexpr, NODES: tl.constexpr,
+    SOURCES: tl.constexpr,
+):  # fmt: skip
+    """How many tokens each source has [SOURCES], by what `_routing_of` leads to. Ordering: plain loads."""
+    source = tl.arange(0, SOURCES)
+    if NODES == 1:
+        sizes = (team.local + _sizes_offset(buffers, parity, team.size)).to(tl.pointer_type(tl.int32)) + source
     else:
         entries: tl.constexpr = (TOKENS * TOP_K + 3) // 4 * 4
-        routing = gathered + source * (entries + 4)
-        size = routing + entries
-    return routing, tl.minimum(tl.maximum(tl.load(size), 0), TOKENS)
+        sizes = gathered + source * (entries + 4) + entries
+    return tl.minimum(tl.maximum(tl.load(sizes, mask=source < team.size * NODES, other=0), 0), TOKENS)
+
+
+@triton.jit
+def _of(table, number):
+    """Row `number` of a table, or element `number` of a vector."""
+    there = tl.arange(0, table.shape[0]) == number
+    if len(table.shape) == 2:
+        there = there[:, None]
+    return tl.sum(tl.where(there, table, 0), axis=0)
 
 
 @triton.jit
 def _count(
     team, buffers, gathered, parity, node, counts, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
-    TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
+    TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Counts what is in this block's range of every source: tokens for each expert here, and for each rank of the node.
 
@@ -121,9 +140,10 @@ def _count(
     """
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
     local: tl.constexpr = EXPERTS // (team.size * NODES)
+    sizes = _sizes_of_all(team, buffers, gathered, parity, TOKENS, TOP_K, NODES, SOURCES)
     for source in range(team.size * NODES):  # a loop, as code that runs once costs as much to fetch as to run
-        routing, size = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
-        first, last = range_of_block(size)
+        routing = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
+        first, last = range_of_block(_of(sizes, source))
         of_expert, of_rank = tl.zeros([COLUMNS], tl.int32), tl.zeros([shmem.MAX_RANKS], tl.int32)
         for start in range(first, last, TILE):
             _, _, _, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
@@ -168,20 +188,20 @@ def write(
 @triton.jit
 def count(
     team, buffers, tensors, sizes, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
-    PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
+    PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Across nodes, after the all_gather: what `exchange` counts. tensors: addresses of what was gathered, and of the
     counts. sizes: this rank's node."""
     _count(
         team, buffers, at(tensors[0], tl.int32), 0, sizes[0].to(tl.int32), at(tensors[1], tl.int32), TOKENS, TOP_K,
-        EXPERTS, TILE, PLACES, COLUMNS, NODES,
+        EXPERTS, TILE, PLACES, COLUMNS, NODES, SOURCES,
     )  # fmt: skip
 
 
 @triton.jit
 def exchange(
     team, buffers, tensors, sizes, DTYPE: tl.constexpr, TOKENS: tl.constexpr, TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
+    EXPERTS: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Block b gives its range of this rank's routing to all ranks, and counts what is in range b of every source.
 
@@ -216,31 +236,51 @@ def exchange(
 
     _clear(plan, sizes[1].to(tl.int32))
     epoch = shmem.wait_all(team, epoch, shmem.DATA, 1)
-    _count(team, buffers, counts, parity, 0, counts, TOKENS, TOP_K, EXPERTS, TILE, PLACES, COLUMNS, 1)
+    _count(team, buffers, counts, parity, 0, counts, TOKENS, TOP_K, EXPERTS, TILE, PLACES, COLUMNS, 1, SOURCES)
     shmem.end(team, epoch)
 
 
 @triton.jit
-def _before_and_total(counts, source, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE, BLOCKS):
+def _before_and_total(
+    counts, source, size, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE, BLOCKS
+):
     """Of COLUMNS columns of the counts of a source: their sums over the blocks before this one, and over all."""
     block = tl.arange(0, BLOCKS)
     column = FIRST + tl.arange(0, COLUMNS)
     offset = (block[:, None] * SIZE + source) * WIDTH + column[None, :]
-    found = tl.load(counts + offset, mask=(block < tl.num_programs(0))[:, None], other=0)
+    counted = block < tl.cdiv(size, tl.maximum(tl.cdiv(size, tl.num_programs(0)), 1))  # the others have no tokens
+    found = tl.load(counts + offset, mask=counted[:, None], other=0)
     return tl.sum(tl.where((block < tl.program_id(0))[:, None], found, 0), axis=0), tl.sum(found, axis=0)
+
+
+@triton.jit
+def _starts(
+    counts, sizes, FIRST: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Of COLUMNS columns of the counts: for each source [sources, COLUMNS], how many there are of earlier sources and
+    of its own in the blocks before this one, and how many of its own; and of all sources [COLUMNS]."""
+    number = tl.arange(0, sizes.shape[0])[:, None]
+    before = tl.zeros([sizes.shape[0], COLUMNS], tl.int32)
+    totals = tl.zeros([sizes.shape[0], COLUMNS], tl.int32)
+    for source in range(SIZE):
+        of_source, total = _before_and_total(counts, source, _of(sizes, source), FIRST, COLUMNS, WIDTH, SIZE, BLOCKS)
+        before += tl.where(number == source, of_source[None, :], 0) + tl.where(number > source, total[None, :], 0)
+        totals += tl.where(number == source, total[None, :], 0)
+    return before, totals, tl.sum(totals, axis=0)
 
 
 @triton.jit
 def place(
     team, buffers, tensors, sizes, TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     ALIGN: tl.constexpr, TILE: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, NODES: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SOURCES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Block b finds the rows of range b of every source. Nothing of a peer is touched; `exchange` came before, or
     across nodes `count`.
 
     tensors: addresses of the counts, of what was gathered across nodes, and of the arrays of a plan in their order (see
-    `Plan`). sizes: this rank's node. BLOCKS: a power of two, at least the grid.
+    `Plan`). sizes: this rank's node. BLOCKS, SOURCES: powers of two, at least the grid, and the ranks.
     """
     counts, gathered = at(tensors[0], tl.int32), at(tensors[1], tl.int32)
     sent_row, sent_node, recv_row = at(tensors[2], tl.int32), at(tensors[3], tl.int32), at(tensors[4], tl.int32)
@@ -256,33 +296,28 @@ def place(
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
     me = node * team.size + team.rank
 
-    of_experts = tl.zeros([COLUMNS], tl.int32)
-    for source in range(ranks):  # loops, as code that runs once costs as much to fetch as to run
-        _, total = _before_and_total(counts, source, 0, COLUMNS, width, ranks, BLOCKS)
-        of_experts += total
+    sizes_of_all = _sizes_of_all(team, buffers, gathered, parity, TOKENS, TOP_K, NODES, SOURCES)
+    expert_starts, _of_sources, of_experts = _starts(counts, sizes_of_all, 0, COLUMNS, width, ranks, BLOCKS)
+    rank_starts, to_ranks, _of_ranks = _starts(counts, sizes_of_all, COLUMNS, shmem.MAX_RANKS, width, ranks, BLOCKS)
     aligned = (of_experts + ALIGN - 1) // ALIGN * ALIGN
     ends = tl.cumsum(aligned, axis=0)
-    start_of_expert = ends - aligned
+    expert_starts += (ends - aligned)[None, :]
     if tl.program_id(0) == 0:
         tl.store(expert_counts + column, of_experts, mask=column < local)
-        tl.store(expert_offsets + column, start_of_expert, mask=column < local)
+        tl.store(expert_offsets + column, ends - aligned, mask=column < local)
         tl.store(expert_offsets + 1 + column, ends, mask=column == local - 1)
+        number = tl.arange(0, SOURCES)
+        here = tl.sum(tl.where(rank[None, :] == team.rank, to_ranks, 0), axis=1)
+        tl.store(told + number, sizes_of_all, mask=number < ranks)
+        tl.store(told + ranks + number, here, mask=number < ranks)
+        if NODES == 1:
+            tl.store(told + 2 * ranks + rank, _of(to_ranks, me), mask=rank < team.size)
 
-    starts = tl.zeros([shmem.MAX_RANKS], tl.int32)  # of a source's rows on each rank of the node
-    for source in range(ranks):
-        routing, size = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
-        first, last = range_of_block(size)
-        before, to_ranks = _before_and_total(counts, source, COLUMNS, shmem.MAX_RANKS, width, ranks, BLOCKS)
-        row_starts = starts + before
-        starts += to_ranks
+    for source in range(ranks):  # a loop, as code that runs once costs as much to fetch as to run
+        routing = _routing_of(team, buffers, gathered, parity, source, TOKENS, TOP_K, NODES)
+        first, last = range_of_block(_of(sizes_of_all, source))
+        row_starts, expert_start = _of(rank_starts, source), _of(expert_starts, source)
         row_start = tl.sum(tl.where(rank == team.rank, row_starts, 0))
-        if tl.program_id(0) == 0:
-            tl.store(told + source, size)
-            tl.store(told + ranks + source, tl.sum(tl.where(rank == team.rank, to_ranks, 0)))
-            if NODES == 1:
-                tl.store(told + 2 * ranks + rank, to_ranks, mask=(rank < team.size) & (source == me))
-        before, of_source = _before_and_total(counts, source, 0, COLUMNS, width, ranks, BLOCKS)
-        expert_start = start_of_expert + before
         for start in range(first, last, TILE):
             token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
             mine = local_experts(idx, me, local)
@@ -304,7 +339,6 @@ def place(
             tl.store(source_of_expert_row + expert_rows, origin, mask=mine >= 0)
             expert_start += tl.sum(chosen.to(tl.int32), axis=0)
             row_start += tl.sum(comes)
-        start_of_expert += of_source
         if source % team.size == team.rank:  # its tokens pass through this rank
             for start in range(first, last, TILE):
                 token, _, mask, idx = _load_routing(routing, start, last, TILE, TOP_K, PLACES)
