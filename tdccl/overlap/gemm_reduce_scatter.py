@@ -140,7 +140,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     (rows, columns), depth = out.shape, a.shape[1]
-    operands = prepare(a, b, rows, columns)
+    operands = prepare(comm, a, b, rows, columns, comm.size)
     a, shape = operands.a, operands.shape
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
