@@ -1,7 +1,8 @@
 """Measures a table of products' tiles for a kind of GPU: `python -m tdccl.tune products`, on one, without a launcher.
 
 Operators of a communicator of one rank launch their products alone: these are timed in CUDA graphs, for each size and
-layout of the right operand in each shape worth a try, beside torch.mm. Every result is compared with torch's first.
+layout of the right operand in each shape worth a try, beside torch.mm, and torch's grouped product for mixtures of
+experts. Every result is compared with torch's first.
 """
 
 import argparse
@@ -27,9 +28,18 @@ from triton.errors import TritonError
 import tdccl
 from tdccl import environment
 from tdccl.errors import InitError
-from tdccl.overlap import all_gather_gemm, gemm_all_reduce, gemm_reduce_scatter
+from tdccl.overlap import (
+    all_gather_gemm,
+    all_gather_grouped_gemm,
+    gemm_all_reduce,
+    gemm_reduce_scatter,
+    grouped_gemm_reduce_scatter,
+    route,
+)
 from tdccl.overlap.gemm import shape_for
 from tdccl.overlap.gemm_all_reduce import FEW_ROWS, shape_of_few
+from tdccl.overlap.grouped import shape_of_tiles
+from tdccl.overlap.routing import Sizes, height_of
 from tdccl.runtime.launch import callees_first
 from tdccl.timing import HostClock, clock_for
 from tdccl.transport.bootstrap import StoreBootstrap, discover
@@ -37,13 +47,18 @@ from tdccl.tuning import Products, Shape
 from tdccl.tuning.products import Row, shared_bytes
 from tdccl.tuning.table import dumped
 
-OPERATORS = {call.__name__: call for call in (all_gather_gemm, gemm_reduce_scatter, gemm_all_reduce)}
+_DENSE = {call.__name__: call for call in (all_gather_gemm, gemm_reduce_scatter, gemm_all_reduce)}
+_GROUPED = {call.__name__: call for call in (all_gather_grouped_gemm, grouped_gemm_reduce_scatter)}
+OPERATORS = _DENSE | _GROUPED
 # (intermediate, hidden) of the MLPs of decoders: 7B, 8B, 70B, 72B, 405B.
 _MLPS = [(11008, 4096), (14336, 4096), (28672, 8192), (29568, 8192), (53248, 16384)]
 _SHARDS = (2, 4)  # ranks among which the intermediate size is divided
 _TOKENS = 8192
 _FEW_TOKENS = (1, 16, 32, 64, 128, 256)
 _FEW_OF = (28672, 8192)
+# Those of experts, of which each token takes some: Qwen3 30B, 235B. What else they have does not matter much to tiles.
+_EXPERT_MLPS = [(768, 2048), (1536, 4096)]
+_EXPERTS, _TOP_K = (4, 2) if environment.emulated() else (128, 8)
 # Of steps in flight a block gets this much shared memory, so that every operator's kernel has room for the rest.
 _IN_FLIGHT = 200 << 10
 _GROUPS = (4, 8, 16)
@@ -72,12 +87,20 @@ class Task(NamedTuple):
     def row(self, shape: Shape) -> Row:
         return Row(self.kind, *self.sizes, self.transposed, shape)
 
+    @property
+    def tokens(self) -> int:
+        """Of a grouped product, of whose rows an expert has self.rows on average."""
+        return self.rows * _EXPERTS // _TOP_K
+
     def rule(self) -> Shape:
+        if self.kind == "grouped":
+            height = height_of(1, Sizes(self.tokens, self.tokens, _TOP_K, _EXPERTS, 0))
+            return shape_of_tiles(height, self.columns, True)
         return (shape_of_few if self.kind == "few" else shape_for)(self.rows, self.columns, True)
 
     def __str__(self) -> str:
         layout = "columns of b contiguous" if self.transposed else "rows of b contiguous"
-        return f"{self.operator:20}{' x '.join(map(str, self.sizes)):22}{layout:25}"
+        return f"{self.operator:28}{' x '.join(map(str, self.sizes)):22}{layout:25}"
 
 
 def tasks(sizes: list[tuple[str, int, int, int]]) -> list[Task]:
@@ -85,14 +108,18 @@ def tasks(sizes: list[tuple[str, int, int, int]]) -> list[Task]:
     found: dict[tuple, Task] = {}
     for (operator, *numbers), transposed in itertools.product(sizes, (False, True)):
         kind = "few" if operator == "gemm_all_reduce" and numbers[0] <= FEW_ROWS else "many"
-        found.setdefault((kind, *numbers, transposed), Task(kind, operator, *numbers, transposed))
+        if operator in _GROUPED:
+            kind = "grouped"
+        if kind != "grouped" or transposed or numbers[2] % 64 == 0:  # else descriptors cannot load b
+            found.setdefault((kind, *numbers, transposed), Task(kind, operator, *numbers, transposed))
     return list(found.values())
 
 
 def usual_sizes() -> Iterator[tuple[str, int, int, int]]:
-    """Both products of the MLPs of decoders, tensor parallel, of many tokens; and the second of one with few."""
+    """Both products of the MLPs of decoders, tensor parallel, of many tokens; the second of one with few; both of
+    experts, whole and in two parts."""
     if environment.emulated():
-        yield from zip(OPERATORS, (40, 40, 5), (64, 32, 64), (32, 64, 64))
+        yield from zip(OPERATORS, (40, 40, 5, 10, 10), (64, 32, 64, 64, 32), (32, 64, 64, 32, 64))
         return
     for (intermediate, hidden), shards in itertools.product(_MLPS, _SHARDS):
         yield "all_gather_gemm", _TOKENS, intermediate // shards, hidden
@@ -100,18 +127,21 @@ def usual_sizes() -> Iterator[tuple[str, int, int, int]]:
     intermediate, hidden = _FEW_OF
     for shards, tokens in itertools.product(_SHARDS, _FEW_TOKENS):
         yield "gemm_all_reduce", tokens, hidden, intermediate // shards
+    for (intermediate, hidden), shards in itertools.product(_EXPERT_MLPS, (1, 2)):
+        rows = _TOKENS * _TOP_K // _EXPERTS
+        yield "all_gather_grouped_gemm", rows, 2 * intermediate // shards, hidden
+        yield "grouped_gemm_reduce_scatter", rows, hidden, intermediate // shards
 
 
 def shapes(task: Task) -> list[Shape]:
     """What is tried, the rule's first. Tiles are as high as the rule's everywhere.
 
-    Left out is what spills registers on sm_90 (few rows: tiles of 128 x 128 by 4 warps, and wider ones) or has been
-    slow on every GPU so far.
+    Left out is what was found to spill registers on sm_90, in Triton 3.6, in a kernel of any of the operators.
     """
     rule = task.rule()
     if environment.emulated():
         return [rule, rule._replace(columns=16, group=3), rule._replace(depth=16)]
-    found = (_shapes_of_few if task.kind == "few" else _shapes_of_many)(rule.rows)
+    found = {"many": _shapes_of_many, "few": _shapes_of_few, "grouped": _shapes_of_grouped}[task.kind](rule.rows)
     fitting = [shape for shape in found if shape.columns < 2 * task.columns and shared_bytes(shape) <= _IN_FLIGHT]
     return list(dict.fromkeys([rule, *fitting]))
 
@@ -121,7 +151,7 @@ def _shapes_of_many(height: int) -> Iterator[Shape]:
         wide = [(64, 3, 8), (64, 4, 8), (64, 4, 16), (128, 2, 8)]
         narrow = [(64, 4, 4), (64, 4, 8), (64, 6, 8), (128, 3, 8)]
     else:
-        wide = [(64, 4, 4), (64, 4, 8), (64, 5, 8)]
+        wide = [(64, 4, 8), (64, 5, 8)]
         narrow = [(64, 6, 4), (64, 8, 4), (128, 4, 4)]
     for columns, tried in ((256, wide), (128, narrow)):
         for (depth, stages, warps), group in itertools.product(tried, _GROUPS):
@@ -130,11 +160,21 @@ def _shapes_of_many(height: int) -> Iterator[Shape]:
 
 def _shapes_of_few(height: int) -> Iterator[Shape]:
     for columns, depth in itertools.product((32, 64, 128), (64, 128, 256)):
+        if (height, columns, depth) == (16, 64, 256):
+            continue
         most = min(8, _IN_FLIGHT // ((height + columns) * depth * 2))
         for stages, warps in itertools.product({most, most * 2 // 3}, (4, 8)):
             slim = height * columns < 128 * 128  # else 4 warps run out of registers
             if stages >= 3 and (slim if warps == 4 else height * columns >= 64 * 128):
                 yield Shape(height, columns, depth, stages, warps, 8)
+
+
+def _shapes_of_grouped(height: int) -> Iterator[Shape]:
+    tried = [(256, 3, 8), (256, 4, 8), (128, 3, 4), (128, 4, 4), (128, 4, 8), (128, 6, 8)]
+    if height == 64:
+        tried = [(256, 3, 4), (256, 4, 4), (256, 4, 8), (128, 4, 4), (128, 6, 4), (128, 8, 4)]
+    for columns, stages, warps in tried:
+        yield Shape(height, columns, 64, stages, warps, 1)
 
 
 class Measured(NamedTuple):
@@ -155,30 +195,46 @@ class Problem:
     def __init__(self, comm: tdccl.Communicator, task: Task, blank: bool = False):
         """blank: of any content."""
         self._comm, self._task = comm, task
-        rows, columns, depth = task.sizes
-        nbytes = 2 * (rows * depth + depth * columns + rows * columns)
-        count = 1 if blank or environment.emulated() else math.ceil(4 * _cache_bytes(comm.device) / nbytes)
         make = self._blank if blank else self._random
-        self._operands = [(make(rows, depth), self._right(make)) for _ in range(count)]
-        self.out, self.expected = self._blank(rows, columns), self._blank(rows, columns)
+        nbytes = 2 * (task.rows * task.depth + task.depth * task.columns + task.rows * task.columns) * self._products()
+        count = 1 if blank or environment.emulated() else math.ceil(4 * _cache_bytes(comm.device) / nbytes)
+        self._operands = [(make(*self._sizes_of_left()), self._right(make)) for _ in range(count)]
+        self.out, self.expected = self._blank(*self._sizes_of_out()), self._blank(*self._sizes_of_out())
         if not blank:
             self.by_torch()()
             self._scale = self.expected.float().std()
+
+    def _products(self) -> int:
+        return 1
+
+    def _sizes_of_left(self) -> tuple[int, int]:
+        return self._task.rows, self._task.depth
+
+    def _sizes_of_out(self) -> tuple[int, int]:
+        return self._task.rows, self._task.columns
 
     def _right(self, make: Callable) -> torch.Tensor:
         _, columns, depth = self._task.sizes
         return make(columns, depth).t() if self._task.transposed else make(depth, columns)
 
-    def _random(self, rows: int, columns: int) -> torch.Tensor:
-        return self._blank(rows, columns).normal_(std=0.05)
+    def _random(self, *sizes: int) -> torch.Tensor:
+        return self._blank(*sizes).normal_(std=0.05)
 
-    def _blank(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, device=self._comm.device, dtype=torch.bfloat16)
+    def _blank(self, *sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, device=self._comm.device, dtype=torch.bfloat16)
+
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """By torch, into `expected`."""
+        torch.mm(a, b, out=self.expected)
+
+    def _call(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """By the operator, into `out`."""
+        _DENSE[self._task.operator](self._comm, a, b, self.out)
 
     def by_torch(self) -> Callable[[], None]:
-        """A call of torch.mm on the next operands."""
+        """A call of torch's product on the next operands."""
         operands = itertools.cycle(self._operands)
-        return lambda: torch.mm(*next(operands), out=self.expected)
+        return lambda: self._multiply(*next(operands))
 
     def by(self, shape: Shape) -> Callable[[], None]:
         """A call of the operator in that shape on the next operands."""
@@ -187,7 +243,7 @@ class Problem:
 
         def call():
             self._comm.use_products(tried)
-            OPERATORS[self._task.operator](self._comm, *next(operands), self.out)
+            self._call(*next(operands))
 
         return call
 
@@ -200,6 +256,49 @@ class Problem:
         wrong = int((~(apart <= _TOLERANCE * (self.expected.abs() + self._scale))).sum())
         if wrong:
             raise RuntimeError(f"{self._task}in {shape}: {wrong} of {apart.numel()} elements are wrong")
+
+
+class GroupedProblem(Problem):
+    """Those of a mixture of experts of which every token takes some at random."""
+
+    def __init__(self, comm: tdccl.Communicator, task: Task, blank: bool = False):
+        self._first = task.operator == "all_gather_grouped_gemm"
+        idx = torch.rand(task.tokens, _EXPERTS, device=comm.device).topk(_TOP_K, dim=1).indices
+        self._routing = route(comm, idx, experts=_EXPERTS)
+        self._ends = self._routing.offsets[1:].contiguous()
+        self._token_of_row = self._routing.source // _TOP_K
+        self._row_of_entry = self._routing.tables.position.flatten()
+        super().__init__(comm, task, blank)
+
+    def _products(self) -> int:
+        return _EXPERTS
+
+    def _sizes_of_left(self) -> tuple[int, int]:
+        return (self._task.tokens if self._first else self._routing.rows), self._task.depth
+
+    def _sizes_of_out(self) -> tuple[int, int]:
+        return (self._routing.rows if self._first else self._task.tokens), self._task.columns
+
+    def _right(self, make: Callable) -> torch.Tensor:
+        _, columns, depth = self._task.sizes
+        if self._task.transposed:
+            return make(_EXPERTS, columns, depth).transpose(1, 2)
+        return make(_EXPERTS, depth, columns)
+
+    def _multiply(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if self._first:
+            self.expected = torch._grouped_mm(a.index_select(0, self._token_of_row), b, offs=self._ends)
+            return
+        rows = torch._grouped_mm(a, b, offs=self._ends).index_select(0, self._row_of_entry)
+        torch.sum(rows.view(-1, _TOP_K, self._task.columns), 1, out=self.expected)
+
+    def _call(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        _GROUPED[self._task.operator](a, b, self._routing, self.out)
+
+
+def problem_of(comm: tdccl.Communicator, task: Task, blank: bool = False) -> Problem:
+    """The task's operands."""
+    return (GroupedProblem if task.kind == "grouped" else Problem)(comm, task, blank)
 
 
 def _cache_bytes(device: torch.device) -> int:
@@ -216,7 +315,7 @@ class Tuner:
     def measure(self, task: Task, tried: list[Shape]) -> Measured:
         """Times of torch and of all shapes; of those that are close to the fastest the median of several, in turns, so
         that all meet the GPU as warm and at the same clocks."""
-        problem = Problem(self._comm, task)
+        problem = problem_of(self._comm, task)
         for shape in tried:
             problem.check(shape)
         calls = self._calls(problem)
@@ -263,17 +362,14 @@ class Tuner:
     def _kernels(self, everything: dict[Task, list[Shape]]) -> dict[tuple[Task, Shape], list["Job"]]:
         """What each shape of each task has to be compiled: the operators are called, and launch nothing."""
         wanted: dict[tuple[Task, Shape], list[Job]] = {}
-        given = triton.knobs.runtime.jit_cache_hook
-        try:
-            for collecting in (False, True):  # first all workspaces grow: kernels depend on how large they are
-                for task, tried in everything.items():
-                    problem = Problem(self._comm, task, blank=True)
-                    for shape in tried:
-                        jobs = wanted.setdefault((task, shape), [])
+        for collecting in (False, True):  # first all workspaces grow: kernels depend on how large they are
+            for task, tried in everything.items():
+                problem = problem_of(self._comm, task, blank=True)
+                for shape in tried:
+                    jobs = wanted.setdefault((task, shape), [])
+                    with triton.knobs.runtime.scope():
                         triton.knobs.runtime.jit_cache_hook = _collector(jobs if collecting else [])
                         problem.by(shape)()
-        finally:
-            triton.knobs.runtime.jit_cache_hook = given
         return wanted
 
 
@@ -403,8 +499,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tdccl.tune products", description=__doc__.partition(":")[0])
     parser.add_argument(
         "--shapes", nargs="+", type=_sizes, default=[], metavar="[OPERATOR:]M,N,K",
-        help=f"products of [M, K] and [K, N], on a rank, by one of {', '.join(OPERATORS)}; default: those of the MLPs "
-        "of decoders",
+        help=f"products of [M, K] and [K, N], on a rank, by one of {', '.join(OPERATORS)}; M is, of grouped ones, how "
+        "many rows an expert has on average; default: those of the MLPs of decoders",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: named by the kind of GPU")
     options = parser.parse_args(arguments)
