@@ -156,7 +156,7 @@ def check_measured_shapes(comm, sizes):
                 comm.use_products(Everywhere("a test"))
                 assert prepare(comm, a, b, 40, 40).shape[1:] == (16, 16 if comm.rank % 2 else 32, 2, 4, 3)
                 for result in (plain, call(comm, a, b), call(comm, a, b)):
-                    torch.testing.assert_close(result.float(), wanted, atol=0.4, rtol=0.04)
+                    torch.testing.assert_close(result.float(), wanted, atol=0.06 * shape[1] ** 0.5, rtol=0.04)
         check_all_reduce(comm)
         check_grouped(comm)
     finally:
@@ -267,7 +267,8 @@ def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path, monkeypatch)
     ]
     assert all(each["us"] > 0 and each["rule_us"] > 0 and each["torch_us"] > 0 for each in made["products"])
     monkeypatch.setenv("TDCCL_TUNING", str(path))
-    assert tuning.products_for("emulation").source == "measured on emulation (mine.json)"
-    store = torch.distributed.HashStore()
-    with tdccl.init(store=store, rank=0, size=1) as comm:
-        assert comm.products.rows == parse(made, "").rows
+    found = tuning.products_for("emulation")
+    assert found == Products("measured on emulation (mine.json)", parse(made, "").rows)
+    if environment.emulated():
+        with tdccl.init(store=torch.distributed.HashStore(), rank=0, size=1) as comm:
+            assert comm.products == found

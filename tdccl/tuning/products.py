@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 KINDS = ("many", "few", "grouped")
 # What was measured counts for products of up to so many times more, or fewer, rows, columns and depth.
 NEAR = 4
+_MOST_KNOWN = 1 << 14  # answers that are kept, so that a call takes one look
 _SHARED_BYTES = 227 << 10  # that a block of sm_90 can have
 _MOST_WARPS = 32
 _GROUPED_DEPTH = 64  # a longer step would reach into the next expert's rows
@@ -63,8 +64,12 @@ class Products:
 
     def shape(self, kind: str, rows: int, columns: int, depth: int, transposed: bool, rule: Shape) -> Shape:
         """What was measured at the nearest sizes, with tiles as high as the rule's; the rule where nothing is near."""
+        if not self.rows:
+            return rule
         asked = (kind, rows, columns, depth, transposed, rule)
         if asked not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             self._known[asked] = self._nearest(*asked)
         return self._known[asked]
 

@@ -96,7 +96,7 @@ def products_for(gpu: str) -> Products:
     for path, made in _made("products", sorted(_FOLDER.glob("*-products.json"))):
         if made["gpu"] == gpu:
             return products.parse(made, f"measured on {gpu} ({Path(path).name})")
-    return Products("nothing measured")
+    return Products("by rule, for nothing was measured")
 
 
 def _made(section: str, package: list[Path]) -> Iterable[tuple[str | Path, dict[str, Any]]]:
