@@ -247,15 +247,13 @@ class Problem:
 
         return call
 
-    def check(self, shape: Shape) -> None:
-        """Raises RuntimeError if the result in that shape is not torch's but for rounding; before `by_torch` is called
-        for other operands."""
+    def wrong(self, shape: Shape) -> int:
+        """How many elements of the result in that shape are not torch's, but for rounding; before `by_torch` has been
+        called for other operands."""
         self.out.fill_(math.nan)
         self.by(shape)()
         apart = (self.out - self.expected).abs()
-        wrong = int((~(apart <= _TOLERANCE * (self.expected.abs() + self._scale))).sum())
-        if wrong:
-            raise RuntimeError(f"{self._task}in {shape}: {wrong} of {apart.numel()} elements are wrong")
+        return int((~(apart <= _TOLERANCE * (self.expected.abs() + self._scale))).sum())
 
 
 class GroupedProblem(Problem):
@@ -301,6 +299,17 @@ def problem_of(comm: tdccl.Communicator, task: Task, blank: bool = False) -> Pro
     return (GroupedProblem if task.kind == "grouped" else Problem)(comm, task, blank)
 
 
+def right(problem: Problem, task: Task, tried: list[Shape]) -> list[Shape]:
+    """The shapes in which the result is right; says which others there are. Raises RuntimeError if it is the first, by
+    which operators multiply already."""
+    wrong = {shape: count for shape in tried if (count := problem.wrong(shape))}
+    for shape, count in wrong.items():
+        print(f"{task}{shape} is left out: {count} of {problem.out.numel()} elements are wrong", flush=True)
+    if tried[0] in wrong:
+        raise RuntimeError(f"{task}{tried[0]}: {wrong[tried[0]]} of {problem.out.numel()} elements are wrong")
+    return [shape for shape in tried if shape not in wrong]
+
+
 def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
@@ -313,11 +322,10 @@ class Tuner:
         self._clock: HostClock = clock_for(comm, bootstrap, graph=True)
 
     def measure(self, task: Task, tried: list[Shape]) -> Measured:
-        """Times of torch and of all shapes; of those that are close to the fastest the median of several, in turns, so
-        that all meet the GPU as warm and at the same clocks."""
+        """Times of torch and of all shapes whose result is right; of those that are close to the fastest the median of
+        several, in turns, so that all meet the GPU as warm and at the same clocks."""
         problem = problem_of(self._comm, task)
-        for shape in tried:
-            problem.check(shape)
+        tried = right(problem, task, tried)
         calls = self._calls(problem)
         torch_run = self._clock.repeated(problem.by_torch(), calls)
         runs = {shape: self._clock.repeated(problem.by(shape), calls) for shape in tried}

@@ -236,14 +236,15 @@ def test_the_tuner_refuses_before_it_measures(words, capsys):
     assert "expected" in capsys.readouterr().err
 
 
-def test_a_wrong_result_is_told():
+def test_a_shape_whose_result_is_wrong_is_left_out(capsys):
     task = Task("many", "all_gather_gemm", 40, 32, 32, False)
     problem = object.__new__(tune_products.Problem)
-    problem._task, problem._scale, problem.expected = task, 1.0, torch.ones(40, 32)
-    problem.out = torch.ones(40, 32)
-    problem.by = lambda shape: lambda: problem.out[:, :30].fill_(1.0)
-    with pytest.raises(RuntimeError, match=r"all_gather_gemm .* in Shape.*: 80 of 1280 elements are wrong"):
-        problem.check(RULE)
+    problem._scale, problem.out, problem.expected = 1.0, torch.ones(40, 32), torch.ones(40, 32)
+    problem.by = lambda shape: lambda: problem.out[:, : 30 if shape == OTHER else 32].fill_(1.01)
+    assert tune_products.right(problem, task, [RULE, OTHER]) == [RULE]
+    assert f"{OTHER} is left out: 80 of 1280 elements are wrong" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"all_gather_gemm .*Shape.*: 80 of 1280 elements are wrong"):
+        tune_products.right(problem, task, [OTHER, RULE])
 
 
 def test_the_tuner_writes_a_table_that_the_next_run_takes(tmp_path, monkeypatch):
