@@ -382,6 +382,10 @@ class Calls(Membership):
         self._plans.clear()
         self._calls.clear()
 
+    def use_products(self, products: tuning.Products) -> None:
+        """Likewise of the tiles of products."""
+        self.products = products
+
 
 def shown(what: bytes, launch):
     """`launch` as torch's profiler shows it, by the call's name."""

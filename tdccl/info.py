@@ -220,6 +220,7 @@ def main(words: list[str]) -> None:
     kind = "switch" if options.multicast or (options.gpu is None and multicast() in ("available", "emulated")) else None
     source, rows = choices(gpu, ranks, kind)
     _table(f"{ranks} ranks, bf16 (plain / symmetric memory): {source}", ["bytes a chunk", *_SHOWN], rows)
+    print(f"\ntiles of products: {tuning.products_for(gpu).source}")
 
 
 if __name__ == "__main__":

@@ -117,9 +117,10 @@ class Membership:
         self.gpu = tuning.EMULATED if self._emulated else torch.cuda.get_device_name(self.device)
         self._algorithms = ALGORITHMS if self._context.nodes == 1 else ACROSS_NODES
         self.table = self._table_for(False)
+        self.products = self._products_for()
         equal = {"scratch": self._context.ring_bytes, "TDCCL_ALGO": self._forced, "max_blocks": self.max_blocks}
         tables = [self._table_for(multicast).digest() for multicast in (False, True)]
-        return {**equal, "debug": self._debug, "tuning": tables}
+        return {**equal, "debug": self._debug, "tuning": [*tables, self.products.digest()]}
 
     def _gpu_of(self) -> tuple[str, int]:
         """Which GPU this rank is on, and its number of multiprocessors."""
@@ -142,6 +143,9 @@ class Membership:
 
     def _table_for(self, multicast: bool) -> tuning.Table:
         return table_for(self.gpu, self.size, multicast) if self._context.nodes == 1 else table_across()
+
+    def _products_for(self) -> tuning.Products:
+        return tuning.products_for(self.gpu) if self._context.nodes == 1 else tuning.Products("across nodes: none")
 
     def _plan_with(self, multicast: transport.Multicast) -> None:
         """Lets algorithms and table know what the ranks have of multicast."""

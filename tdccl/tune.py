@@ -2,6 +2,8 @@
 
 Each collective is timed in a CUDA graph, in plain and in symmetric memory, at each size, by each algorithm, in each
 shape worth a try. What was the fastest makes the rows; the best time of each algorithm is kept for the cost model.
+
+`python -m tdccl.tune products` measures tiles of products instead, on one GPU.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 import triton
 
 import tdccl
-from tdccl import aot, environment, tuning
+from tdccl import aot, environment, tune_products, tuning
 from tdccl.decisions import ALGORITHMS
 from tdccl.runtime.algorithm import Algorithm, Geometry
 from tdccl.timing import Effort, clock_for, slowest
@@ -221,7 +223,9 @@ def _blocks_and_time(each: Measured) -> tuple[int, float]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tdccl.tune", description=__doc__.partition("\n")[0])
+    first, _, others = __doc__.partition("\n")
+    last = others.rstrip().rpartition("\n")[2]
+    parser = argparse.ArgumentParser(prog="python -m tdccl.tune", description=first, epilog=last)
     add = parser.add_argument
     add("collectives", nargs="*", default=COLLECTIVES, metavar="COLLECTIVE", help=f"default: {', '.join(COLLECTIVES)}")
     add("-b", "--smallest", type=int, default=10, help="log2 of the smallest message in bytes (default 10)")
@@ -244,6 +248,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     """Measures, writes the table, and says what it changes; collective."""
+    if arguments[:1] == ["products"]:
+        tune_products.main(arguments[1:])
+        return
     options = _parse(arguments)
     comm = tdccl.init()
     if len(comm.topology.nodes) > 1:

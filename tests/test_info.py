@@ -24,6 +24,7 @@ def test_it_tells_of_this_host():
     said = info(TDCCL_EMULATE="1")
     assert f"torch {torch.__version__}" in said and "NVLink multicast: emulated" in said
     rows = {line.split("  ")[1]: line for line in said.splitlines() if line.startswith("  ")}
+    assert "tiles of products: by rule" in said
     assert "one_shot_ll" in rows["1 KiB"] and "two_shot_staged / two_shot_pull" in rows["1 GiB"]
 
 

@@ -287,7 +287,7 @@ from tdccl.runtime import bare, launch
 
 kernels = {algorithm.name: bare.kernel_of(algorithm.kernel) for algorithm in ALGORITHMS["all_reduce"]}
 for name in sys.argv[1:]:
-    launch._callees_first(kernels[name], set())
+    launch.callees_first(kernels[name], set())
 print({name: kernels[name].cache_key for name in sorted(sys.argv[1:])})
 """
 

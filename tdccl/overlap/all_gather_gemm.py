@@ -12,12 +12,16 @@ import triton
 import triton.language as tl
 
 import tdccl.language as shmem
+from tdccl import environment
 from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, workspace
+
+# Tiles below each other that a copy engine moves together. Not the product's groups: those go by this rank's columns.
+PIECE = 2 if environment.emulated() else 8
 
 
 def reference(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -142,7 +146,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
         out.zero_()
         return
     (rows, depth), columns = a_shard.shape, b.shape[1]
-    operands = prepare(a_shard, b, rows, columns)
+    operands = prepare(comm, a_shard, b, rows, columns, comm.size)
     a_shard, shape = operands.a, operands.shape
     tiles = comm.size * -(-rows // shape.rows)
     copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
@@ -150,7 +154,7 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)
-    height = shape.rows * (shape.group if copied else 1)
+    height = shape.rows * (PIECE if copied else 1)
     pieces = overlap.shards_of(rows, depth, height, space.most)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
     gathered = space.buffer[: odd + elements].view(-1, depth)

@@ -24,7 +24,7 @@ from tdccl.overlap.grouped import (
     dense_stack,
     grouped_product,
     have_experts_on,
-    shape_of_tiles,
+    shape_of,
     stack,
     store_rows,
     tile_at,
@@ -183,7 +183,7 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     x, b = dense(x), dense_stack(b)
     depth, columns = b.shape[1:]
     descriptors = by_descriptors(b)
-    shape = shape_of_tiles(routing.height, columns, descriptors)
+    shape = shape_of(b, routing, descriptors)
     blocks, pushing = comm.multiprocessors, pushers(comm)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     elements = comm.size * sizes.most * depth

@@ -128,7 +128,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     rows, columns = out.shape
-    operands = prepare(a, b, rows, columns)
+    operands = prepare(comm, a, b, rows, columns)
     shape = operands.shape
     a, stride = _aligned_shards(operands.a, comm.size)
     tiles = -(-rows // shape.rows)

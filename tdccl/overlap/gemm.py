@@ -1,4 +1,4 @@
-"""The product of two tiles' rows and columns that all fused operators share, and its shape."""
+"""The product of two tiles' rows and columns that all fused operators share, and its shape: by rule, or measured."""
 
 from typing import NamedTuple
 
@@ -8,24 +8,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tdccl import environment
+from tdccl.communicator import Communicator
+from tdccl.tuning import Shape
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-class Shape(NamedTuple):
-    """Rows and columns of a tile of the result, the depth of a step, steps in flight, warps of a block, and how many
-    tiles below each other are computed before the next column of tiles, to share what they load in the L2 cache."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    warps: int
-    group: int
-
-
 def shape_for(rows: int, columns: int, descriptors: bool) -> Shape:
-    """The shape for a product whose shards have so many rows and columns; `rows` alone decides how high tiles are.
+    """The rule's shape for a product whose shards have so many rows and columns; `rows` alone decides how high tiles
+    are, in what was measured, too.
 
     All ranks must cut alike, so it depends on sizes only.
     """
@@ -96,14 +87,20 @@ class Operands(NamedTuple):
         }  # fmt: skip
 
 
-def prepare(a: torch.Tensor, b: torch.Tensor, rows: int, columns: int, shape_of=shape_for) -> Operands:
-    """a [M, K] and b [K, N], laid out for a product whose shards have so many rows and columns of the result.
+def prepare(
+    comm: Communicator, a: torch.Tensor, b: torch.Tensor, rows: int, columns: int, shards: int = 1, kind: str = "many",
+    rule=shape_for,
+) -> Operands:  # fmt: skip
+    """a [M, K] and b [K, N], laid out for a product of `shards` times so many rows, and so many columns, of the result.
 
-    shape_of: chooses tiles as `shape_for` does, from the same arguments.
+    kind: of `tuning.products.KINDS`, in whose rows shapes are looked up; rule: chooses tiles where there is none near,
+    as `shape_for` does, from the same arguments.
     """
     a, b = dense(a), rows_or_columns(b)
     descriptors = by_descriptors(a.shape[1], b.shape[1])
-    shape = shape_of(rows, columns, descriptors)
+    shape = rule(rows, columns, descriptors)
+    if descriptors:
+        shape = comm.products.shape(kind, shards * rows, columns, b.shape[0], b.stride(1) != 1, shape)
     return Operands(a, right(b, shape, descriptors), shape, descriptors)
 
 

@@ -398,8 +398,8 @@ def gemm_all_reduce(
 
 
 def shape_of_few(rows: int, columns: int, descriptors: bool) -> Shape:
-    """The shape for a product of at most FEW_ROWS rows: narrow tiles while it is loading B that takes time, and as low
-    as they can be, for rows that do not exist take time to load, too."""
+    """The rule's shape for a product of at most FEW_ROWS rows: narrow tiles while it is loading B that takes time, and
+    as low as they can be, for rows that do not exist take time to load, too."""
     if environment.emulated():
         return shape_for(rows, columns, descriptors)
     shape = next(shape for upto, shape in _SHAPES_OF_FEW.items() if rows <= upto)
@@ -451,7 +451,8 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         return
     (rows, columns), depth = out.shape, a.shape[1]
     few, blocks = rows <= FEW_ROWS, comm.multiprocessors
-    operands = prepare(a, b, rows, columns, shape_of_few if few else shape_for)
+    kind, rule = ("few", shape_of_few) if few else ("many", shape_for)
+    operands = prepare(comm, a, b, rows, columns, kind=kind, rule=rule)
     shape = operands.shape
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)
     one_shot = in_one_shot(rows, columns, a.itemsize, comm.size)

@@ -114,7 +114,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     (rows, depth), columns = a.shape, out.shape[1]
-    operands = prepare(a, b, rows, columns)
+    operands = prepare(comm, a, b, rows, columns, comm.size)
     shape = operands.shape
     width = padded(columns, _UNIT)
     tiles = -(-rows // shape.rows) * -(-columns // shape.columns)

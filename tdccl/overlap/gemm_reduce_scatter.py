@@ -47,9 +47,13 @@ def multiply_scattered(
     tiles_down, tiles_across = (rows + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
     start = (epoch & 1) * odd
     tiles = tiles_down * tiles_across
+    alone: tl.constexpr = team.size == 1  # there is nothing to add up: tiles go straight into c
+    pitch = N if alone else width
     for distance in range(1, team.size + 1):
         owner = (team.rank + distance) % team.size
         slot = shmem.symm_at(slots, owner, DTYPE) + (start + slot_of(team.rank, rows, width))
+        if alone:
+            slot = c
         if COPIED and distance < team.size:
             slot = staged + slot_of(owner, rows, width)
         for position in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -61,11 +65,11 @@ def multiply_scattered(
                 ROWS, COLUMNS, DEPTH, STAGES, DESCRIPTORS, TRANSPOSED,
             )  # fmt: skip
             i, j = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
-            place = slot + i.to(tl.int64)[:, None] * width + j[None, :]
-            tl.store(place, total.to(DTYPE), mask=(i < rows)[:, None] & (j < width)[None, :])
+            place = slot + i.to(tl.int64)[:, None] * pitch + j[None, :]
+            tl.store(place, total.to(DTYPE), mask=(i < rows)[:, None] & (j < pitch)[None, :])
             if owner == team.rank:
                 wait_peers(team, signals, word, most, epoch)
-                for first in range(0, height, FOLDED):
+                for first in range(0, 0 if alone else height, FOLDED):
                     _fold_rows(
                         team, slots, start, c, down * ROWS + first, across * COLUMNS, rows, N, width,
                         DTYPE, FOLDED, COLUMNS,
@@ -140,7 +144,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     (rows, columns), depth = out.shape, a.shape[1]
-    operands = prepare(a, b, rows, columns)
+    operands = prepare(comm, a, b, rows, columns, comm.size)
     a, shape = operands.a, operands.shape
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)

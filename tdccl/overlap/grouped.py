@@ -9,8 +9,9 @@ import triton.language as tl
 from tdccl import environment
 from tdccl.ep.routing import going_to
 from tdccl.errors import ArgumentError
-from tdccl.overlap.gemm import Right, Shape, _aligned, right
+from tdccl.overlap.gemm import Right, _aligned, right
 from tdccl.overlap.routing import Routing, local_of
+from tdccl.tuning import Shape
 
 
 class Stack(NamedTuple):
@@ -37,8 +38,21 @@ def check_grouped(operator: str, rows: torch.Tensor, most: int, b: torch.Tensor,
         )
 
 
+def shape_of(b: torch.Tensor, routing: Routing, descriptors: bool) -> Shape:
+    """The shape of a product by what `dense_stack` gave: one that was measured near, or the rule's.
+
+    Ranks must have equally wide tiles to tell each other of columns: it goes by the rows that an expert has on average.
+    """
+    depth, columns = b.shape[1:]
+    shape = shape_of_tiles(routing.height, columns, descriptors)
+    if not descriptors:
+        return shape
+    rows = max(1, routing.rows // routing.sizes.experts)
+    return routing.comm.products.shape("grouped", rows, columns, depth, not b.is_contiguous(), shape)
+
+
 def shape_of_tiles(height: int, columns: int, descriptors: bool) -> Shape:
-    """The shape of a product whose tiles have `height` rows."""
+    """The rule's shape of a product whose tiles have `height` rows."""
     if environment.emulated():
         return Shape(height, 32, 32, 1, 4, 1)
     if not descriptors:

@@ -24,7 +24,7 @@ from tdccl.overlap.grouped import (
     dense_stack,
     grouped_product,
     have_experts_on,
-    shape_of_tiles,
+    shape_of,
     stack,
     store_rows,
     tile_at,
@@ -283,7 +283,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     comm, sizes = routing.comm, routing.sizes
     h, b = dense(h), dense_stack(b)
     descriptors = by_descriptors(b)
-    shape = shape_of_tiles(routing.height, columns, descriptors)
+    shape = shape_of(b, routing, descriptors)
     width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
     blocks = comm.multiprocessors
     reducers = _reducers(blocks, depth)

@@ -98,7 +98,7 @@ def _leaves(types, values=None, path=()):
         yield path, types, values
 
 
-def _callees_first(function, seen: set[int]) -> None:
+def callees_first(function, seen: set[int]) -> None:
     """Computes Triton's keys of a function's callees, then its own.
 
     Triton 3.6 makes a key from what is known of the callees by then: from one process to the next a kernel's would
@@ -112,7 +112,7 @@ def _callees_first(function, seen: set[int]) -> None:
     known += [getattr(module, name, None) for module in known if isinstance(module, ModuleType) for name in names]
     for callee in known:
         if isinstance(callee, JITCallable) and id(callee) not in seen:
-            _callees_first(callee, seen)
+            callees_first(callee, seen)
     _ = function.cache_key
 
 
@@ -132,7 +132,7 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
                 if divisor > 1 and leaf != "i32":
                     attributes[path] = [["tt.divisibility", divisor]]
     function = bare.kernel_of(kernel)
-    _callees_first(function, set())
+    callees_first(function, set())
     source = ASTSource(function, arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
     options = {"num_warps": warps, "enable_fp_fusion": False}

@@ -1,7 +1,8 @@
 """Tables: for each collective and placement, which algorithm and shape is the fastest up to which size.
 
 A table is measured by `python -m tdccl.tune` for one kind of GPU and one number of ranks. Where there is none, the
-cost model that is fitted to all measured tables makes one (`tdccl.tuning.model`).
+cost model that is fitted to all measured tables makes one (`tdccl.tuning.model`). Tables of products' tiles lie beside
+them (`tdccl.tuning.products`).
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 from tdccl import environment
 from tdccl.errors import InitError
+from tdccl.tuning import products
+from tdccl.tuning.products import Products
 from tdccl.tuning.rules import Rules
 
 _FOLDER = Path(__file__).parent / "tables"
@@ -74,8 +77,7 @@ def table_for(gpu: str, world: int, multicast: bool, sent: Sent) -> Table:
     multicast, the model adds to the one without.
     Raises InitError for a file of TDCCL_TUNING that is not a table.
     """
-    given = [(path, read(path)) for path in environment.tuning_tables()]
-    for path, made in [*given, *((path, json.loads(path.read_text())) for path in package_files())]:
+    for path, made in _made("rows", package_files()):
         alike = gpu == EMULATED or made.get("multicast", False) == multicast
         if made["gpu"] == gpu and made["world"] == world and alike:
             return parse(made, f"measured on {world} x {gpu} ({Path(path).name})")
@@ -86,6 +88,22 @@ def table_for(gpu: str, world: int, multicast: bool, sent: Sent) -> Table:
     if multicast:
         return model.with_multicast(table_for(gpu, world, False, sent), world, sent)
     return model.table(gpu, world, sent)
+
+
+def products_for(gpu: str) -> Products:
+    """The products measured on this kind of GPU, or in "emulation": in TDCCL_TUNING, or in the package; else none.
+    Raises InitError for a file of TDCCL_TUNING that is not a table."""
+    for path, made in _made("products", sorted(_FOLDER.glob("*-products.json"))):
+        if made["gpu"] == gpu:
+            return products.parse(made, f"measured on {gpu} ({Path(path).name})")
+    return Products("by rule, for nothing was measured")
+
+
+def _made(section: str, package: list[Path]) -> Iterable[tuple[str | Path, dict[str, Any]]]:
+    """Paths and contents of the tables that have that section: those of TDCCL_TUNING, then these of the package."""
+    given = [(path, read(path)) for path in environment.tuning_tables()]
+    ours = [(path, json.loads(path.read_text())) for path in package]
+    return [*(each for each in given if section in each[1]), *ours]
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -104,12 +122,17 @@ def package_files() -> list[Path]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A table's JSON, checked. Raises InitError if it cannot be read or is not a table."""
+    """The JSON of a table of either kind, checked. Raises InitError if it cannot be read or is not a table."""
     try:
         made = json.loads(Path(path).read_text())
-        parse(made, str(path))
-        if not isinstance(made["gpu"], str) or not isinstance(made["world"], int):
-            raise TypeError("gpu must be a name and world a number")
+        if not isinstance(made["gpu"], str):
+            raise TypeError("gpu must be a name")
+        if "products" in made:
+            products.parse(made, str(path))
+        else:
+            parse(made, str(path))
+            if not isinstance(made["world"], int):
+                raise TypeError("world must be a number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InitError(f"{path} is no tuning table ({reason}); `python -m tdccl.tune` writes them") from error
