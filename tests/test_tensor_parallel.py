@@ -59,6 +59,16 @@ def check_product(comm, shape, dtype, transposed, seed):
     return result
 
 
+def check_few_multiprocessors(comm):
+    """More blocks would add up than there are: the product still has some."""
+    with mock.patch.object(import_module("tdccl.overlap.gemm_all_reduce"), "FOLDERS", 4 * comm.multiprocessors):
+        check_product(comm, (70, 40, 72) if environment.emulated() else (700, 40, 72), torch.bfloat16, False, 1)
+
+
+def test_many_rows_on_few_multiprocessors(ranks):
+    ranks.run(check_few_multiprocessors, 2)
+
+
 def check_products(comm):
     delay = random.Random(comm.rank)
     for seed, shape in enumerate(SHAPES + SHAPES[:2]):  # larger and smaller ones in turns share memory and signals
@@ -80,6 +90,8 @@ def norm_inputs(comm, rows, width, dtype, seed):
 
 # Rows, width: a row, few, more rows than blocks; so wide that no packets are used; no 16-byte access fits; one element.
 ROWS = [(1, 64), (5, 40), (9, 96), (7, 600), (3, 37), (13, 1), (2, 20000)]
+if not environment.emulated():  # where two shots pay for more
+    ROWS += [(256, 1024)]
 
 
 def check_norms(comm):

@@ -31,6 +31,7 @@ from tdccl.overlap.gemm import (
     product_onto,
     shape_for,
 )
+from tdccl.overlap.pushers import few_of
 from tdccl.overlap.workspace import Workspace, check_matrices, check_out, keep_operands, workspace
 
 FEW_ROWS = 32 if environment.emulated() else 256
@@ -450,7 +451,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         out.zero_()
         return
     (rows, columns), depth = out.shape, a.shape[1]
-    few, blocks = rows <= FEW_ROWS, comm.multiprocessors
+    few, blocks, folders = rows <= FEW_ROWS, comm.multiprocessors, few_of(comm, FOLDERS)
     kind, rule = ("few", shape_of_few) if few else ("many", shape_for)
     operands = prepare(comm, a, b, rows, columns, kind=kind, rule=rule)
     shape = operands.shape
@@ -472,7 +473,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
                 share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0, **how,
             )  # fmt: skip
         else:
-            multiply_tiles[(blocks - FOLDERS,)](
+            multiply_tiles[(blocks - folders,)](
                 comm.team, space.epochs[0], *slots, *pair, rows, columns, depth, *layout, **how
             )  # fmt: skip
 
@@ -485,7 +486,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         if one_shot:
             fold_everywhere[(blocks,)](*summed, **summing)
         else:
-            fold_and_share[(blocks if few else FOLDERS,)](*summed, **summing, HEIGHT=sums.height)
+            fold_and_share[(blocks if few else folders,)](*summed, **summing, HEIGHT=sums.height)
 
     comm.start_fused("all_reduce", _name(few), a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
 

@@ -10,11 +10,17 @@ PUSH_WARPS = 8
 PIECE = PUSH_WARPS * 32 * 16 * 8
 
 
+def few_of(comm: Communicator, most: int) -> int:
+    """How many blocks the smaller of two kernels has that run side by side: `most`, if half of the multiprocessors that
+    this rank may count on are as many."""
+    return max(1, min(most, comm.multiprocessors // 2))
+
+
 def pushers(comm: Communicator) -> int:
     """How many blocks push."""
     if comm.size == 1:
         return 0
-    return 1 if environment.emulated() else PUSHERS
+    return few_of(comm, 1 if environment.emulated() else PUSHERS)
 
 
 def in_flight() -> int:
