@@ -247,7 +247,7 @@ def corners(size):
 
 
 def check_corners(comm):
-    ep = ExpertParallel(comm, 4, 64, 2 * comm.size, 2)
+    ep = ExpertParallel(comm, 4, 64, 2 * comm.size, 2, max_blocks=3)
     low = low_latency(comm, 4, 64, 2 * comm.size, 2)
     for name, rows in corners(comm.size).items():
         problem = by_hand(comm, rows)

@@ -227,7 +227,7 @@ def _take_rows(
         earlier = (rank[None, :] < source[:, None]) & (note >= 0)[:, None]
         rows = _told(words[None, :] + (note // TOKENS)[:, None], earlier, TOKENS)
         row = tl.sum(rows, axis=1) + note % TOKENS
-        here = note >= 0  # and its row is one of `room`: of no source there are more than TOKENS before it
+        here = (note >= 0) & (row < room)
         row += note // TOKENS * room
         entry = (source * TOKENS + token) * TOP_K + place
         if tl.program_id(0) % SLICES == 0:
