@@ -206,9 +206,9 @@ def test_few_tokens(ranks, world, quant, hidden, tokens):
     ranks.run(check_low_latency, world, quant=quant, hidden=hidden, tokens=tokens)
 
 
-def check_small_steps(comm, quant, hidden, tokens, blocks):
+def check_small_steps(comm, quant, hidden, tokens, blocks, tile):
     """Blocks with more to do than they look at, compare, send or take at once."""
-    with mock.patch.multiple(batched, _TILE=1, _TAKEN=2, _ENTRIES=1, _OTHERS=4):
+    with mock.patch.multiple(batched, _TILE=tile, _TAKEN=2, _ENTRIES=1, _OTHERS=4):
         given, problem = shape_of(comm, 1, hidden=hidden, max_tokens=tokens, tokens=[tokens] * comm.size)
         low = LowLatency(comm, tokens, hidden, given["experts"], given["top_k"], max_blocks=blocks)
         check_batched(comm, low, problem, quant)
@@ -216,10 +216,12 @@ def check_small_steps(comm, quant, hidden, tokens, blocks):
 
 
 @pytest.mark.parametrize(
-    "quant, hidden, tokens, blocks", [(None, 64, 7, 2), ("fp8_128", 320, 3, 7)], ids=["few blocks", "blocks left over"]
+    "quant, hidden, tokens, blocks, tile",
+    [(None, 64, 7, 2, 2), ("fp8_128", 320, 3, 7, 1)],
+    ids=["few blocks", "blocks left over"],
 )
-def test_few_tokens_in_small_steps(ranks, world, quant, hidden, tokens, blocks):
-    ranks.run(check_small_steps, world, quant=quant, hidden=hidden, tokens=tokens, blocks=blocks)
+def test_few_tokens_in_small_steps(ranks, world, quant, hidden, tokens, blocks, tile):
+    ranks.run(check_small_steps, world, quant=quant, hidden=hidden, tokens=tokens, blocks=blocks, tile=tile)
 
 
 def by_hand(comm, rows):
