@@ -7,7 +7,9 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import ep_reference as reference
 import pool
@@ -17,10 +19,11 @@ from reference import same_bits
 
 import tdccl
 from tdccl import environment
-from tdccl.ep import ExpertParallel, LowLatency, autograd
+from tdccl.ep import ExpertParallel, LowLatency, autograd, batched, routing
 
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
 WORLDS = (2, 3)
+WILD = 1 << 30  # in no array of a plan
 
 
 def shape_of(comm, seed, **sizes):
@@ -203,6 +206,24 @@ def test_few_tokens(ranks, world, quant, hidden, tokens):
     ranks.run(check_low_latency, world, quant=quant, hidden=hidden, tokens=tokens)
 
 
+def check_small_steps(comm, quant, hidden, tokens, blocks, tile):
+    """Blocks with more to do than they look at, compare, send or take at once."""
+    with mock.patch.multiple(batched, _TILE=tile, _TAKEN=2, _ENTRIES=1, _OTHERS=4):
+        given, problem = shape_of(comm, 1, hidden=hidden, max_tokens=tokens, tokens=[tokens] * comm.size)
+        low = LowLatency(comm, tokens, hidden, given["experts"], given["top_k"], max_blocks=blocks)
+        check_batched(comm, low, problem, quant)
+        check_batched(comm, low, shape_of(comm, 2, hidden=hidden, max_tokens=tokens)[1], quant)
+
+
+@pytest.mark.parametrize(
+    "quant, hidden, tokens, blocks, tile",
+    [(None, 64, 7, 2, 2), ("fp8_128", 320, 3, 7, 1)],
+    ids=["few blocks", "blocks left over"],
+)
+def test_few_tokens_in_small_steps(ranks, world, quant, hidden, tokens, blocks, tile):
+    ranks.run(check_small_steps, world, quant=quant, hidden=hidden, tokens=tokens, blocks=blocks, tile=tile)
+
+
 def by_hand(comm, rows):
     """A problem with these experts, by rank and token; rows of tokens without any are NaN."""
     made = reference.random_problem(1, list(map(len, rows)), 64, 2 * comm.size, 2, device=comm.device)
@@ -228,7 +249,7 @@ def corners(size):
 
 
 def check_corners(comm):
-    ep = ExpertParallel(comm, 4, 64, 2 * comm.size, 2)
+    ep = ExpertParallel(comm, 4, 64, 2 * comm.size, 2, max_blocks=3)
     low = low_latency(comm, 4, 64, 2 * comm.size, 2)
     for name, rows in corners(comm.size).items():
         problem = by_hand(comm, rows)
@@ -397,23 +418,25 @@ def test_halves(ranks, world):
 
 
 def check_one_ahead(comm):
-    """Rows of the next dispatch, quantised otherwise, are here before this rank has taken those of the last."""
-    given, problem = shape_of(comm, 2, hidden=512, max_tokens=6, tokens=[6] * comm.size)
-    low = LowLatency(comm, given["max_tokens"], given["hidden"], given["experts"], given["top_k"])
-    x, plan = problem.x[comm.rank], low.plan(problem.idx[comm.rank])
+    """What the next dispatch sends, quantised and routed otherwise, is here before this rank has taken the last."""
+    given, problem = shape_of(comm, 2, hidden=512, max_tokens=2, tokens=[2] * comm.size)
+    _, other = shape_of(comm, 3, hidden=512, max_tokens=2, tokens=[1] * comm.size)
+    low = LowLatency(comm, 2, given["hidden"], given["experts"], given["top_k"], max_blocks=8)  # 4 slices, or 1
+    x, other_x, idx, other_idx = (each[comm.rank] for each in (problem.x, other.x, problem.idx, other.idx))
     rows = reference.expert_rows(problem, comm.rank)
     quants = (None, "fp8_128_ue8m0", "fp8_128", None)
     for slow, (quant, following) in enumerate(itertools.pairwise(quants)):
         slow %= comm.size
-        last, receive = low.dispatch(x, plan, quant=quant, hook=True)
+        last, receive = low.dispatch(x, low.plan(idx), quant=quant, hook=True)
         if comm.rank != slow:
             receive()
-            _, receive_next = low.dispatch(x, low.plan(problem.idx[comm.rank]), quant=following, hook=True)
+            _, receive_next = low.dispatch(other_x, low.plan(other_idx), quant=following, hook=True)
         comm.barrier()
         if comm.rank == slow:
             receive()
-            _, receive_next = low.dispatch(x, low.plan(problem.idx[comm.rank]), quant=following, hook=True)
+            _, receive_next = low.dispatch(other_x, low.plan(other_idx), quant=following, hook=True)
         receive_next()
+        assert last.counts.tolist() == list(map(len, rows))
         for expert, of_expert in enumerate(rows):
             sent = torch.stack([problem.x[s][t] for s, t, _ in of_expert]) if of_expert else x[:0]
             if quant is None:
@@ -424,6 +447,69 @@ def check_one_ahead(comm):
 
 def test_a_peer_one_call_ahead(ranks, world):
     ranks.run(check_one_ahead, world)
+
+
+def check_garbage(comm):
+    """Whatever peers say of their rows, the kernels stay inside the plan's tensors and the caller's."""
+    given, problem = shape_of(comm, 6, max_tokens=6, tokens=[6] * comm.size)
+    low = LowLatency(comm, 6, given["hidden"], given["experts"], given["top_k"], max_blocks=5)
+    idx, x, weights = (of_ranks[comm.rank] for of_ranks in problem[:3])
+    generator = torch.Generator().manual_seed(comm.rank)
+    words = [low._dispatching.local(name, torch.int32) for name in ("notes", "counts")]
+    for bound in (2, 8, 40, 1 << 31):  # few and many of these numbers are possible ones
+        made = low.plan(idx)
+        plan, fences = made, []
+        for name in ("sizes", "placed", "source", "counts"):
+            kept = getattr(made, name)
+            fenced = torch.full((3, kept.numel() + -kept.numel() % 4), WILD, dtype=torch.int32, device=comm.device)
+            fences += [fenced[0], fenced[1, kept.numel() :], fenced[2]]
+            plan = replace(plan, **{name: fenced[1, : kept.numel()].view(kept.shape)})
+        rows = torch.full((3 * low.local_experts, low.max_rows, low.hidden), 7.0, dtype=x.dtype, device=comm.device)
+        out = rows[low.local_experts : 2 * low.local_experts]
+        _, receive = low.dispatch(x, plan, out=out, hook=True)
+        wait(comm)
+        for each in words:
+            each.copy_(torch.randint(-bound, bound, each.shape, generator=generator))
+        receive()
+        wait(comm)
+        assert all((fence == WILD).all() for fence in fences)
+        assert (rows[: low.local_experts] == 7).all() and (rows[2 * low.local_experts :] == 7).all()
+        assert (plan.sizes >= 0).all() and (plan.sizes <= low.max_tokens).all()
+        assert (plan.counts >= 0).all() and (plan.counts <= low.max_rows).all()
+        placed = plan.placed[plan.placed != WILD]  # not where sources told the blocks different numbers of tokens
+        assert (placed >= -1).all() and (placed < low.local_experts * low.max_rows).all()
+        low.combine(out, plan, weights)
+        low.combine(out, replace(plan, sizes=torch.full_like(plan.sizes, WILD)), weights)
+        wait(comm)
+    check_batched(comm, low, problem)
+
+
+def check_torn_plan(comm):
+    """A peer that comes too late, and changes its routing while it is read, leads to no place outside the plan."""
+    ep = ExpertParallel(comm, 6, 64, comm.size, 2, max_blocks=3)
+    idx = torch.tensor([[0, 1]] * 6, device=comm.device)
+    generator = torch.Generator().manual_seed(comm.rank)
+    launch, words = ep._planning.launch, [ep._planning.local(name, torch.int32) for name in ("routing", "sizes")]
+
+    def torn(called, kernel, *arguments):
+        launch(called, kernel, *arguments)
+        if kernel is routing.exchange:
+            wait(comm)
+            words[0].copy_(torch.randint(-1, comm.size, words[0].shape, generator=generator).clamp(max=1))
+            words[1].copy_(torch.randint(-9, 40, words[1].shape, generator=generator))
+
+    for _ in range(8):
+        with mock.patch.object(ep._planning, "launch", torn):
+            plan = ep.plan(idx)
+        wait(comm)
+        arrays = (plan.recv_row, ep.max_rows), (plan.expert_row, ep.most_expert_rows()), (plan.sizes, 7)
+        arrays += (plan.source, ep.max_rows), (plan.expert_source, ep.max_rows)
+        assert all((array >= -1).all() and (array < end).all() for array, end in arrays)
+
+
+@pytest.mark.parametrize("check", [check_garbage, check_torn_plan], ids=["few tokens", "plan"])
+def test_garbage_of_peers_leads_nowhere(ranks, world, check):
+    ranks.run(check, world)
 
 
 def check_late(comm):

@@ -5,7 +5,8 @@ is sent: how many rows go to which expert travels beside the rows. Slots are dou
 
 A row is cut into SLICES. Block b has slice b % SLICES of the tokens g, g + G, ... of every source; G is the number
 of groups of blocks; g is the group b // SLICES for source 0, another for each other one, so that few tokens of several
-sources fall to different blocks. A block looks at many entries of the routing at once, (source, token, place in top-k),
+sources fall to different blocks. Blocks that are left over, as they are no whole group, do again what the first ones
+do: they store the same bytes. A block looks at many entries of the routing at once, (source, token, place in top-k),
 and then moves the rows of those that concern it, several under way at a time.
 """
 
@@ -191,7 +192,8 @@ def _send(
 
 @triton.jit
 def _told(words, mask, TOKENS: tl.constexpr):
-    """What sources said at these words, 0 without `mask`. No more than fits. Ordering: wait for the sources first."""
+    """What sources said at these words, 0 without `mask`. No more than fits. Ordering: wait for the sources first, or
+    for the kernel that wrote it."""
     return tl.minimum(tl.maximum(tl.load(words, mask=mask, other=0), 0), TOKENS)
 
 
@@ -304,17 +306,22 @@ def dispatch(
 def _send_back(
     team, buffers, parity, h, placed, sizes, DTYPE: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
     SLICES: tl.constexpr, PADDED: tl.constexpr, TOP_K: tl.constexpr, PLACES: tl.constexpr, TOKENS: tl.constexpr,
-    RANKS: tl.constexpr, ENTRIES: tl.constexpr, TAKEN: tl.constexpr,
+    RANKS: tl.constexpr, LOCAL: tl.constexpr, ENTRIES: tl.constexpr, TAKEN: tl.constexpr,
 ):  # fmt: skip
-    """Stores this block's slices of the rows of h where their tokens came from. Ordering: as `_send_rows`."""
+    """Stores this block's slices of the rows of h where their tokens came from.
+
+    A plan may say anything where its dispatch has not been, or has failed in some blocks: only what can be is done.
+
+    Ordering: plain stores; signal the peers after it.
+    """
     column, in_slice = _slice_tile(WIDTH, SLICE, SLICES, PADDED)
     rank = tl.arange(0, RANKS)
-    tokens = tl.load(sizes + rank, mask=rank < team.size, other=0)
+    tokens = _told(sizes + rank, rank < team.size, TOKENS)
     for start in range(0, _most_entries(team, tokens, PLACES, RANKS, SLICES), ENTRIES):
         source, token, place = _my_entries(team, start, PLACES, RANKS, SLICES, ENTRIES)
         in_source, live = token * TOP_K + place, (token < _of_source(tokens, source)) & (place < TOP_K)
         row = tl.load(placed + source * (TOKENS * TOP_K) + in_source, mask=live, other=-1)
-        here = row >= 0
+        here = (row >= 0) & (row < LOCAL * team.size * TOKENS)
         of = tl.cumsum(here.to(tl.int32), 0)
         total = tl.sum(here.to(tl.int32))
         for first in range(0, total, TAKEN):
@@ -349,7 +356,7 @@ def combine(
         epoch = shmem.begin(team)
         _send_back(
             team, buffers, epoch & 1, at(tensors[0], DTYPE), at(tensors[1], tl.int32), at(tensors[2], tl.int32), DTYPE,
-            WIDTH, SLICE, SLICES, PADDED, TOP_K, PLACES, TOKENS, RANKS, ENTRIES, TAKEN,
+            WIDTH, SLICE, SLICES, PADDED, TOP_K, PLACES, TOKENS, RANKS, EXPERTS // team.size, ENTRIES, TAKEN,
         )  # fmt: skip
         shmem.signal_all(team, epoch, shmem.DATA, 1)
     else:

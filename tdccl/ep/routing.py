@@ -281,6 +281,9 @@ def place(
 
     tensors: addresses of the counts, of what was gathered across nodes, and of the arrays of a plan in their order (see
     `Plan`). sizes: this rank's node. BLOCKS, SOURCES: powers of two, at least the grid, and the ranks.
+
+    A peer that has come too late may write its routing while this reads it, or have written it since it was counted:
+    what would be outside the plan's arrays is left out.
     """
     counts, gathered = at(tensors[0], tl.int32), at(tensors[1], tl.int32)
     sent_row, sent_node, recv_row = at(tensors[2], tl.int32), at(tensors[3], tl.int32), at(tensors[4], tl.int32)
@@ -293,6 +296,7 @@ def place(
     ranks: tl.constexpr = team.size * NODES
     local: tl.constexpr = EXPERTS // ranks
     width: tl.constexpr = COLUMNS + shmem.MAX_RANKS
+    most: tl.constexpr = ranks * TOKENS * (TOP_K if local > TOP_K else local) + local * (ALIGN - 1)  # expert rows
     column, rank = tl.arange(0, COLUMNS), tl.arange(0, shmem.MAX_RANKS)
     me = node * team.size + team.rank
 
@@ -323,7 +327,7 @@ def place(
             mine = local_experts(idx, me, local)
             comes = going_to(idx, me, local)
             row = row_start + tl.cumsum(comes, axis=0) - comes
-            here = comes != 0
+            here = (comes != 0) & (row < ranks * TOKENS)
             tl.store(recv_row + source * TOKENS + token, row, mask=here)
             tl.store(source_of_row + row, source * TOKENS + token, mask=here)
             flat = tl.reshape(mine, [TILE * PLACES])
@@ -332,11 +336,12 @@ def place(
             earlier = (flat[:, None] == flat[None, :]) & (number[None, :] < number[:, None])
             first_rows = tl.sum(tl.where(chosen, expert_start[None, :], 0), axis=1)
             expert_rows = tl.reshape(first_rows + tl.sum(earlier.to(tl.int32), axis=1), [TILE, PLACES])
+            fits = (mine >= 0) & here[:, None] & (expert_rows < most)
             of_row = row[:, None] * TOP_K + tl.arange(0, PLACES)[None, :]
             tl.store(topk + of_row, mine, mask=mask & here[:, None])
-            tl.store(expert_row + of_row, expert_rows, mask=mine >= 0)
+            tl.store(expert_row + of_row, expert_rows, mask=fits)
             origin = tl.broadcast_to(source * TOKENS + token[:, None], [TILE, PLACES])
-            tl.store(source_of_expert_row + expert_rows, origin, mask=mine >= 0)
+            tl.store(source_of_expert_row + expert_rows, origin, mask=fits)
             expert_start += tl.sum(chosen.to(tl.int32), axis=0)
             row_start += tl.sum(comes)
         if source % team.size == team.rank:  # its tokens pass through this rank
