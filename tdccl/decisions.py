@@ -101,6 +101,8 @@ def device_of(device, number: int) -> torch.device:
     if environment.emulated():
         return torch.device("cpu")
     if device is None:
+        if not torch.cuda.device_count():
+            raise InitError("there is no GPU (TDCCL_EMULATE=1 runs on CPU tensors)")
         device = number % torch.cuda.device_count()
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type != "cuda":

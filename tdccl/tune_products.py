@@ -68,6 +68,7 @@ _WORTH = 0.99
 _CLOSE = 1.05
 _SWEEPS, _ROUNDS = (1, 1) if environment.emulated() else (2, 5)  # over all shapes, and then over those
 _TOLERANCE = 0.03
+_LARGEST = 1 << 31  # kernels count rows, columns and depth in 32 bits
 
 
 class Task(NamedTuple):
@@ -519,10 +520,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _sizes(text: str) -> tuple[str, int, int, int]:
     operator, _, numbers = text.rpartition(":")
-    sizes = [int(number) if number.isdigit() else 0 for number in numbers.split(",")]
-    if len(sizes) != 3 or 0 in sizes or operator not in ("", *OPERATORS):
-        expected = f"expected M,N,K above 0, after one of {', '.join(OPERATORS)} and a colon if not as usual"
-        raise argparse.ArgumentTypeError(f"{text!r}: {expected}")
+    sizes = [int(number) if number.isdecimal() else 0 for number in numbers.split(",")]
+    if len(sizes) != 3 or not 0 < min(sizes) <= max(sizes) < _LARGEST or operator not in ("", *OPERATORS):
+        before = f"one of {', '.join(OPERATORS)} and a colon if not as usual"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected M,N,K from 1 to {_LARGEST - 1}, after {before}")
     if any(size % 8 for size in sizes[1:]):
         raise argparse.ArgumentTypeError(f"{text!r}: expected N and K that 8 divides, for others take the rule's tiles")
     return operator or ("gemm_all_reduce" if sizes[0] <= FEW_ROWS else "all_gather_gemm"), *sizes

@@ -193,7 +193,8 @@ def check_beside_garbage(comm):
             each[1 - sequence] = float("nan")
         settle_all(comm)
         for space in itertools.chain(*_kept[comm].values()):
-            space.buffer.fill_(float("nan"))
+            if space.buffer.is_floating_point():
+                space.buffer.fill_(float("nan"))
         settle_all(comm)
         found = gradients_of(comm, case, shard, weight)
         assert all(torch.equal(result[sequence], right[sequence]) for result, right in zip(found, wanted))
@@ -296,6 +297,20 @@ def check_refused(comm):
         ("expected .B, S / size", lambda: gather_kv_attention(comm, q, keys, values)),
         ("a shard of the same ones", lambda: gather_kv_attention(comm, prefill[0][:, :4], keys, values)),
         ("an even number", lambda: gather_kv_attention(comm, *(each[:, :3] for each in prefill))),
+    ]
+    options = True, True, 0.125, comm.name
+    good = [each[:, :4] for each in (prefill[0], keys, values)]
+    out, logs = torch.ops.tdccl.gather_kv_attention(*good, *options)
+    kept = {"q": good[0], "k": good[1], "v": good[2], "out": out, "logs": logs, "gradient": out}
+
+    def gradient(**wrong):
+        return lambda: torch.ops.tdccl.gather_kv_attention_gradient(*(kept | wrong).values(), *options)
+
+    refused += [
+        ("gradient: q has 3 positions", gradient(q=good[0][:, :3])),
+        ("gradient: out is", gradient(out=out[:, :2])),
+        ("gradient: logs is", gradient(logs=logs.bfloat16())),
+        ("gradient: gradient is", gradient(gradient=out.float())),
     ]
     for reason, call in refused:
         with pytest.raises(tdccl.ArgumentError, match=reason):

@@ -15,7 +15,7 @@ from test_overlap import COPIED, OPERATORS, expected, matrices
 import tdccl
 from tdccl import decisions, environment, membership, tune, tune_products, tuning
 from tdccl.errors import InitError
-from tdccl.overlap import all_gather_grouped_gemm, gemm_all_reduce, route
+from tdccl.overlap import all_gather_gemm, all_gather_grouped_gemm, gemm_all_reduce, route
 from tdccl.overlap.all_gather_grouped_gemm import reference as grouped_reference
 from tdccl.overlap.gemm import prepare
 from tdccl.tune_products import Measured, Task, rows_of, shapes, tasks
@@ -59,6 +59,16 @@ def test_the_nearest_sizes_decide_and_the_rule_where_none_are_near():
     assert narrow.shape("many", 8192, 128, 4096, False, RULE).columns == 128  # not half of it beyond the matrix
 
 
+def test_where_ranks_differ_in_depth_only_what_they_share_decides_how_they_cut():
+    wide, shallow = OTHER._replace(group=4), OTHER._replace(stages=2)
+    rows = (row(depth=512, shape=wide), row(depth=2048), row(depth=8192, shape=shallow), row(columns=8192, shape=wide))
+    found = Products("a test", rows)
+    for depth, shape in [(8, OTHER), (512, OTHER), (5000, shallow), (1 << 20, shallow)]:
+        assert found.shape("many", 8192, 4500, depth, False, RULE, shared=False) == shape, depth
+    assert found.shape("many", 8192, 4500, 512, False, RULE) == wide
+    assert found.shape("many", 8192, 1000, 512, False, RULE, shared=False) == RULE
+
+
 def test_layouts_have_a_row_each_and_are_cut_alike():
     deep = OTHER._replace(depth=128, stages=2)
     both = Products("a test", (row(), row(transposed=True, shape=deep)))
@@ -90,6 +100,20 @@ def test_a_row_that_is_none_is_refused(tmp_path, monkeypatch, change, words):
     with pytest.raises(InitError, match="is no tuning table") as raised:
         table.products_for("emulation")
     assert words in str(raised.value)
+
+
+def test_a_file_with_both_kinds_of_rows_has_both_checked(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"gpu": "emulation", "products": listed(row()), "rows": []}))
+    with pytest.raises(InitError, match="is no tuning table"):
+        table.read(path)
+
+
+def test_without_a_gpu_or_emulation_the_tuner_says_so(monkeypatch):
+    monkeypatch.setattr(environment, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InitError, match="there is no GPU"):
+        decisions.device_of(None, 0)
 
 
 @pytest.mark.parametrize("shape", [OTHER, OTHER._replace(columns=128), OTHER._replace(group=4)])
@@ -138,7 +162,7 @@ def test_ranks_with_different_tables_are_refused(ranks):
 class Everywhere(Products):
     """Has the same at all sizes, but for the steps, which are shorter where the right operand is transposed."""
 
-    def shape(self, kind, rows, columns, depth, transposed, rule):
+    def shape(self, kind, rows, columns, depth, transposed, rule, shared=True):
         return Shape(rule.rows, 16, 16 if transposed else 32, 2, 4, 3)
 
 
@@ -161,6 +185,36 @@ def check_measured_shapes(comm, sizes):
         check_grouped(comm)
     finally:
         comm.use_products(given)
+
+
+def check_uneven_shares(comm):
+    """Ranks have columns of their own number of one matrix, forward and backward; a table cuts by depth, too."""
+    given = comm.products
+    shallow, deep = (Shape(16, columns, 32, 1, 4, group) for columns, group in ((16, 4), (32, 2)))
+    rows = comm.size * 40
+    comm.use_products(
+        Products("a test", (row("many", rows, 64, 32, False, shallow), row("many", rows, 64, 160, False, deep)))
+    )
+    try:
+        for widths in ((32, 160, 96, 64), (36, 32, 8, 3)):
+            generator = torch.Generator().manual_seed(9)
+            sizes = widths[: comm.size]
+            shards, rights, weights = (
+                [torch.randn(*shape, generator=generator).bfloat16().to(comm.device) for shape in shapes]
+                for shapes in ([(40, 64)] * comm.size, [(64, size) for size in sizes], [(rows, size) for size in sizes])
+            )
+            a, b = shards[comm.rank].requires_grad_(), rights[comm.rank].requires_grad_()
+            all_gather_gemm(comm, a, b).backward(weights[comm.rank])
+            of_all = sum(each.float() @ other.detach().float().t() for each, other in zip(weights, rights))
+            of_b = torch.cat(shards).detach().float().t() @ weights[comm.rank].float()
+            torch.testing.assert_close(a.grad.float(), of_all.chunk(comm.size)[comm.rank], atol=0.5, rtol=0.04)
+            torch.testing.assert_close(b.grad.float(), of_b, atol=0.5, rtol=0.04)
+    finally:
+        comm.use_products(given)
+
+
+def test_ranks_with_columns_of_different_number_compute_gradients(ranks):
+    ranks.run(check_uneven_shares, min(3, pool.LARGEST_WORLD))
 
 
 def check_all_reduce(comm):
@@ -228,7 +282,16 @@ def test_sizes_are_measured_once_in_both_layouts():
 
 @pytest.mark.parametrize(
     "words",
-    ["--shapes 40,64", "--shapes 40,64,0", "--shapes 40,64,30", "--shapes broadcast:40,64,32", "-o missing/a", "-o ."],
+    [
+        "--shapes 40,64",
+        "--shapes 40,64,0",
+        "--shapes 40,64,²",
+        f"--shapes 40,64,{1 << 34}",
+        "--shapes 40,64,30",
+        "--shapes broadcast:40,64,32",
+        "-o missing/a",
+        "-o .",
+    ],
 )
 def test_the_tuner_refuses_before_it_measures(words, capsys):
     with pytest.raises(SystemExit):

@@ -127,9 +127,10 @@ def all_gather_gemm(
     """All ranks' rows of A times this rank's B, communication hidden behind the product; on the current stream.
 
     a_shard: [M / size, K] bfloat16 or float16, as many rows on every rank. b: [K, N] of that dtype, rows or columns
-    contiguous (others are copied). out: [M, N], contiguous; None makes a new one, with a gradient. M / size, K and N
-    may be any numbers. Sums are fp32. The first call of a larger size allocates symmetric memory, twice M x K, and is
-    collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
+    contiguous (others are copied); ranks may have different N, 0 only if all have. out: [M, N], contiguous; None makes
+    a new one, with a gradient. M / size, K and N may be any numbers. Sums are fp32. The first call of a larger size
+    allocates symmetric memory, twice M x K, and is collective: it must not be in a graph's capture. Raises
+    ArgumentError, and what any call of `comm` raises.
     """
     if out is None:
         return torch.ops.tdccl.all_gather_gemm(a_shard, b, comm.name)

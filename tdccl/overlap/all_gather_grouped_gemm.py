@@ -160,10 +160,10 @@ def all_gather_grouped_gemm(
     x: [tokens, K] bfloat16 or float16, this rank's. b: [experts here, K, N] of that dtype, either of the last two
     dimensions contiguous (others are copied). routing: of `route`, or of `route_experts`: then tokens go only to the
     ranks of their experts (dispatch + grouped GEMM). out: [routing.rows, N], contiguous; None makes a new one, with a
-    gradient. Returns it: rows by expert as `routing.offsets` says; what they are of, `routing.source`. Rows past the
-    last are left as they are. Sums are fp32. The first call of a larger size allocates symmetric memory, twice the
-    tokens of all ranks x K, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any
-    call of the communicator raises.
+    gradient, for which ranks must have equal N. Returns it: rows by expert as `routing.offsets` says; what they are of,
+    `routing.source`. Rows past the last are left as they are. Sums are fp32. The first call of a larger size allocates
+    symmetric memory, twice the tokens of all ranks x K, and is collective: it must not be in a graph's capture. Raises
+    ArgumentError, and what any call of the communicator raises.
     """
     if out is None:
         return torch.ops.tdccl.all_gather_grouped_gemm(x, b, routing.memory, routing.comm.name, list(routing.sizes))

@@ -288,35 +288,36 @@ def gather_kv_attention(
     q: [B, S / size, heads, dim] bfloat16 or float16, contiguous (others are copied); dim 64 or 128. k, v: [B, S / size,
     KV heads, dim] of that dtype; heads is a multiple of KV heads. Every rank has as many positions of S, by `zigzag`
     those that `positions` tells, and then an even number. causal: a query sees the keys up to its own position. out: as
-    q, contiguous; None makes a new one. scale: of scores, above 0; None: 1 / sqrt(dim). Sums are fp32. Forward only:
-    there is no gradient. The first call of a larger size allocates symmetric memory, four times all ranks' k, and is
-    collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
+    q, contiguous; None makes a new one, with a gradient. scale: of scores, above 0; None: 1 / sqrt(dim). Sums are fp32.
+    The first call of a larger size allocates symmetric memory, four times all ranks' k, its gradient's eight times, and
+    is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call of `comm` raises.
     """
-    _check_queries(q)
+    _check_queries("gather_kv_attention", q)
     scale = scale_of("gather_kv_attention", scale, q.shape[-1])
     if out is None:
         return torch.ops.tdccl.gather_kv_attention(q, k, v, causal, zigzag, scale, comm.name)[0]
-    _check(comm, q, k, v, zigzag)
+    check("gather_kv_attention", comm, q, k, v, zigzag)
     check_out("gather_kv_attention", out, tuple(q.shape), q)
     _compute(comm, q, k, v, causal, zigzag, scale, out)
     return out
 
 
-def _check_queries(q: torch.Tensor) -> None:
+def _check_queries(operator: str, q: torch.Tensor) -> None:
     if q.dim() != 4:
-        raise ArgumentError(f"gather_kv_attention: q is {tuple(q.shape)}, expected [B, S / size, heads, dim]")
+        raise ArgumentError(f"{operator}: q is {tuple(q.shape)}, expected [B, S / size, heads, dim]")
 
 
-def _check(comm: Communicator, q, k, v, zigzag: bool) -> None:
-    _check_queries(q)
-    check_heads("gather_kv_attention", comm, q, k, v)
+def check(operator: str, comm: Communicator, q, k, v, zigzag: bool) -> None:
+    """Raises ArgumentError unless these are shards of queries, keys and values that go together."""
+    _check_queries(operator, q)
+    check_heads(operator, comm, q, k, v)
     if q.shape[1] != k.shape[1]:
         raise ArgumentError(
-            f"gather_kv_attention: q has {q.shape[1]} positions, k has {k.shape[1]}; expected a shard of the same ones"
+            f"{operator}: q has {q.shape[1]} positions, k has {k.shape[1]}; expected a shard of the same ones"
         )
     if zigzag and q.shape[1] % 2:
         raise ArgumentError(
-            f"gather_kv_attention: q has {q.shape[1]} positions, expected an even number, two pieces, or zigzag=False"
+            f"{operator}: q has {q.shape[1]} positions, expected an even number, two pieces, or zigzag=False"
         )
 
 
@@ -374,7 +375,7 @@ def _operator(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the function returns, fp32 [B, heads, S / size]: logarithms of base 2 of the sums of rows' exponentials)"""
     communicator = named(comm)
-    _check(communicator, q, k, v, zigzag)
+    check("gather_kv_attention", communicator, q, k, v, zigzag)
     out, logs = _fake(q, k, v, causal, zigzag, scale, comm)
     _compute(communicator, q, k, v, causal, zigzag, scale, out, logs)
     return out, logs

@@ -18,10 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import tdccl.language as shmem
 from tdccl import environment
 from tdccl.communicator import Communicator, named
+from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.attention import LOG2_E
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gather_kv_attention import (
+    check,
     hear_all,
     heavy_first,
     no_tickets,
@@ -341,16 +343,31 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
     comm.start_fused("reduce_scatter", "gather_kv_attention_gradient", k, compute)
 
 
+def _check_forward(q, out, logs, gradient) -> None:
+    batch, rows, heads, _ = q.shape
+    expected = {"out": (out, q.shape, q.dtype), "logs": (logs, (batch, heads, rows), torch.float32)}
+    for name, (tensor, shape, dtype) in {**expected, "gradient": (gradient, q.shape, q.dtype)}.items():
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
+            raise ArgumentError(
+                f"gather_kv_attention_gradient: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                f"expected {dtype} {tuple(shape)} on {q.device}"
+            )
+
+
 @torch.library.custom_op("tdccl::gather_kv_attention_gradient", mutates_args=())
 def gather_kv_attention_gradient(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor, gradient: torch.Tensor,
     causal: bool, zigzag: bool, scale: float, comm: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of q, k and v; out and logs are what forward gave, `gradient` is that of out."""
+    """The gradients of q, k and v; out and logs are what forward gave, `gradient` is that of out. Raises ArgumentError,
+    and what any call of the communicator raises."""
+    communicator = named(comm)
+    check("gather_kv_attention_gradient", communicator, q, k, v, zigzag)
+    _check_forward(q, out, logs, gradient)
     results = _fake(q, k, v)
     if q.numel() == 0:
         return tuple(each.zero_() for each in results)
-    _compute(named(comm), (q, k, v, out, logs, gradient), results, causal, zigzag, scale)
+    _compute(communicator, (q, k, v, out, logs, gradient), results, causal, zigzag, scale)
     return results
 
 

@@ -89,19 +89,28 @@ class Operands(NamedTuple):
 
 def prepare(
     comm: Communicator, a: torch.Tensor, b: torch.Tensor, rows: int, columns: int, shards: int = 1, kind: str = "many",
-    rule=shape_for,
+    rule=shape_for, shared: bool = True,
 ) -> Operands:  # fmt: skip
     """a [M, K] and b [K, N], laid out for a product of `shards` times so many rows, and so many columns, of the result.
 
     kind: of `tuning.products.KINDS`, in whose rows shapes are looked up; rule: chooses tiles where there is none near,
-    as `shape_for` does, from the same arguments.
+    as `shape_for` does, from the same arguments. shared: whether all ranks have as many columns of a; if not, those
+    that descriptors cannot load are filled up with zeros, for ranks must cut alike.
     """
+    if not shared and columns % 8 == 0:
+        a, b = _filled_up(a), _filled_up(b.t()).t()
     a, b = dense(a), rows_or_columns(b)
     descriptors = by_descriptors(a.shape[1], b.shape[1])
     shape = rule(rows, columns, descriptors)
     if descriptors:
-        shape = comm.products.shape(kind, shards * rows, columns, b.shape[0], b.stride(1) != 1, shape)
+        shape = comm.products.shape(kind, shards * rows, columns, b.shape[0], b.stride(1) != 1, shape, shared)
     return Operands(a, right(b, shape, descriptors), shape, descriptors)
+
+
+def _filled_up(a: torch.Tensor) -> torch.Tensor:
+    """The matrix with columns of zeros behind it, so that 8 divides how many it has."""
+    missing = -a.shape[1] % 8
+    return torch.nn.functional.pad(a, (0, missing)) if missing else a
 
 
 def dense(a: torch.Tensor) -> torch.Tensor:

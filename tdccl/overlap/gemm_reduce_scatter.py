@@ -121,9 +121,9 @@ def gemm_reduce_scatter(
 ) -> torch.Tensor:
     """This rank's rows of the sum over ranks of A times B, communication hidden behind the product; current stream.
 
-    a: [M, K] bfloat16 or float16, M a multiple of the ranks, K this rank's share, as large on every rank. b: [K, N] of
-    that dtype, rows or columns contiguous (others are copied). out: [M / size, N], contiguous; None makes a new one,
-    with a gradient.
+    a: [M, K] bfloat16 or float16, M a multiple of the ranks, K this rank's share, which may be larger than others'; 0
+    only if it is on all. b: [K, N] of that dtype, rows or columns contiguous (others are copied). out: [M / size, N],
+    contiguous; None makes a new one, with a gradient.
     M / size, K and N may be any numbers. Each rank's product is rounded to the dtype, as for reduce_scatter; they are
     added in fp32, in rank order: the same bits in every run. The first call of a larger size allocates symmetric
     memory, twice M x N, and is collective: it must not be in a graph's capture. Raises ArgumentError, and what any call
@@ -143,9 +143,10 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     if a.shape[1] == 0:
         out.zero_()
         return
-    (rows, columns), depth = out.shape, a.shape[1]
-    operands = prepare(comm, a, b, rows, columns, comm.size)
+    rows, columns = out.shape
+    operands = prepare(comm, a, b, rows, columns, comm.size, shared=False)
     a, shape = operands.a, operands.shape
+    depth = a.shape[1]
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
     blocks, elements = comm.multiprocessors, comm.size * rows * width

@@ -255,8 +255,8 @@ def grouped_gemm_reduce_scatter(
 
     h: [routing.rows, K] bfloat16 or float16, rows by expert as `all_gather_grouped_gemm` returns them. b: [experts
     here, K, N] of that dtype, either of the last two dimensions contiguous (others are copied). routing: of `route`,
-    K this rank's part; or of `route_experts` (grouped GEMM + combine). Its weights multiply the rows. out: [tokens, N],
-    contiguous; None makes a new one, with a gradient, of the weights, too.
+    K this rank's part, as large on every rank; or of `route_experts` (grouped GEMM + combine). Its weights multiply the
+    rows. out: [tokens, N], contiguous; None makes a new one, with a gradient, of the weights, too.
 
     A row is rounded to the dtype; a token's rows are added in fp32 in top-k order, and rounded; then the ranks' in
     fp32, in rank order: the same bits in every run. The first call of a larger size, or of a K that shares out the

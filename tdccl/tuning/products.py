@@ -8,6 +8,7 @@ product that all of them share, not from the layout of an operand, in which they
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,25 +63,45 @@ class Products:
     rows: tuple[Row, ...] = ()
     _known: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def shape(self, kind: str, rows: int, columns: int, depth: int, transposed: bool, rule: Shape) -> Shape:
-        """What was measured at the nearest sizes, with tiles as high as the rule's; the rule where nothing is near."""
+    def shape(
+        self, kind: str, rows: int, columns: int, depth: int, transposed: bool, rule: Shape, shared: bool = True
+    ) -> Shape:
+        """What was measured at the nearest sizes, with tiles as high as the rule's; the rule where nothing is near.
+
+        shared: whether `depth` is the same on all ranks. Else only rows and columns decide how they cut.
+        """
         if not self.rows:
             return rule
-        asked = (kind, rows, columns, depth, transposed, rule)
-        if asked not in self._known:
+        asked = (kind, rows, columns, depth, transposed, rule, shared)
+        found = self._known.get(asked)
+        if found is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[asked] = self._nearest(*asked)
-        return self._known[asked]
+            found = self._known[asked] = self._nearest(*asked)
+        return found
 
-    def _nearest(self, kind: str, rows: int, columns: int, depth: int, transposed: bool, rule: Shape) -> Shape:
-        near = []
-        for row in self.rows:
-            apart = [abs(math.log(there / asked)) for there, asked in zip(row.sizes, (rows, columns, depth))]
-            fits = row.kind == kind and row.shape.rows == rule.rows and row.shape.columns < 2 * columns
-            if fits and max(apart) <= math.log(NEAR):
-                near.append((sum(apart), row.sizes, row.transposed != transposed, row.shape))
-        return min(near)[-1] if near else rule
+    def _nearest(
+        self, kind: str, rows: int, columns: int, depth: int, transposed: bool, rule: Shape, shared: bool
+    ) -> Shape:
+        def apart(row: Row) -> list[float]:
+            return [abs(math.log(there / asked)) for there, asked in zip(row.sizes, (rows, columns, depth))]
+
+        deciding = 3 if shared else 2  # of a row's sizes
+        near = [
+            row
+            for row in self.rows
+            if row.kind == kind
+            and row.shape.rows == rule.rows
+            and row.shape.columns < 2 * columns
+            and max(apart(row)[:deciding]) <= math.log(NEAR)
+        ]
+        if not shared and near:
+            _, nearest = min((sum(apart(row)[:2]), row.sizes[:2]) for row in near)
+            near = [row for row in near if row.sizes[:2] == nearest]
+            cut = Counter(row.cut for row in near).most_common(1)[0][0]
+            near = [row for row in near if row.cut == cut]
+        ranked = [(sum(apart(row)), row.sizes, row.transposed != transposed, row.shape) for row in near]
+        return min(ranked)[-1] if ranked else rule
 
     def digest(self) -> str:
         """Equal on two ranks exactly if they decide alike."""

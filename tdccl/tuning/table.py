@@ -129,7 +129,7 @@ def read(path: str | Path) -> dict[str, Any]:
             raise TypeError("gpu must be a name")
         if "products" in made:
             products.parse(made, str(path))
-        else:
+        if "rows" in made or "products" not in made:
             parse(made, str(path))
             if not isinstance(made["world"], int):
                 raise TypeError("world must be a number")
