@@ -3,15 +3,19 @@
 torchrun --nproc-per-node 4 tests/torch_training.py [kinds or names of cases]
 
 A case returns tensors. All cases run on "tdccl", then all again on Gloo (NCCL where there are GPUs), and give the same.
+NCCL takes one rank a GPU: where ranks share one, what they did is compared with Gloo's on the CPU, in other processes.
 """
 
+import contextlib
 import faulthandler
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -42,6 +46,7 @@ if not hasattr(dist.Backend, "TDCCL"):  # run from a checkout: no entry point is
 
 GPU = torch.cuda.is_available() and os.environ.get("TDCCL_EMULATE", "0") == "0"
 COMPILER = os.environ.get("COMPILER", "inductor" if GPU else "aot_eager")  # Inductor compiles C++ for CPUs: slowly
+NCCL = False  # whether that is what the results are compared with
 WIDTH = 12  # divides by 2, 3 and 4 ranks
 
 
@@ -115,10 +120,10 @@ def ddp_unused_parameters():
 
 
 def ddp_buffers():
-    """BatchNorm's buffers are rank 0's; with SyncBatchNorm, where there is one, those of all."""
+    """BatchNorm's buffers are rank 0's; with SyncBatchNorm, where NCCL has one, too, those of all."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)).to(DEVICE)
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if GPU else model
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if NCCL else model
     model = ddp(model)
     results = trained(model)
     model.eval()
@@ -139,10 +144,7 @@ def ddp_no_sync():
 
 def ddp_step_in_a_graph():
     """A whole step, its all_reduces included, captured and replayed; the backend compared with runs it as usual."""
-    if not GPU:
-        return []
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(torch.cuda.Stream()) if GPU else contextlib.nullcontext():
         model, inputs = ddp(), batch(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
 
@@ -153,10 +155,10 @@ def ddp_step_in_a_graph():
 
         for _ in range(11):  # DDP looks at its own timings in the first ten
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     run = step
-    if dist.get_backend() == "tdccl":
+    if GPU:
+        torch.cuda.synchronize()
+    if GPU and dist.get_backend() == "tdccl":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -458,7 +460,7 @@ def dtensor_operators():
 def functional_round(x):
     """All the functional collectives, one after another."""
     world = dist.group.WORLD
-    x = functional.all_reduce(x, "avg" if GPU else "max", world)
+    x = functional.all_reduce(x, "avg" if NCCL else "max", world)
     gathered = functional.all_gather_tensor(x + RANK, 0, world)
     summed = functional.reduce_scatter_tensor(gathered * 2, "sum", 0, world)
     exchanged = functional.all_to_all_single(summed, [len(summed) // SIZE] * SIZE, [len(summed) // SIZE] * SIZE, world)
@@ -569,9 +571,10 @@ def chosen(names: list[str]) -> list:
     ]
 
 
-def results_on(backend: str, cases: list) -> list:
+def results_on(backend: str, cases: list, **where) -> list:
+    """where: as of init_process_group."""
     global RANK, SIZE
-    dist.init_process_group(backend, timeout=timedelta(seconds=100))
+    dist.init_process_group(backend, timeout=timedelta(seconds=100), **where)
     RANK, SIZE = dist.get_rank(), dist.get_world_size()
     results = []
     for case in cases:
@@ -591,23 +594,47 @@ def results_on(backend: str, cases: list) -> list:
     return results
 
 
+def results_on_the_cpu(names: list[str]) -> list:
+    """Those of Gloo, in a process that sees no GPU."""
+    meeting = Path(tempfile.gettempdir(), f"training-{os.environ['MASTER_PORT']}")
+    written = meeting.with_suffix(f".{RANK}")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, __file__, "--cpu", meeting, *names], env=environment, check=True)
+    results = torch.load(written, weights_only=False)
+    written.unlink()
+    meeting.unlink(missing_ok=True)
+    return results
+
+
+def write_results(meeting: str, names: list[str]) -> None:
+    """What `results_on_the_cpu` reads."""
+    global DEVICE
+    DEVICE = torch.device("cpu")
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    torch.save(results_on("gloo", chosen(names), init_method=f"file://{meeting}", **ranks), f"{meeting}.{RANK}")
+
+
 def outcomes(names: list[str]) -> dict[str, Exception | None]:
     """By case: None where both backends gave the same, else what failed on either, or how they differ."""
-    global DEVICE
+    global DEVICE, NCCL
     local = int(os.environ["LOCAL_RANK"])
     DEVICE = torch.device("cuda", local % torch.cuda.device_count()) if GPU else torch.device("cpu")
     if GPU:
         torch.cuda.set_device(DEVICE)
+    NCCL = GPU and int(os.environ["WORLD_SIZE"]) <= torch.cuda.device_count()
     cases = chosen(names)
     ours = results_on("tdccl", cases)
-    theirs = results_on("cpu:gloo,cuda:nccl" if GPU else "gloo", cases)
+    if GPU and not NCCL:
+        theirs = results_on_the_cpu(names)
+    else:
+        theirs = results_on("cpu:gloo,cuda:nccl" if GPU else "gloo", cases)
     found = {}
     for case, result, expected in zip(cases, ours, theirs):
         try:
             for outcome in (result, expected):
                 if isinstance(outcome, Exception):
                     raise outcome
-            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4, check_device=False)
             found[case.__name__] = None
         except Exception as error:
             found[case.__name__] = error
@@ -615,6 +642,9 @@ def outcomes(names: list[str]) -> dict[str, Exception | None]:
 
 
 def main():
+    if sys.argv[1:2] == ["--cpu"]:
+        write_results(sys.argv[2], sys.argv[3:])
+        return
     found = outcomes(sys.argv[1:])
     for name, error in found.items():
         if error is None:
