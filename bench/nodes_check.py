@@ -25,12 +25,11 @@ import torch.distributed as dist
 import tdccl
 from bench import data
 from bench.collectives import COLLECTIVES, Buffers, Case
-from bench.compiling import on_all_cores
+from bench.compiling import call_of, compile_all
 from bench.output import Result, describe, given
 from tdccl import aot, environment, torch_entry, tuning
 from tdccl.decisions import ACROSS_NODES, context_for
 from tdccl.runtime.algorithm import Algorithm, Call
-from tdccl.runtime.arrays import TRITON_NAMES
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport import nvshmem
 from tdccl.transport.bootstrap import Bootstrap, discover
@@ -64,7 +63,7 @@ def jobs(nodes: int, width: int, arch: str, most_blocks: int) -> list[aot.Job]:
     context, distinct = context_for(width, most_blocks, nodes=nodes), {}
     calls = [_other(nodes * width, *other) for other in _OTHERS]
     for name in ACROSS_NODES.keys() & COLLECTIVES.keys():
-        calls += [_call(case) for case in cases(name, 0, nodes * width) if case.count]
+        calls += [call_of(case) for case in cases(name, 0, nodes * width) if case.count]
     for call in calls:
         for algorithm in ACROSS_NODES[call.collective]:
             if algorithm.unfit(call, context) is None:
@@ -74,26 +73,10 @@ def jobs(nodes: int, width: int, arch: str, most_blocks: int) -> list[aot.Job]:
     return [*distinct.values()]
 
 
-def _call(case: Case) -> Call:
-    """The case as a communicator plans it."""
-    dtype, count = TRITON_NAMES[case.dtype], case.count
-    if case.op is None:
-        dtype, count = "u8", count * case.dtype.itemsize
-    return Call(case.collective.name, count, dtype, case.op, max(0, case.root), 16, None, (None, None), case.in_place)
-
-
 def _other(ranks: int, name: str, count: int, dtype: str, op: str | None, alignment: int, uneven: bool) -> Call:
     splits = (((alignment,) * ranks,) * 2) if uneven else None
     on_device = (0, 0, 16, 16, 16) if name == "all_to_all_vdev" else None
     return Call(name, count, dtype, op, 0, alignment, splits, (None, None), False, on_device)
-
-
-def compile_all(topology: tdccl.transport.Topology, most_blocks: int) -> str:
-    """Compiles the kernels into Triton's cache, on all cores; returns how long it took, in words."""
-    start, arch = time.monotonic(), "sm_{}{}".format(*torch.cuda.get_device_capability())
-    todo = jobs(len(topology.nodes), topology.width, arch, most_blocks)
-    on_all_cores(aot.warm, [(job,) for job in todo])
-    return f"{len(todo)} kernels compiled in {time.monotonic() - start:.0f} s"
 
 
 def installed(comm: tdccl.Communicator) -> str:
@@ -330,7 +313,8 @@ def main() -> int:
         topology, blocks = comm.topology, comm.multiprocessors
         described = describe(comm.size, comm.device, f"python -m bench.nodes_check {given()}", topology)
     if bootstrap.rank == 0 and not environment.emulated():
-        say(f"# {compile_all(topology, blocks)}")
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        say(f"# {compile_all(jobs(len(topology.nodes), topology.width, arch, blocks))}")
     bootstrap.barrier()
     parts = [
         (f"{name} by {algorithm.name}", partial(Checker.algorithm, algorithm=algorithm, name=name))

@@ -20,9 +20,11 @@ import torch
 import tdccl
 from bench import data
 from bench.collectives import COLLECTIVES, Buffers, Case
-from tdccl import environment, tuning
-from tdccl.decisions import ALGORITHMS, table_for
+from bench.compiling import call_of, compile_all
+from tdccl import aot, environment, tuning
+from tdccl.decisions import ALGORITHMS, context_for, table_for
 from tdccl.runtime.algorithm import Algorithm
+from tdccl.runtime.plan import choose
 from tdccl.timing import Effort, clock_for, slowest
 from tdccl.transport.bootstrap import Bootstrap, discover
 from tdccl.tuning.table import PLACEMENTS
@@ -55,6 +57,22 @@ def tasks(comm: tdccl.Communicator, sizes: list[int]) -> Iterator[Task]:
                         reduced_by = op if collective.reduces else None
                         case = Case(collective, size, dtype, reduced_by, root, comm.rank, comm.size, in_place)
                         yield Task(algorithm, case, bool(algorithm.symmetric))
+
+
+def jobs(comm: tdccl.Communicator, sizes: list[int]) -> list[aot.Job]:
+    """The kernels of all tasks, and of what they are compared with."""
+    context = context_for(comm.size, comm.multiprocessors)._replace(multicast=comm.multicast)
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(comm.device))
+    without, distinct = table_for(comm.gpu, comm.size), {}
+    for task in tasks(comm, sizes):
+        call, among = call_of(task.case, task.symmetric), ALGORITHMS[task.case.collective.name]
+        for choice in (
+            choose(among, call, context, without, task.algorithm.name),
+            choose(among, call, context, without),
+        ):
+            key = aot.key_of(choice.algorithm, choice.geometry, call.op, context)
+            distinct[key] = aot.Job(arch, comm.size, call.collective, choice.algorithm.name, choice.geometry, call.op)
+    return [*distinct.values()]
 
 
 class Checker:
@@ -133,6 +151,9 @@ def main(words: list[str]) -> int:
     bootstrap = discover(timeout=comm.timeout)
     bootstrap.interrupt = comm.raise_fault  # nobody waits for a rank that has ended
     sizes = [1 << power for power in range(options.smallest, options.largest + 1, 2)]
+    if comm.rank == 0 and not environment.emulated():
+        say(f"# {compile_all(jobs(comm, sizes))}", flush=True)
+    bootstrap.barrier()
     checker, wrong = Checker(comm, bootstrap, sizes[-1]), 0
     for task in tasks(comm, sizes):
         errors, ours, others, other = checker.run(task)

@@ -185,8 +185,9 @@ class Work(dist.Work):
                 self._future.set_result(outputs)
             else:
                 self._future = _Future([self._stream.device])
-                with OnStream(self._stream):  # the result is ready where this stream is now
-                    self._future.set_result(outputs)
+                # The result is ready where this stream is now, for which a future looks only if a tensor is in it.
+                with OnStream(self._stream):
+                    self._future.set_result(outputs or [torch.empty(0, device=self._stream.device)])
         return self._future
 
 

@@ -22,6 +22,8 @@ TIMEOUT = 30  # seconds, of the ranks' waits
 # Ranks may share a GPU (TDCCL_TEST_RANKS larger than the number of GPUs): right, but slow by time slicing.
 _FOUND = torch.cuda.device_count() if torch.cuda.is_available() else 4
 LARGEST_WORLD = int(os.environ.get("TDCCL_TEST_RANKS", min(4, _FOUND)))
+# NCCL, which programs on GPUs are compared with, takes one rank a GPU.
+LARGEST_FOR_NCCL = min(LARGEST_WORLD, _FOUND)
 
 
 class RankPool:

@@ -21,8 +21,8 @@ EVERYWHERE = ["data_parallel", "sharded", "spread", "pipelines", "collectives", 
 
 
 def torchrun(ranks: int, program: str, *arguments, path=(CHECKOUT,), **variables) -> str:
-    if ranks > pool.LARGEST_WORLD:
-        pytest.skip(f"{pool.LARGEST_WORLD} GPUs")
+    if ranks > pool.LARGEST_FOR_NCCL:
+        pytest.skip(f"{pool.LARGEST_FOR_NCCL} GPUs")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return run(*launcher, str(CHECKOUT / program), *arguments, path=path, **variables)
 

@@ -271,6 +271,30 @@ def ends():
     second.wait()
 
 
+def futures_without_results():
+    """Who waits for the future of a barrier, or of a block of calls, waits for their end."""
+    side, ended = torch.cuda.Stream(), torch.cuda.Event()
+    for begin in (barrier_begun, block_begun):
+        torch.cuda._sleep(1_000_000_000)
+        future = begin().get_future()
+        with torch.cuda.stream(side):
+            future.wait()
+            ended.record()
+        assert not ended.query()
+        side.synchronize()
+
+
+def barrier_begun():
+    return dist.barrier(async_op=True)
+
+
+def block_begun():
+    with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
+        dist.all_reduce(full(1000, 1))
+    (work,) = manager.works
+    return work
+
+
 def one_after_another():
     """Calls on two streams share scratch, so that the second waits for the first, on the default stream, too."""
     side, first = torch.cuda.Stream(), torch.cuda.Event()
@@ -654,7 +678,7 @@ EVERYWHERE = [
     messages_of_anyone, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
-ON_GPUS = [streams, ends, one_after_another] if GPU else []
+ON_GPUS = [streams, ends, futures_without_results, one_after_another] if GPU else []
 AT_FIRST = [cpu_tensors] if GLOO else [*EVERYWHERE, *ON_GPUS]
 # In a default group made anew.
 AGAIN = [cpu_tensors, objects, saved_beside] if GLOO else [all_reduce, groups, messages, monitored]

@@ -209,7 +209,7 @@ def ddp_power_sgd_hook():
 
 def zero_redundancy_optimizer():
     model = ddp()
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01, eps=1e-3)
     results = trained(model, optimizer)
     optimizer.consolidate_state_dict(to=0)
     if RANK == 0:
@@ -634,7 +634,9 @@ def outcomes(names: list[str]) -> dict[str, Exception | None]:
             for outcome in (result, expected):
                 if isinstance(outcome, Exception):
                     raise outcome
-            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4, check_device=False)
+            # In bfloat16 a GPU's sums and a CPU's do not round alike.
+            tolerance = 2e-2 if GPU and not NCCL and "mixed" in case.__name__ else 1e-4
+            torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance, check_device=False)
             found[case.__name__] = None
         except Exception as error:
             found[case.__name__] = error
