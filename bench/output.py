@@ -165,7 +165,9 @@ def describe(ranks: int, device: torch.device, command: str, topology: Topology 
     host."""
     processor = f"{os.cpu_count()} x {_processor()}"
     gpu = None if environment.emulated() else torch.cuda.get_device_name(device)
-    host = f"emulation, {processor}" if gpu is None else f"{torch.cuda.device_count()} x {gpu}, {processor}"
+    gpus = torch.cuda.device_count()
+    sharing = " that ranks share" if gpus < ranks else ""
+    host = f"emulation, {processor}" if gpu is None else f"{gpus} x {gpu}{sharing}, {processor}"
     return {
         "host": host + (_lying(topology) if topology is not None else ""),
         "gpu": gpu,
@@ -190,7 +192,10 @@ def _lying(topology: Topology) -> str:
     lying = f"; as {len(topology.nodes)} nodes of {topology.width} drawn inside the host"
     if environment.node_size() is None:
         return lying.replace(" drawn inside the host", "")
-    return f"{lying}: {'emulated' if environment.emulated() else 'NVSHMEM over NVLink'}, not a network"
+    if environment.emulated():
+        return f"{lying}: emulated, not a network"
+    shared = torch.cuda.device_count() < sum(map(len, topology.nodes))
+    return f"{lying}: NVSHMEM {'inside a GPU' if shared else 'over NVLink'}, not a network"
 
 
 def given() -> str:
