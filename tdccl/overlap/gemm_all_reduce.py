@@ -31,7 +31,7 @@ from tdccl.overlap.gemm import (
     product_onto,
     shape_for,
 )
-from tdccl.overlap.pushers import few_of
+from tdccl.overlap.pushers import few_of, left_by
 from tdccl.overlap.workspace import Workspace, check_matrices, check_out, keep_operands, workspace
 
 FEW_ROWS = 32 if environment.emulated() else 256
@@ -452,6 +452,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         return
     (rows, columns), depth = out.shape, a.shape[1]
     few, blocks, folders = rows <= FEW_ROWS, comm.multiprocessors, few_of(comm, FOLDERS)
+    multipliers = blocks if few else left_by("gemm_all_reduce", comm, folders)
     kind, rule = ("few", shape_of_few) if few else ("many", shape_for)
     operands = prepare(comm, a, b, rows, columns, kind=kind, rule=rule)
     shape = operands.shape
@@ -468,12 +469,12 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
     def multiply():
         if few:
-            multiply_shares[(blocks,)](
+            multiply_shares[(multipliers,)](
                 comm.team, space.epochs[0], *slots, *pair, out, space.partials, space.arrivals, rows, columns, depth,
                 share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0, **how,
             )  # fmt: skip
         else:
-            multiply_tiles[(blocks - folders,)](
+            multiply_tiles[(multipliers,)](
                 comm.team, space.epochs[0], *slots, *pair, rows, columns, depth, *layout, **how
             )  # fmt: skip
 

@@ -150,7 +150,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
     blocks, elements = comm.multiprocessors, comm.size * rows * width
-    copied = comm.size > 1 and rows * width * a.itemsize >= LEAST_BYTES
+    copied = comm.size > 1 and blocks > COPIERS and rows * width * a.itemsize >= LEAST_BYTES
     words = -(-tiles_down // shape.group) if copied else tiles_down * tiles_across
     space = workspace(comm, "gemm_reduce_scatter", elements, _UNIT, a.dtype, words, blocks, copied)
     staged = a.new_empty(comm.size, rows, width) if copied else a

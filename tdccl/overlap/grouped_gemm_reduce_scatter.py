@@ -30,6 +30,7 @@ from tdccl.overlap.grouped import (
     tile_at,
 )
 from tdccl.overlap.grouped_gradient import grouped_gradient
+from tdccl.overlap.pushers import few_of, left_by
 from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, padded, workspace
 
@@ -286,8 +287,8 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     shape = shape_of(b, routing, descriptors)
     width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
     blocks = comm.multiprocessors
-    reducers = _reducers(blocks, depth)
-    multipliers = blocks - reducers
+    reducers = few_of(comm, _reducers(blocks, depth))
+    multipliers = left_by("grouped_gemm_reduce_scatter", comm, reducers)
     signals = max(reducers, comm.size) * -(-columns // chunk)
     # Counters and epochs are of one grid: another has its own.
     name = f"grouped_gemm_reduce_scatter with {reducers} reducers"
