@@ -19,6 +19,7 @@ from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, left_by, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, workspace
+from tdccl.runtime.launch import keyed
 
 # Tiles below each other that a copy engine moves together. Not the product's groups: those go by this rank's columns.
 PIECE = 2 if environment.emulated() else 8
@@ -172,13 +173,13 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
                 copies.send(pe, part, (first + piece * height) * depth, piece)
 
     def push():
-        push_shard[(others,)](
+        keyed(push_shard)[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
             DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(multipliers,)](
+        keyed(multiply_gathered)[(multipliers,)](
             comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, operands.left(a_shard),
             operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
             COPIED=copied, **constants,

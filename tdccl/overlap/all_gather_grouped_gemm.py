@@ -33,6 +33,7 @@ from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.pushers import left_by, pushers
 from tdccl.overlap.routing import Routing, Sizes, padded_tokens
 from tdccl.overlap.workspace import check_out, workspace
+from tdccl.runtime.launch import keyed
 
 PUSH_WARPS = 16
 # Tokens and elements of each that a pusher has in flight.
@@ -192,14 +193,14 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     odd, of_b = space.odd(unit), stack(b, shape, descriptors)
 
     def push():
-        push_tokens[(pushing,)](
+        keyed(push_tokens)[(pushing,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, x, space.on_all_ranks, odd,
             sizes.tokens, sizes.most, space.most, depth, DTYPE=DTYPES[x.dtype], **routing.constants(),
             SHARDED=bool(sizes.sharded), TOKENS=PUSH_TOKENS, COLUMNS=PUSH_COLUMNS, num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_arriving[(multipliers,)](
+        keyed(multiply_arriving)[(multipliers,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, x, space.buffer, odd,
             of_b.right.operand, of_b.step, out, pushing, sizes.most, space.most, columns, depth, *of_b.right.strides,
             DTYPE=DTYPES[x.dtype], TOP_K=sizes.top_k, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,

@@ -19,6 +19,7 @@ from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import grouped, prepare, product_onto
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, left_by, pushers
 from tdccl.overlap.workspace import check_operands, check_out, exchange_columns, keep_operands, padded, workspace
+from tdccl.runtime.launch import keyed
 
 
 def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -141,13 +142,13 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     constants = operands.constants()
 
     def push():
-        push_rows[(pushing,)](
+        keyed(push_rows)[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a, stride, space.on_all_ranks, odd,
             DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_collected[(multipliers,)](
+        keyed(multiply_collected)[(multipliers,)](
             comm.team, space.epochs[1], shards, space.signals_on_all_ranks, operands.left(a), stride,
             operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
             **constants,

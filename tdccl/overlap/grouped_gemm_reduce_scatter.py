@@ -33,6 +33,7 @@ from tdccl.overlap.grouped_gradient import grouped_gradient
 from tdccl.overlap.pushers import few_of, left_by
 from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, padded, workspace
+from tdccl.runtime.launch import keyed
 
 REDUCE_WARPS = 16
 # Tokens, and columns, of which a reducer adds up the rows together.
@@ -298,7 +299,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     partial = h.new_empty(routing.rows, width)
 
     def multiply():
-        multiply_backwards[(multipliers,)](
+        keyed(multiply_backwards)[(multipliers,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, left(h, shape, descriptors),
             of_b.right.operand, of_b.step, partial, columns, width, depth, *of_b.right.strides, space.most, words,
             DTYPE=DTYPES[h.dtype], ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
@@ -307,7 +308,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         )  # fmt: skip
 
     def reduce():
-        reduce_rows[(reducers,)](
+        keyed(reduce_rows)[(reducers,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, partial, routing.weights,
             space.on_all_ranks, space.odd(_UNIT), out, sizes.tokens, sizes.most, columns, width, space.most,
             multipliers, DTYPE=DTYPES[h.dtype], **routing.constants(), SHARDED=bool(sizes.sharded),
