@@ -40,7 +40,7 @@ from tdccl.overlap.gemm import shape_for
 from tdccl.overlap.gemm_all_reduce import FEW_ROWS, shape_of_few
 from tdccl.overlap.grouped import shape_of_tiles
 from tdccl.overlap.routing import Sizes, height_of
-from tdccl.runtime.launch import callees_first
+from tdccl.runtime.launch import keyed
 from tdccl.timing import HostClock, clock_for
 from tdccl.transport.bootstrap import StoreBootstrap, discover
 from tdccl.tuning import Products, Shape
@@ -399,7 +399,6 @@ def _collector(jobs: list[Job]) -> Callable[..., bool]:
     """A hook of Triton's that puts the kernels it was about to compile into `jobs`, and has it launch none."""
 
     def collect(*, key, fn, compile, **_) -> bool:
-        callees_first(fn.jit_function, set())
         options = json.loads(compile["specialization_data"])["options"]
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         constants, attributes = compile["constants"], compile["configs"][0]
@@ -415,8 +414,7 @@ def warm(job: Job) -> float:
     """Compiles the kernel into Triton's cache, where the tuner finds it; returns how many bytes of shared memory it
     takes, infinite if it does not compile."""
     torch.set_num_threads(1)
-    kernel = getattr(importlib.import_module(job.module), job.name)
-    callees_first(kernel, set())
+    kernel = keyed(getattr(importlib.import_module(job.module), job.name))
     source = ASTSource(kernel, job.signature, job.constants, job.attributes)
     try:
         return triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options).metadata.shared

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pool
 import pytest
@@ -180,6 +181,18 @@ def test_gradients_of_ragged_shards_with_ranks_that_come_late(ranks, world):
 
 def test_gradients_over_all_ranks(ranks):
     ranks.run(check_gradients, pool.LARGEST_WORLD, cases=GRADIENTS[1:2])
+
+
+def check_one_multiprocessor(comm):
+    """The block that pushes attends afterwards."""
+    group = comm.split(0)
+    with mock.patch.object(group, "multiprocessors", 1):
+        check_gradients(group, PREFILLS[:1])
+    group.destroy()
+
+
+def test_attention_on_one_multiprocessor(ranks):
+    ranks.run(check_one_multiprocessor, 2)
 
 
 def check_beside_garbage(comm):

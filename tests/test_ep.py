@@ -330,8 +330,24 @@ def check_refusals(comm):
     if low:
         with pytest.raises(tdccl.ArgumentError, match=r"h is torch\.bfloat16"):
             low.combine(x, low.plan(taken), torch.ones(4, 2, device=comm.device))
+        check_combine_before_dispatch(comm, low, taken, x)
         check_plans_of_others(comm, ep, low, taken, x)
     comm._bootstrap.barrier()
+
+
+def check_combine_before_dispatch(comm, low, idx, x):
+    """It is refused, where a dispatch has only sent, too; then the dispatch goes on."""
+    plan, weights = low.plan(idx), torch.ones(4, 2, device=comm.device)
+    again = LowLatency(comm, 4, 64, low.num_experts, 2)
+    h = torch.zeros(low.local_experts, low.max_rows, 64, dtype=x.dtype, device=comm.device)
+    with pytest.raises(tdccl.ArgumentError, match="combine: no dispatch by this plan has ended"):
+        low.combine(h, plan, weights)
+    found, receive = low.dispatch(x, plan, hook=True)
+    for each in (low, again):
+        with pytest.raises(tdccl.ArgumentError, match="combine: no dispatch by this plan has ended"):
+            each.combine(h, plan, weights)
+    receive()
+    assert same_bits(again.combine(found.rows, plan, weights), low.combine(found.rows, replace(plan), weights))
 
 
 def check_plans_of_others(comm, ep, low, idx, x):

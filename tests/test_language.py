@@ -1,6 +1,7 @@
 """Kernels of users: the device functions of `tdccl.language`, alone and together."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -283,18 +284,31 @@ def test_a_grid_that_is_too_large_is_told(ranks, world):
 KEYS = """
 import sys
 from tdccl.collectives import ALGORITHMS
+from tdccl.overlap.gather_kv_attention import attend_gathered
+from tdccl.overlap.gemm_all_reduce import fold_and_share, multiply_tiles
 from tdccl.runtime import bare, launch
 
 kernels = {algorithm.name: bare.kernel_of(algorithm.kernel) for algorithm in ALGORITHMS["all_reduce"]}
-for name in sys.argv[1:]:
-    launch.callees_first(kernels[name], set())
-print({name: kernels[name].cache_key for name in sorted(sys.argv[1:])})
+kernels |= {kernel.__name__: kernel for kernel in (attend_gathered, fold_and_share, multiply_tiles)}
+keys = {name: launch.keyed(kernels[name]).cache_key for name in sys.argv[1:]}
+print(dict(sorted(keys.items())))
 """
+LAUNCH = re.compile(r"^\s+(\S+)\[(?:\(.*,\)|grid)\]\(", re.MULTILINE)
 
 
-def test_a_kernel_has_one_key_in_tritons_cache_whatever_was_compiled_before_it():
+@pytest.mark.parametrize(
+    "order",
+    [("one_shot_ll", "two_shot_staged"), ("attend_gathered", "fold_and_share", "multiply_tiles")],
+    ids=["collectives", "fused"],
+)
+def test_a_kernel_has_one_key_in_tritons_cache_whatever_was_compiled_before_it(order):
     def keys(*order):
         command, variables = [sys.executable, "-c", KEYS, *order], os.environ | {"TDCCL_EMULATE": "0"}
         return subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, check=True).stdout
 
-    assert keys("one_shot_ll", "two_shot_staged") == keys("two_shot_staged", "one_shot_ll") != ""
+    assert keys(*order) == keys(*order[::-1]) != ""
+
+
+def test_what_triton_launches_has_its_key():
+    launched = [name for path in (pool.ROOT / "tdccl").rglob("*.py") for name in LAUNCH.findall(path.read_text())]
+    assert len(launched) > 20 and all(name.startswith("keyed(") for name in launched), launched

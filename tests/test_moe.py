@@ -6,8 +6,10 @@ import random
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pool
 import pytest
@@ -175,6 +177,27 @@ def check_kinds(comm, sharded):
 @pytest.mark.parametrize("sharded", [False, True], ids=["parts of experts", "whole experts"])
 def test_layers_with_ranks_that_come_late(ranks, world, sharded):
     ranks.run(check_kinds, world, sharded=sharded)
+
+
+def check_few_multiprocessors(comm):
+    """No more than half of them add up; with one alone both operators are refused."""
+    group = comm.split(0)
+    problem = problem_of(group, 2, "random", SHAPES[0])
+    with mock.patch.object(import_module("tdccl.overlap.grouped_gemm_reduce_scatter"), "_reducers", lambda *_: 4):
+        check_layer(group, problem)
+    mine = [given[group.rank] for given in (problem.x, problem.up, problem.down)]
+    routing = routing_of(group, problem)
+    h = all_gather_grouped_gemm(*mine[:2], routing)
+    with mock.patch.object(group, "multiprocessors", 1):
+        for operator, rows, b in ((all_gather_grouped_gemm, *mine[:2]), (grouped_gemm_reduce_scatter, h, mine[2])):
+            with pytest.raises(tdccl.ArgumentError, match=f"{operator.__name__}: a rank has 1 multiprocessor"):
+                operator(rows, b, routing)
+    check_layer(group, problem)
+    group.destroy()
+
+
+def test_layers_on_few_multiprocessors(ranks):
+    ranks.run(check_few_multiprocessors, 2)
 
 
 def check_bits(comm):

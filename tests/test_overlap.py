@@ -1,6 +1,7 @@
 """Communication fused with computation: the operators, the tile layer, and its swizzles."""
 
 import gc
+import itertools
 import json
 import random
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pool
 import pytest
@@ -102,6 +104,24 @@ def check_bits(comm, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_ragged_shapes_with_ranks_that_come_late(ranks, world, operator):
     ranks.run(check_shapes, world, operator=operator)
+
+
+def check_one_multiprocessor(comm):
+    """What runs beside a product is refused before anything is launched; the rest works on one block."""
+    group = comm.split(0)
+    with mock.patch.object(group, "multiprocessors", 1):
+        for operator, shape in itertools.product(OPERATORS, [(37, 40, 72), COPIED]):
+            if operator in ("gemm_reduce_scatter", "gemm_all_to_all"):
+                check(group, operator, shape, torch.bfloat16, False, 1)
+            else:
+                with pytest.raises(tdccl.ArgumentError, match=f"{operator}: a rank has 1 multiprocessor"):
+                    check(group, operator, shape, torch.bfloat16, False, 1)
+    assert group.all_reduce(torch.ones(4, device=group.device))[0] == group.size
+    group.destroy()
+
+
+def test_on_one_multiprocessor_nothing_runs_beside_a_product(ranks):
+    ranks.run(check_one_multiprocessor, 2)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -20,7 +20,7 @@ from tdccl.overlap.all_gather_grouped_gemm import reference as grouped_reference
 from tdccl.overlap.gemm import prepare
 from tdccl.tune_products import Measured, Task, rows_of, shapes, tasks
 from tdccl.tuning import Products, Shape, table
-from tdccl.tuning.products import Row, parse
+from tdccl.tuning.products import Row, parse, shared_bytes
 
 RULE, OTHER = Shape(128, 256, 64, 4, 8, 8), Shape(128, 256, 64, 3, 8, 16)
 
@@ -88,7 +88,9 @@ def test_layouts_have_a_row_each_and_are_cut_alike():
         ({"shape": {**RULE._asdict(), "columns": 96}}, "columns of a shape: 96 is not a power of two"),
         ({"shape": {**RULE._asdict(), "depth": 8}}, "depth of a shape: 8 is not"),
         ({"shape": {**RULE._asdict(), "warps": 64}}, "warps: 64 is more than the 32"),
-        ({"shape": {**RULE._asdict(), "stages": 5}}, "takes 245760 bytes of shared memory, a block has 232448"),
+        ({"shape": {**RULE._asdict(), "stages": 5}}, "takes 245800 bytes of shared memory, a block has 232448"),
+        ({"shape": Shape(16, 32, 16, 151, 4, 8)._asdict()}, "takes 233144 bytes of shared memory"),  # by its barriers
+        ({"shape": Shape(128, 512, 32, 4, 16, 8)._asdict()}, "a tile has 65536 sums, a block has registers for 32768"),
         ({"shape": {"rows": 128}}, "missing 5 required"),
         ({"kind": "grouped", "shape": RULE._replace(depth=128, stages=2)._asdict()}, "depth: 128 is more than the 64"),
     ],
@@ -100,6 +102,27 @@ def test_a_row_that_is_none_is_refused(tmp_path, monkeypatch, change, words):
     with pytest.raises(InitError, match="is no tuning table") as raised:
         table.products_for("emulation")
     assert words in str(raised.value)
+
+
+LARGEST = Shape(128, 128, 64, 7, 8, 8), Shape(128, 256, 64, 4, 32, 8)
+COMPILED = """
+import json, sys
+import fused_variants as fused
+
+for shape in map(fused.Shape._make, json.loads(sys.argv[1])):
+    constants = {"DTYPE": fused.tl.bfloat16, "DESCRIPTORS": True, "TRANSPOSED": True, "COPIED": False}
+    constants |= {name.upper(): getattr(shape, name) for name in ("columns", "depth", "stages", "group")}
+    operands = fused.operands_of(shape, True, True)
+    kernel = fused.compiled(fused.multiply_gathered, constants, {"odd", "K"}, shape.warps, shape.rows, operands)
+    print(kernel.metadata.shared)
+"""
+
+
+def test_the_largest_shapes_of_a_table_compile_and_take_the_memory_that_was_checked():
+    command, variables = [sys.executable, "-c", COMPILED, json.dumps(LARGEST)], {**os.environ, "PYTHONPATH": "tests"}
+    run = subprocess.run(command, cwd=pool.ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert [*map(int, run.stdout.split())] == [shared_bytes(shape) + 8 * shape.stages for shape in LARGEST]
+    parse({"products": listed(*(row(rows=8192 >> i, shape=shape) for i, shape in enumerate(LARGEST)))}, "a test")
 
 
 def test_a_file_with_both_kinds_of_rows_has_both_checked(tmp_path):

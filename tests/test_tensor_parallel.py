@@ -69,6 +69,22 @@ def test_many_rows_on_few_multiprocessors(ranks):
     ranks.run(check_few_multiprocessors, 2)
 
 
+def check_one_multiprocessor(comm):
+    group = comm.split(0)
+    many = (70, 40, 72) if environment.emulated() else (700, 40, 72)
+    with mock.patch.object(group, "multiprocessors", 1):
+        for shape in SHAPES[:2]:
+            check_product(group, shape, torch.bfloat16, False, 1)
+        with pytest.raises(tdccl.ArgumentError, match="gemm_all_reduce: a rank has 1 multiprocessor"):
+            check_product(group, many, torch.bfloat16, False, 1)
+    check_product(group, many, torch.bfloat16, False, 1)
+    group.destroy()
+
+
+def test_many_rows_on_one_multiprocessor_are_refused(ranks):
+    ranks.run(check_one_multiprocessor, 2)
+
+
 def check_products(comm):
     delay = random.Random(comm.rank)
     for seed, shape in enumerate(SHAPES + SHAPES[:2]):  # larger and smaller ones in turns share memory and signals

@@ -13,6 +13,7 @@ from tdccl.ep import low_latency
 from tdccl.ep.expert_parallel import Dispatched
 from tdccl.ep.experts import Experts, power_of_two
 from tdccl.ep.workspace import Workspace
+from tdccl.errors import ArgumentError
 
 _BLOCKS = 128
 _SLICES = 4  # of a row at most, one a block
@@ -23,17 +24,18 @@ _OTHERS = 512  # entries of a routing to which one token's are compared at once
 _ENTRIES = 32  # of all sources' routings that a block looks at at once, at least
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class BatchedPlan:
     """A routing, and what a dispatch by it finds out: int32 tensors on the device.
 
-    tokens    n, of this rank
-    topk_idx  [n, top_k]: the routing; it must stay as it is until the combine
-    sizes     [ranks]: tokens of each rank
-    placed    [ranks, max_tokens, top_k]: expert * ranks * max_tokens + row of what came here, -1 where nothing did
-    source    [local experts, ranks * max_tokens]: rank * max_tokens + token of each row of each expert
-    counts    [local experts]: how many rows each has
-    made_for  the sizes of the `LowLatency` that made it, and of all that take it
+    tokens      n, of this rank
+    topk_idx    [n, top_k]: the routing; it must stay as it is until the combine
+    sizes       [ranks]: tokens of each rank
+    placed      [ranks, max_tokens, top_k]: expert * ranks * max_tokens + row of what came here, -1 where nothing did
+    source      [local experts, ranks * max_tokens]: rank * max_tokens + token of each row of each expert
+    counts      [local experts]: how many rows each has
+    made_for    the sizes of the `LowLatency` that made it, and of all that take it
+    dispatched  whether a dispatch by it was launched, or captured, to its end: else a combine is refused
     """
 
     tokens: int
@@ -43,6 +45,7 @@ class BatchedPlan:
     source: torch.Tensor
     counts: torch.Tensor
     made_for: str
+    dispatched: bool = False
 
 
 class LowLatency(Experts):
@@ -149,7 +152,15 @@ class LowLatency(Experts):
         if quant == "fp8_128":
             scales = scales.view(torch.float32)
         result = Dispatched(rows, scales if words else None, None, plan.counts, None, plan.source)
-        return (result, finish) if hook else result
+
+        def receive() -> None:
+            finish()
+            plan.dispatched = True
+
+        if hook:
+            return result, receive
+        receive()
+        return result
 
     def combine(
         self,
@@ -164,7 +175,8 @@ class LowLatency(Experts):
         """Adds up what the experts made of each token, times its weights: [n, hidden].
 
         h: [local experts, ranks * max_tokens, hidden] of the object's dtype, rows where the dispatch by `plan` had put
-        them. weights: float32 [n, top_k]. out: [n, hidden]. hook as in `dispatch`.
+        them. weights: float32 [n, top_k]. out: [n, hidden]. hook as in `dispatch`. Raises ArgumentError before the
+        dispatch; of one that was captured, the graph has to be replayed first, which is not checked.
 
         Sums are fp32, in top-k order, each product rounded; the last is rounded to the dtype.
         """
@@ -175,6 +187,11 @@ class LowLatency(Experts):
         if out is None:
             out = self._empty((plan.tokens, self.hidden), self.dtype)
         self._check(out, "out", (plan.tokens, self.hidden), (self.dtype,))
+        if not plan.dispatched:
+            raise ArgumentError(
+                "combine: no dispatch by this plan has ended, expected one that says where rows go; call dispatch with "
+                "this plan, and its hook if it has one, first"
+            )
         slicing = self._slicing(128, self.dtype)
         constants = {**slicing, **self._given(plan)}
         tensors = (h, plan.placed, plan.sizes, plan.topk_idx, weights, out, self._complaints)

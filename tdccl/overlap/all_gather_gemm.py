@@ -17,8 +17,9 @@ from tdccl.communicator import Communicator, named
 from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import grouped, prepare, product
-from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, left_by, pushers
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, workspace
+from tdccl.runtime.launch import keyed
 
 # Tiles below each other that a copy engine moves together. Not the product's groups: those go by this rank's columns.
 PIECE = 2 if environment.emulated() else 8
@@ -151,7 +152,8 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
     a_shard, shape = operands.a, operands.shape
     tiles = comm.size * -(-rows // shape.rows)
     copied = comm.size > 1 and a_shard.numel() * a_shard.itemsize >= LEAST_BYTES
-    blocks, others = comm.multiprocessors, COPIERS if copied else pushers(comm)
+    others = COPIERS if copied else pushers(comm)
+    blocks, multipliers = comm.multiprocessors, left_by("all_gather_gemm", comm, others)
     elements, most = tiles * shape.rows * depth, -(-rows // shape.rows)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_gather_gemm", elements, unit, a_shard.dtype, most, blocks, copied)
@@ -171,13 +173,13 @@ def _compute(comm: Communicator, a_shard: torch.Tensor, b: torch.Tensor, out: to
                 copies.send(pe, part, (first + piece * height) * depth, piece)
 
     def push():
-        push_shard[(others,)](
+        keyed(push_shard)[(others,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a_shard, space.on_all_ranks, odd,
             DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_gathered[(blocks - others,)](
+        keyed(multiply_gathered)[(multipliers,)](
             comm.team, space.epochs[1], shards, pieces, space.signals_on_all_ranks, operands.left(a_shard),
             operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
             COPIED=copied, **constants,

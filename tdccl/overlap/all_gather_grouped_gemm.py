@@ -30,9 +30,10 @@ from tdccl.overlap.grouped import (
     tile_at,
 )
 from tdccl.overlap.grouped_gradient import grouped_gradient
-from tdccl.overlap.pushers import pushers
+from tdccl.overlap.pushers import left_by, pushers
 from tdccl.overlap.routing import Routing, Sizes, padded_tokens
 from tdccl.overlap.workspace import check_out, workspace
+from tdccl.runtime.launch import keyed
 
 PUSH_WARPS = 16
 # Tokens and elements of each that a pusher has in flight.
@@ -185,20 +186,21 @@ def _compute(x: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     descriptors = by_descriptors(b)
     shape = shape_of(b, routing, descriptors)
     blocks, pushing = comm.multiprocessors, pushers(comm)
+    multipliers = left_by("all_gather_grouped_gemm", comm, pushing)
     unit = math.lcm(depth, 8)  # whole rows and 16 bytes
     elements = comm.size * sizes.most * depth
     space = workspace(comm, "all_gather_grouped_gemm", elements, unit, x.dtype, 1, blocks)
     odd, of_b = space.odd(unit), stack(b, shape, descriptors)
 
     def push():
-        push_tokens[(pushing,)](
+        keyed(push_tokens)[(pushing,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, x, space.on_all_ranks, odd,
             sizes.tokens, sizes.most, space.most, depth, DTYPE=DTYPES[x.dtype], **routing.constants(),
             SHARDED=bool(sizes.sharded), TOKENS=PUSH_TOKENS, COLUMNS=PUSH_COLUMNS, num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_arriving[(blocks - pushing,)](
+        keyed(multiply_arriving)[(multipliers,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, x, space.buffer, odd,
             of_b.right.operand, of_b.step, out, pushing, sizes.most, space.most, columns, depth, *of_b.right.strides,
             DTYPE=DTYPES[x.dtype], TOP_K=sizes.top_k, ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,

@@ -21,6 +21,7 @@ from tdccl.communicator import Communicator, named
 from tdccl.decisions import layout
 from tdccl.errors import ArgumentError
 from tdccl.overlap.gemm import DTYPES
+from tdccl.runtime.launch import keyed
 
 # Bytes of all rows up to which they go as packets, and what one shot may send more than two.
 PACKETS_UPTO = 1 << 12 if environment.emulated() else 3 << 19
@@ -238,7 +239,7 @@ def shots_for(rows: int, width: int, itemsize: int, size: int) -> Shots | None:
 def add_and_normalise_rows(summed, residual, weight, normed, total, eps: float) -> None:
     """`all_reduce_rms_norm` of what is summed already, into `normed` and `total`."""
     width = summed.shape[-1]
-    add_and_normalise[(summed.numel() // width,)](
+    keyed(add_and_normalise)[(summed.numel() // width,)](
         summed, residual, weight, normed, total, width, eps,
         DTYPE=DTYPES[summed.dtype], TILE=min(triton.next_power_of_2(width), 4096),
     )  # fmt: skip
@@ -257,7 +258,7 @@ def _compute(comm: Communicator, x, residual, weight, eps: float, normed, total)
     wide = width * x.itemsize % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in (x, residual, weight))
 
     def launch():
-        shots.kernel[(min(rows, packets.team.blocks.value),)](
+        keyed(shots.kernel)[(min(rows, packets.team.blocks.value),)](
             packets.team, x, residual, weight, normed, total, rows, width, shots.part, eps,
             DTYPE=DTYPES[x.dtype], WORDS=shots.tile, WIDE=wide, num_warps=max(1, min(WARPS, shots.tile // 64)),
         )  # fmt: skip

@@ -17,8 +17,9 @@ from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import grouped, prepare, product_onto
-from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
+from tdccl.overlap.pushers import PUSH_WARPS, in_flight, left_by, pushers
 from tdccl.overlap.workspace import check_operands, check_out, exchange_columns, keep_operands, padded, workspace
+from tdccl.runtime.launch import keyed
 
 
 def reference(comm: Communicator, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -133,6 +134,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     a, stride = _aligned_shards(operands.a, comm.size)
     tiles = -(-rows // shape.rows)
     blocks, pushing = comm.multiprocessors, pushers(comm)
+    multipliers = left_by("all_to_all_gemm", comm, pushing)
     elements, unit = comm.size * tiles * shape.rows * depth, math.lcm(depth, 8)  # whole rows and 16 bytes
     space = workspace(comm, "all_to_all_gemm", elements, unit, a.dtype, tiles, blocks)
     odd, shards = space.odd(unit), overlap.shards_of(rows, depth, shape.rows, space.most)
@@ -140,13 +142,13 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     constants = operands.constants()
 
     def push():
-        push_rows[(pushing,)](
+        keyed(push_rows)[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, a, stride, space.on_all_ranks, odd,
             DTYPE=constants["DTYPE"], PIECE=in_flight(), num_warps=PUSH_WARPS,
         )  # fmt: skip
 
     def multiply():
-        multiply_collected[(blocks - pushing,)](
+        keyed(multiply_collected)[(multipliers,)](
             comm.team, space.epochs[1], shards, space.signals_on_all_ranks, operands.left(a), stride,
             operands.left(gathered), odd // depth, operands.b.operand, out, columns, depth, *operands.b.strides,
             **constants,

@@ -18,6 +18,7 @@ from tdccl import environment
 from tdccl.communicator import Communicator
 from tdccl.language.team import DEAD
 from tdccl.overlap.workspace import Workspace
+from tdccl.runtime.launch import keyed
 
 # Copies are for shards of so many bytes: the signal behind each piece costs a copy engine some 2 us.
 LEAST_BYTES = 2500 if environment.emulated() else 4 << 20
@@ -74,11 +75,11 @@ class Copies:
 
     def meet(self) -> None:
         """Returns, on the stream, when all ranks have begun the call."""
-        meet[(1,)](self.comm.team, self.space.starts_on_all_ranks, self.space.epoch, num_warps=1)
+        keyed(meet)[(1,)](self.comm.team, self.space.starts_on_all_ranks, self.space.epoch, num_warps=1)
 
     def await_tiles(self, owner: int, piece: int, tiles: int) -> None:
         """Returns, on the stream, when a product has told of all tiles of a piece of the owner's rows."""
-        await_tiles[(1,)](self.comm.team, self.space.told[owner, piece:], tiles, self.space.epoch, num_warps=1)
+        keyed(await_tiles)[(1,)](self.comm.team, self.space.told[owner, piece:], tiles, self.space.epoch, num_warps=1)
 
     def send(self, pe: int, source: torch.Tensor, first: int, piece: int) -> None:
         """Copies a contiguous tensor to element `first` of the buffer of rank `pe`, then tells it of that piece."""

@@ -24,6 +24,7 @@ from tdccl.overlap.attention import (
 )
 from tdccl.overlap.gemm import DTYPES
 from tdccl.overlap.workspace import check_out
+from tdccl.runtime.launch import keyed
 
 # Rows of a tile of queries: the smallest that tensor cores take; the heads of a group are in it.
 _GROUP = 16
@@ -207,11 +208,11 @@ def _compute(comm: Communicator, q, k, v, lengths, out, scale: float) -> None:
     blocks = min(_most_blocks(comm), -(-batch * heads // rows) * (dim // _WIDTH))
 
     def decode():
-        attend_splits[(batch * kv_heads * splits,)](
+        keyed(attend_splits)[(batch * kv_heads * splits,)](
             q, k, v, lengths, partial, logs, k.shape[1], kv_heads, heads // kv_heads, splits, *k.stride()[:3],
             *v.stride()[:3], scale * LOG2_E, ROWS=_GROUP, DIM=dim, KEYS=_KEYS, STAGES=_STAGES, num_warps=_WARPS,
         )  # fmt: skip
-        merge_ranks[(blocks,)](
+        keyed(merge_ranks)[(blocks,)](
             comm.team, partial, logs, out, batch * heads, splits,
             DTYPE=DTYPES[q.dtype], DIM=dim, WIDTH=_WIDTH, ROWS=rows, PARTS=_parts(splits, rows),
             num_warps=min(4, 2 * rows),

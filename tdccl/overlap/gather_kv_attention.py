@@ -23,6 +23,7 @@ from tdccl.overlap.copies import beside
 from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import check_out, workspace
+from tdccl.runtime.launch import keyed
 
 
 class Shape(NamedTuple):
@@ -339,7 +340,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     cut = {"DTYPE": DTYPES[q.dtype], "PIECES": pieces, "CAUSAL": causal}
 
     def push():
-        push_pairs[(pushing,)](
+        keyed(push_pairs)[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, k, v, space.on_all_ranks, odd, apart, rows,
             PIECE=in_flight(), num_warps=PUSH_WARPS, **cut,
         )  # fmt: skip
@@ -349,7 +350,7 @@ def _compute(comm: Communicator, q, k, v, causal: bool, zigzag: bool, scale: flo
     )
 
     def compute(grid: int, epochs: torch.Tensor):
-        attend_gathered[(grid,)](
+        keyed(attend_gathered)[(grid,)](
             comm.team, epochs, space.epochs[0, -2:], shards, space.signals_on_all_ranks, q, keys, values, others,
             odd // width, apart // width, out, logs, rows, batch, heads, heads // kv_heads, scale * LOG2_E,
             KEPT=logs is not None, DIM=dim, ROWS=shape.rows, KEYS=shape.keys, STAGES=shape.stages,

@@ -37,6 +37,7 @@ from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.gemm_reduce_scatter import wait_peers
 from tdccl.overlap.pushers import PUSH_WARPS, in_flight, pushers
 from tdccl.overlap.workspace import workspace
+from tdccl.runtime.launch import keyed
 
 _LN_2 = tl.constexpr(math.log(2))  # scores are scaled to base 2
 FOLDED = 16  # rows of keys whose sums of all ranks are added up together: few, for each takes registers of every rank
@@ -300,7 +301,7 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
     cut = {"DTYPE": DTYPES[q.dtype], "PIECES": pieces, "CAUSAL": causal}
 
     def push():
-        push_pairs[(pushing,)](
+        keyed(push_pairs)[(pushing,)](
             comm.team, space.epochs[0], shards, space.signals_on_all_ranks, k, v, space.on_all_ranks, odd, apart, rows,
             PIECE=in_flight(), num_warps=PUSH_WARPS, **cut,
         )  # fmt: skip
@@ -314,7 +315,7 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
     )
 
     def compute_queries(grid: int, epochs: torch.Tensor):
-        gradient_of_queries[(grid,)](
+        keyed(gradient_of_queries)[(grid,)](
             comm.team, epochs, space.epochs[0, -2:], shards, space.signals_on_all_ranks, q, keys, values, others,
             odd // width, apart // width, out, logs, gradient, of_q, *minus, rows, batch, heads, heads // kv_heads,
             scale * LOG2_E, DIM=dim, ROWS=of_queries.rows, KEYS=of_queries.keys, STAGES=of_queries.stages,
@@ -333,7 +334,7 @@ def _compute(comm: Communicator, inputs, results, causal: bool, zigzag: bool, sc
             )  # fmt: skip
         else:
             compute_queries(blocks[0], epochs_of_queries)
-        gradient_of_keys[(blocks[1],)](
+        keyed(gradient_of_keys)[(blocks[1],)](
             comm.team, epochs_of_keys, space.epochs[0, -4:-2], shards, space.signals_on_all_ranks, queries, slopes,
             *minus, k, v, gathered, odd, apart, sums.on_all_ranks, of_k, of_v, rows, batch, width, heads,
             heads // kv_heads, scale * LOG2_E, DIM=dim, ROWS=of_keys.rows, KEYS=of_keys.keys, STAGES=of_keys.stages,

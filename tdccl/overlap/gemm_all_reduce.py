@@ -31,8 +31,9 @@ from tdccl.overlap.gemm import (
     product_onto,
     shape_for,
 )
-from tdccl.overlap.pushers import few_of
+from tdccl.overlap.pushers import few_of, left_by
 from tdccl.overlap.workspace import Workspace, check_matrices, check_out, keep_operands, workspace
+from tdccl.runtime.launch import keyed
 
 FEW_ROWS = 32 if environment.emulated() else 256
 # What one shot may send more than two: bytes that pass the link while two shots wait for each other once more.
@@ -452,6 +453,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         return
     (rows, columns), depth = out.shape, a.shape[1]
     few, blocks, folders = rows <= FEW_ROWS, comm.multiprocessors, few_of(comm, FOLDERS)
+    multipliers = blocks if few else left_by("gemm_all_reduce", comm, folders)
     kind, rule = ("few", shape_of_few) if few else ("many", shape_for)
     operands = prepare(comm, a, b, rows, columns, kind=kind, rule=rule)
     shape = operands.shape
@@ -468,12 +470,12 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
 
     def multiply():
         if few:
-            multiply_shares[(blocks,)](
+            keyed(multiply_shares)[(multipliers,)](
                 comm.team, space.epochs[0], *slots, *pair, out, space.partials, space.arrivals, rows, columns, depth,
                 share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0, **how,
             )  # fmt: skip
         else:
-            multiply_tiles[(blocks - folders,)](
+            keyed(multiply_tiles)[(multipliers,)](
                 comm.team, space.epochs[0], *slots, *pair, rows, columns, depth, *layout, **how
             )  # fmt: skip
 
@@ -484,9 +486,9 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
         tiling = {name: how[name] for name in ("DTYPE", "ROWS", "COLUMNS", "GROUP")}
         summing = {**tiling, "FOLDED": sums.folded, "num_warps": FOLD_WARPS[not few]}
         if one_shot:
-            fold_everywhere[(blocks,)](*summed, **summing)
+            keyed(fold_everywhere)[(blocks,)](*summed, **summing)
         else:
-            fold_and_share[(blocks if few else folders,)](*summed, **summing, HEIGHT=sums.height)
+            keyed(fold_and_share)[(blocks if few else folders,)](*summed, **summing, HEIGHT=sums.height)
 
     comm.start_fused("all_reduce", _name(few), a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
 

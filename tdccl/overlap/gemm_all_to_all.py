@@ -15,6 +15,7 @@ from tdccl.language import overlap
 from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.gemm_reduce_scatter import slot_of, wait_peers
 from tdccl.overlap.workspace import check_matrices, check_out, exchange_columns, keep_operands, padded, workspace
+from tdccl.runtime.launch import keyed
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -122,7 +123,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     space = workspace(comm, "gemm_all_to_all", comm.size * rows * width, _UNIT, a.dtype, tiles, blocks)
 
     def multiply():
-        multiply_exchanged[(blocks,)](
+        keyed(multiply_exchanged)[(blocks,)](
             comm.team, space.epochs[0], space.signals_on_all_ranks, operands.left(operands.a),
             operands.b.operand, space.on_all_ranks, space.odd(_UNIT), out, rows, b.shape[1], columns, width, depth,
             space.most, *operands.b.strides, ROWS=shape.rows, **operands.constants(),

@@ -15,6 +15,7 @@ from tdccl.language import overlap
 from tdccl.overlap.copies import COPIERS, LEAST_BYTES, Copies, beside
 from tdccl.overlap.gemm import grouped, prepare, product
 from tdccl.overlap.workspace import check_matrices, check_out, gather_rows, keep_operands, padded, workspace
+from tdccl.runtime.launch import keyed
 
 _UNIT = 16  # slots' rows are padded to so many elements, so that all their accesses are 16 bytes wide
 
@@ -150,7 +151,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     width = padded(columns, _UNIT)
     tiles_down, tiles_across = -(-rows // shape.rows), -(-columns // shape.columns)
     blocks, elements = comm.multiprocessors, comm.size * rows * width
-    copied = comm.size > 1 and rows * width * a.itemsize >= LEAST_BYTES
+    copied = comm.size > 1 and blocks > COPIERS and rows * width * a.itemsize >= LEAST_BYTES
     words = -(-tiles_down // shape.group) if copied else tiles_down * tiles_across
     space = workspace(comm, "gemm_reduce_scatter", elements, _UNIT, a.dtype, words, blocks, copied)
     staged = a.new_empty(comm.size, rows, width) if copied else a
@@ -166,7 +167,7 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
                 copies.send(owner, part, first * width, piece)
 
     def multiply():
-        multiply_scattered[(blocks - COPIERS if copied else blocks,)](
+        keyed(multiply_scattered)[(blocks - COPIERS if copied else blocks,)](
             comm.team, space.epochs[0], space.signals_on_all_ranks, operands.left(a), operands.b.operand,
             space.on_all_ranks, space.odd(_UNIT), staged, space.told if copied else space.epochs, out, rows, columns,
             width, depth, space.most, *operands.b.strides,

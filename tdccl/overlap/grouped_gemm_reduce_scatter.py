@@ -30,8 +30,10 @@ from tdccl.overlap.grouped import (
     tile_at,
 )
 from tdccl.overlap.grouped_gradient import grouped_gradient
+from tdccl.overlap.pushers import few_of, left_by
 from tdccl.overlap.routing import Routing, Sizes
 from tdccl.overlap.workspace import check_out, padded, workspace
+from tdccl.runtime.launch import keyed
 
 REDUCE_WARPS = 16
 # Tokens, and columns, of which a reducer adds up the rows together.
@@ -286,8 +288,8 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     shape = shape_of(b, routing, descriptors)
     width, chunk = padded(columns, _UNIT), _ACROSS * shape.columns
     blocks = comm.multiprocessors
-    reducers = _reducers(blocks, depth)
-    multipliers = blocks - reducers
+    reducers = few_of(comm, _reducers(blocks, depth))
+    multipliers = left_by("grouped_gemm_reduce_scatter", comm, reducers)
     signals = max(reducers, comm.size) * -(-columns // chunk)
     # Counters and epochs are of one grid: another has its own.
     name = f"grouped_gemm_reduce_scatter with {reducers} reducers"
@@ -297,7 +299,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
     partial = h.new_empty(routing.rows, width)
 
     def multiply():
-        multiply_backwards[(multipliers,)](
+        keyed(multiply_backwards)[(multipliers,)](
             comm.team, space.epochs[0], routing.tables, space.signals_on_all_ranks, left(h, shape, descriptors),
             of_b.right.operand, of_b.step, partial, columns, width, depth, *of_b.right.strides, space.most, words,
             DTYPE=DTYPES[h.dtype], ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth, STAGES=shape.stages,
@@ -306,7 +308,7 @@ def _compute(h: torch.Tensor, b: torch.Tensor, routing: Routing, out: torch.Tens
         )  # fmt: skip
 
     def reduce():
-        reduce_rows[(reducers,)](
+        keyed(reduce_rows)[(reducers,)](
             comm.team, space.epochs[1], routing.tables, space.signals_on_all_ranks, partial, routing.weights,
             space.on_all_ranks, space.odd(_UNIT), out, sizes.tokens, sizes.most, columns, width, space.most,
             multipliers, DTYPE=DTYPES[h.dtype], **routing.constants(), SHARDED=bool(sizes.sharded),

@@ -8,6 +8,7 @@ from tdccl import environment
 from tdccl.communicator import named
 from tdccl.overlap.gemm import DTYPES, dense
 from tdccl.overlap.routing import Routing, Sizes, local_of, padded_tokens
+from tdccl.runtime.launch import keyed
 
 # Rows of a step, and rows and columns of a tile of the gradient.
 _ROWS, _TILE = (16, 32) if environment.emulated() else (64, 128)
@@ -62,7 +63,7 @@ def grouped_gradient(
     grid = (triton.cdiv(depth, _TILE) * triton.cdiv(columns, _TILE), len(out))
     if out.numel():
         with routing.comm._on_device():
-            multiply_rows[grid](
+            keyed(multiply_rows)[grid](
                 routing.tables, left, right, out, depth, columns,
                 DTYPE=DTYPES[out.dtype], TOP_K=routing.sizes.top_k,
                 LEFT_BY_TOKEN=tokens_first, ROWS=_ROWS, TILE=_TILE, num_warps=8,

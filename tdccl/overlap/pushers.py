@@ -2,6 +2,7 @@
 
 from tdccl import environment
 from tdccl.communicator import Communicator
+from tdccl.errors import ArgumentError
 
 # Few, for the computation takes longer than they do. It leaves them their multiprocessors, so that they run whichever
 # of the two comes first.
@@ -14,6 +15,18 @@ def few_of(comm: Communicator, most: int) -> int:
     """How many blocks the smaller of two kernels has that run side by side: `most`, if half of the multiprocessors that
     this rank may count on are as many."""
     return max(1, min(most, comm.multiprocessors // 2))
+
+
+def left_by(operator: str, comm: Communicator, few: int) -> int:
+    """How many blocks compute beside so few others. Raises ArgumentError, on all ranks alike, where none is left."""
+    left = comm.multiprocessors - few
+    if left < 1:
+        raise ArgumentError(
+            f"{operator}: a rank has {comm.multiprocessors} multiprocessor of its GPU, expected one that communicates "
+            "and one that computes; let fewer ranks share the GPU, or call the product and the collective one after "
+            "the other"
+        )
+    return left
 
 
 def pushers(comm: Communicator) -> int:

@@ -22,6 +22,7 @@ from tdccl.ep.routing import local_experts
 from tdccl.errors import ArgumentError
 from tdccl.language import overlap
 from tdccl.overlap.workspace import workspace
+from tdccl.runtime.launch import keyed
 
 # The most blocks that look at the tokens of one rank, and at how many places together.
 _PARTS = 1 if environment.emulated() else 32
@@ -369,12 +370,12 @@ def _find(routing: Routing, idx: torch.Tensor, factors: torch.Tensor | None, wei
     space = workspace(comm, "route", 2 * routing.rows, _UNIT, torch.int32, blocks, blocks)
 
     def exchange_and_place():
-        exchange_choices[(blocks,)](
+        keyed(exchange_choices)[(blocks,)](
             comm.team, space.epochs[0], space.signals_on_all_ranks, space.on_all_ranks, space.odd(_UNIT), idx, factors,
             tables, weights, counts, sizes.tokens, sizes.most, space.most, shard, **constants,
             WEIGHTED=factors is not None, num_warps=_WARPS,
         )  # fmt: skip
-        place_entries[(blocks,)](
+        keyed(place_entries)[(blocks,)](
             comm.team, tables, counts, sizes.most, shard, **constants, ROWS=routing.height, num_warps=_WARPS
         )
 

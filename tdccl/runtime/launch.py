@@ -98,12 +98,18 @@ def _leaves(types, values=None, path=()):
         yield path, types, values
 
 
-def callees_first(function, seen: set[int]) -> None:
-    """Computes Triton's keys of a function's callees, then its own.
+def keyed(kernel):
+    """The kernel, with a key in Triton's cache that is the same in every process: to be compiled or launched by Triton.
 
-    Triton 3.6 makes a key from what is known of the callees by then: from one process to the next a kernel's would
-    depend on what was compiled before it, and its cache miss.
+    Triton 3.6 makes a key from what is known of the callees by then: it would depend on what was compiled before.
     """
+    if getattr(kernel, "hash", "") is None:  # what is interpreted has none
+        _callees_first(kernel, set())
+    return kernel
+
+
+def _callees_first(function, seen: set[int]) -> None:
+    """Computes Triton's keys of a function's callees, then its own."""
     from triton.runtime.jit import JITCallable
 
     seen.add(id(function))  # its hash is its key
@@ -112,7 +118,7 @@ def callees_first(function, seen: set[int]) -> None:
     known += [getattr(module, name, None) for module in known if isinstance(module, ModuleType) for name in names]
     for callee in known:
         if isinstance(callee, JITCallable) and id(callee) not in seen:
-            callees_first(callee, seen)
+            _callees_first(callee, seen)
     _ = function.cache_key
 
 
@@ -131,9 +137,7 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
                 divisor = arguments.promised(name)
                 if divisor > 1 and leaf != "i32":
                     attributes[path] = [["tt.divisibility", divisor]]
-    function = bare.kernel_of(kernel)
-    callees_first(function, set())
-    source = ASTSource(function, arguments.types, constants, attributes)
+    source = ASTSource(keyed(bare.kernel_of(kernel)), arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     if arguments.across:

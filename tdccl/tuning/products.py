@@ -18,6 +18,8 @@ KINDS = ("many", "few", "grouped")
 NEAR = 4
 _MOST_KNOWN = 1 << 14  # answers that are kept, so that a call takes one look
 _SHARED_BYTES = 227 << 10  # that a block of sm_90 can have
+_BARRIER_BYTES = 8  # of that, for each step in flight
+_MOST_SUMS = 1 << 15  # of a tile: as many as half of a block's registers; by more some shapes do not compile
 _MOST_WARPS = 32
 _GROUPED_DEPTH = 64  # a longer step would reach into the next expert's rows
 
@@ -140,7 +142,9 @@ def _row(kind: str, rows: int, columns: int, depth: int, transposed: bool, shape
         raise ValueError(f"warps: {found.warps} is more than the {_MOST_WARPS} that a block can have")
     if kind == "grouped" and found.depth > _GROUPED_DEPTH:
         raise ValueError(f"depth: {found.depth} is more than the {_GROUPED_DEPTH} of a grouped product")
-    if (needed := shared_bytes(found)) > _SHARED_BYTES:
+    if (sums := found.rows * found.columns) > _MOST_SUMS:
+        raise ValueError(f"{found}: a tile has {sums} sums, a block has registers for {_MOST_SUMS}")
+    if (needed := shared_bytes(found) + _BARRIER_BYTES * found.stages) > _SHARED_BYTES:
         raise ValueError(f"{found}: takes {needed} bytes of shared memory, a block has {_SHARED_BYTES}")
     return Row(kind, rows, columns, depth, transposed, found)
 
