@@ -11,6 +11,7 @@ import test_moe
 import torch
 
 from tdccl import calls
+from tdccl.ep import ExpertParallel
 from tdccl.overlap import all_gather_grouped_gemm, all_reduce_rms_norm, gemm_all_reduce
 
 norms = importlib.import_module("tdccl.overlap.all_reduce_rms_norm")  # the package has functions of these names
@@ -150,3 +151,29 @@ def forked(comm):
 @needs_gpu
 def test_branches_of_a_graph_share_what_a_communicator_has(ranks, world):
     ranks.run(forked, world)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def planned_beside(comm):
+    """A plan on a side stream, while the current one has yet to read what it has freed."""
+    ep, side = ExpertParallel(comm, 64, 128, 2 * comm.size, 2), torch.cuda.Stream()
+    idx = torch.zeros(64, 2, dtype=torch.int64, device=comm.device)
+    idx[:, 1] = 1
+    ep.plan(idx)
+    torch.cuda.synchronize()
+    freed = torch.full((ep.plan_words(64, 1),), 7, dtype=torch.int32, device=comm.device)
+    torch.cuda._sleep(1_000_000_000)
+    read = freed.clone()
+    del freed
+    plan = ep.plan(idx, stream=side)
+    torch.cuda.synchronize()
+    assert (read == 7).all()
+    assert plan.sent.sum() == 64
+    ep.check()
+
+
+@needs_gpu
+def test_what_a_call_makes_is_memory_of_its_stream(ranks, world):
+    ranks.run(planned_beside, world)
