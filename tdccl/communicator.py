@@ -75,8 +75,9 @@ class Communicator(Calls):
     exception, aborts it before.
 
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
-    this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
-    a torch or CuPy stream), and each of its waits may last `timeout` seconds (None: the communicator's). Every rank
+    this rank's device. Calls are asynchronous: work goes on `stream` (None: torch's current one, for CuPy arrays too;
+    a torch or CuPy stream; an int, of a stream that lives until the next call on another one has been made), and each
+    of its waits may last `timeout` seconds (None: the communicator's). Every rank
     makes the same calls with the same sizes in the same order, and an array that lies in symmetric memory (`empty`,
     `tdccl.symmetric`, `register`) on one rank lies at the same place of it on all.
 

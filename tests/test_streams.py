@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -117,6 +118,36 @@ def test_a_graph_does_not_wait_for_what_is_outside_it(follow):
     assert follow(2) == []
     follow.capturing.clear()
     assert follow(2) == [(2, 9)], "what was outside is still waited for outside"
+
+
+def test_a_stream_that_will_be_waited_for_is_held(monkeypatch):
+    """CuPy's are destroyed with their last reference, after which nothing can be recorded on them."""
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+    followed, capturing = [], set()
+    comm = SimpleNamespace(
+        _streams={}, _captured={}, _held={}, _index=0, _emulated=False, _turn=contextlib.nullcontext(),
+        _order=SimpleNamespace(follow=lambda *streams: followed.append(streams)), _recorder=mock.Mock(),
+    )  # fmt: skip
+    comm._follow = lambda *given: calls.Calls._follow(comm, *given)
+    monkeypatch.setattr(calls, "is_capturing", capturing.__contains__)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+    def call(handle):
+        stream = Stream(handle)
+        calls.Calls._start(comm, b"", mock.Mock(), 0, 0, stream)
+        return weakref.ref(stream)
+
+    eager = call(1)
+    capturing.add(2)
+    captured = [call(2), call(2)]
+    assert eager() and captured[0]()
+    capturing.clear()
+    assert call(3)() and followed == [(3, 1)]
+    assert not eager() and not captured[0]()
 
 
 def forked(comm):
