@@ -36,13 +36,13 @@ def _errands(gpu: int) -> torch.cuda.Stream:
 @contextlib.contextmanager
 def aside(device: torch.device):
     """What is put on the current stream inside goes past all that waits for a peer, who may be waiting for this very
-    rank; its end is waited for. It is short, and waits for nobody."""
+    rank; its end is waited for. It is short, and waits for nobody. Gives the stream's raw handle."""
     if device.type != "cuda":
-        yield
+        yield 0
         return
     stream = _errands(device.index)
     with torch.cuda.stream(stream):
-        yield
+        yield stream.cuda_stream
         stream.synchronize()
 
 

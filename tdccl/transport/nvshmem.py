@@ -124,8 +124,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
 
     def prepare() -> None:
         nonlocal memory
-        with aside(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with aside(device) as stream:
             p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream), "cudaMemsetAsync")
         memory = SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release)
 
@@ -164,8 +163,8 @@ def _quiet(device: torch.device) -> None:
     """Returns when all that kernels of this rank put has arrived: their last signals are on the way when they end."""
     from nvshmem import bindings
 
-    with aside(device):
-        bindings.quiet_on_stream(torch.cuda.current_stream(device).cuda_stream)
+    with aside(device) as stream:
+        bindings.quiet_on_stream(stream)
 
 
 def _start(bootstrap: Bootstrap, device: torch.device) -> _Started:

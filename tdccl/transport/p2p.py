@@ -27,8 +27,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     def obtain() -> _Raw:
         memory = _Raw(check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes"), nbytes)
         weakref.finalize(memory, _free, memory.address, device).atexit = False
-        with aside(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with aside(device) as stream:
             check(runtime.cudaMemsetAsync(memory.address, 0, nbytes, stream), "cudaMemsetAsync")
         return memory
 
