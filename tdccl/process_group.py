@@ -938,8 +938,13 @@ class ProcessGroup(dist.ProcessGroup):
     def _compose(self, opts, inputs, outputs, call):
         """A `call(communicator, timeout=)` of several steps, which go where torch's current stream is."""
         comm, stream, timeout = self._begin(opts, inputs[0])
-        with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
-            call(comm, timeout=timeout)
+        try:
+            with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
+                call(comm, timeout=timeout)
+        except BaseException:
+            if stream:
+                self._work(comm, inputs, outputs)  # steps before may be under way, on memory that the caller drops
+            raise
         return _DONE if stream is None else self._work(comm, inputs, outputs)
 
     def connect(self, device: torch.device | None) -> Communicator:
