@@ -528,6 +528,8 @@ class Communicator(Calls):
         """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone: so
         keep one of them until an asynchronous call with it has been waited for.
 
+        Not in a graph's capture: what is lent there is lent again while the graph may yet be replayed.
+
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
         and in every 512th call, to compare where their tensors lay.
 
@@ -544,8 +546,10 @@ class Communicator(Calls):
                 model = Model().cuda()
             comm.register(pool)
 
-        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later. Where it has
-        grown since, register it again. The pool is kept until `destroy`; several communicators may register it.
+        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later; so keep those
+        that a torch group's `async_op=True` call was given, for torch reuses what another stream has used when it finds
+        that one done, which differs between ranks. Where the pool has grown since, register it again. It is kept until
+        `destroy`; several communicators may register it.
 
         Raises ArgumentError, on all ranks and with nothing registered: the pools differ, or CUDA IPC cannot share
         them; and in emulation, which knows no pools.
