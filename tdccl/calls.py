@@ -39,6 +39,7 @@ class Calls(Membership):
         self._turn = threading.RLock() if self._emulated else self._lock
         self._streams: dict[Any, int] = {}  # where each lane's last call went, if it was no graph's; else
         self._captured: dict[Any, tuple[int, int | None]] = {}  # where it went, and the last that was none
+        self._held: dict[Any, list] = {}  # these streams as they were given: CuPy destroys one that nobody holds
         self._index = self.device.index
         self._order = None if self._emulated else Order(self._index)
         self._interpreting: list[int] = []  # threads, in emulation
@@ -283,6 +284,10 @@ class Calls(Membership):
             for lane in lanes:
                 if self._streams.get(lane) != handle:
                     self._follow(lane, handle)
+                    held = self._held.setdefault(lane, [])
+                    if lane in self._streams:  # else in a graph: what was outside will yet be waited for
+                        held.clear()
+                    held.append(stream)
             self._recorder.note(what, handle, collectives)
             if torch._C._cuda_getDevice() == index:
                 launch(send, recv, handle)

@@ -75,8 +75,9 @@ class Communicator(Calls):
     exception, aborts it before.
 
     Arrays are torch tensors, CuPy arrays, or anything with DLPack or `__cuda_array_interface__`, contiguous, on
-    this rank's device. Calls are asynchronous: work goes on `stream` (None: the framework's current one; an int;
-    a torch or CuPy stream), and each of its waits may last `timeout` seconds (None: the communicator's). Every rank
+    this rank's device. Calls are asynchronous: work goes on `stream` (None: torch's current one, for CuPy arrays too;
+    a torch or CuPy stream; an int, of a stream that lives until the next call on another one has been made), and each
+    of its waits may last `timeout` seconds (None: the communicator's). Every rank
     makes the same calls with the same sizes in the same order, and an array that lies in symmetric memory (`empty`,
     `tdccl.symmetric`, `register`) on one rank lies at the same place of it on all.
 
@@ -527,6 +528,8 @@ class Communicator(Calls):
         """Like `empty`, flat, with any content, and its memory is lent again when the tensor and its views are gone: so
         keep one of them until an asynchronous call with it has been waited for.
 
+        Not in a graph's capture: what is lent there is lent again while the graph may yet be replayed.
+
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
         and in every 512th call, to compare where their tensors lay.
 
@@ -543,8 +546,10 @@ class Communicator(Calls):
                 model = Model().cuda()
             comm.register(pool)
 
-        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later. Where it has
-        grown since, register it again. The pool is kept until `destroy`; several communicators may register it.
+        All ranks make and free tensors of the same sizes in the pool, in the same order, now and later; so keep those
+        that a torch group's `async_op=True` call was given, for torch reuses what another stream has used when it finds
+        that one done, which differs between ranks. Where the pool has grown since, register it again. It is kept until
+        `destroy`; several communicators may register it.
 
         Raises ArgumentError, on all ranks and with nothing registered: the pools differ, or CUDA IPC cannot share
         them; and in emulation, which knows no pools.

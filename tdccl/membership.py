@@ -35,6 +35,7 @@ from tdccl.runtime import heartbeat, watcher
 from tdccl.runtime.algorithm import team_of
 from tdccl.runtime.heartbeat import Heartbeat
 from tdccl.runtime.recorder import Recorder, account
+from tdccl.runtime.streams import aside
 from tdccl.transport.bootstrap import Bootstrap, open_store
 from tdccl.transport.symmetric_memory import together
 
@@ -171,10 +172,11 @@ class Membership:
         of_pairs = rails.rail_bytes(context.rules.channels, self.size, context.pair_slot)
         memory, pes = transport.allocate_across(self._bootstrap, self._pairs_start + of_pairs, self.device)
         of_likes = [pes[rank] for rank in self.topology.rail]
-        self._pes = {
-            pairs: torch.tensor(numbers, dtype=torch.int32, device=self.device)
-            for pairs, numbers in ((False, of_likes), (True, pes))
-        }
+        with aside(self.device):
+            self._pes = {
+                pairs: torch.tensor(numbers, dtype=torch.int32, device=self.device)
+                for pairs, numbers in ((False, of_likes), (True, pes))
+            }
         return memory
 
     def _make_rails(self):

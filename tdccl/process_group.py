@@ -22,7 +22,7 @@ from tdccl.communicator import Communicator
 from tdccl.errors import ArgumentError, DestroyedError, InitError, TdcclError, Timeout
 from tdccl.membership import seconds_of, survivors
 from tdccl.runtime.arenas import nothing_placed
-from tdccl.runtime.streams import current_stream
+from tdccl.runtime.streams import aside, current_stream, own_stream
 from tdccl.transport.bootstrap import StoreBootstrap
 
 # By hash, which of a ReduceOp is its number: it takes half as long to ask as the number itself.
@@ -71,24 +71,36 @@ _Future = torch._C.Future  # what torch's own backends return, too
 _Event = torch._C._CudaEventBase  # torch.cuda.Event, without a layer of Python in every call
 
 
+# By GPU, streams of groups that are gone.
+_idle: dict[int, list] = collections.defaultdict(list)
+
+
 class Beside:
     """A stream of a group's own, beside the caller's."""
 
     def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.handle = self.stream.cuda_stream
         self._index, self._lock = device.index, threading.Lock()
+        try:
+            self.stream = _idle[device.index].pop()
+        except IndexError:
+            self.stream = own_stream(device.index)
+        self.handle = self.stream.cuda_stream
         self._last = _nobody
         self._event = _Event()  # one for all, as a wait keeps what it stood for when it was made
 
-    def follow(self) -> None:
-        """What it is given from now on waits for what the caller's current stream has been given."""
+    def __del__(self, idle=_idle):  # at the end of the process the module has no names any more
+        idle[self._index].append(self.stream)
+
+    def follow(self, event=None) -> None:
+        """What it is given from now on waits for the event, or for what the caller's current stream has been given."""
         last = self._last()
         if last is not None:
             last.mark_end()
         with self._lock:
-            self._event.record(current_stream(self._index))
-            self._event.wait(self.stream)
+            if event is None:
+                event = self._event
+                event.record(current_stream(self._index))
+            event.wait(self.stream)
 
     def ends_with(self, work: "Work") -> None:
         """Until it is given more, and so is told to follow, the end of `work` is where this stream is."""
@@ -284,9 +296,10 @@ class GpuLane:
         self._communicator = communicator
         self._beside = Beside(communicator.device)
 
-    def submit(self, call, tensor) -> MessageWork:
+    def submit(self, call, tensor, after=None) -> MessageWork:
+        """after: an event, in the place of what the caller's current stream has been given."""
         stream = self._beside.stream
-        self._beside.follow()
+        self._beside.follow(after)
         with OnStream(stream):
             call(self._communicator)
         tensor.record_stream(stream)
@@ -312,7 +325,7 @@ class HostLane:
         self._thread = threading.Thread(target=self._serve, name="tdccl-message", daemon=True)
         self._thread.start()
 
-    def submit(self, call, tensor) -> HostWork:
+    def submit(self, call, tensor, after=None) -> HostWork:
         self._last = concurrent.futures.Future()
         self._calls.put((call, self._last))
         return HostWork([self._last], [tensor])
@@ -761,17 +774,14 @@ class ProcessGroup(dist.ProcessGroup):
         if self._coalesced.messages is not None:
             raise ArgumentError("recv: a receive from any source, and one that waits for its turn, cannot be coalesced")
         communicator = self._communicator or self.connect(tensor.device)
-        side = None
-        if self._gpu:  # not where the program goes on: what it does there later may wait for the sender
-            side, now = torch.cuda.Stream(communicator.device), _Event()
+        now = None
+        if self._gpu:  # not what the program does there later: it may wait for the sender
+            now = _Event()
             now.record(current_stream(communicator.device.index))
 
         def begin(communicator):
-            with OnStream(side) if side else contextlib.nullcontext():
-                sender = self._wait_for_message(communicator) if source is None else source
-                if side:
-                    now.wait(side)
-                work = self._in_lane("from", sender, tensor)
+            sender = self._wait_for_message(communicator) if source is None else source
+            work = self._in_lane("from", sender, tensor, now)
             work.source = sender
             return work
 
@@ -795,18 +805,21 @@ class ProcessGroup(dist.ProcessGroup):
             self._check_not_ended()
             for source in range(self._ranks):
                 lane = self._lanes.get(("from", source))
-                if source != self._rank and (lane is None or lane.idle()) and communicator.has_message_from(source):
-                    return source
+                if source != self._rank and (lane is None or lane.idle()):
+                    with aside(communicator.device):
+                        come = communicator.has_message_from(source)
+                    if come:
+                        return source
         return None
 
-    def _in_lane(self, way: str, rank: int, tensor: torch.Tensor) -> MessageWork:
+    def _in_lane(self, way: str, rank: int, tensor: torch.Tensor, after=None) -> MessageWork:
         communicator = self._communicator or self.connect(tensor.device)
         with self._lock:
             lane = self._lanes.get((way, rank))
             if lane is None:
                 lane = self._lanes[way, rank] = GpuLane(communicator) if self._gpu else HostLane(communicator)
         move, dense = Communicator.send if way == "to" else Communicator.recv, _dense(tensor)
-        work = lane.submit(lambda comm: move(comm, dense, rank), tensor)
+        work = lane.submit(lambda comm: move(comm, dense, rank), tensor, after)
         if self._coalesced.messages is not None:
             self._coalesced.messages.append(work)
         return work
@@ -925,8 +938,13 @@ class ProcessGroup(dist.ProcessGroup):
     def _compose(self, opts, inputs, outputs, call):
         """A `call(communicator, timeout=)` of several steps, which go where torch's current stream is."""
         comm, stream, timeout = self._begin(opts, inputs[0])
-        with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
-            call(comm, timeout=timeout)
+        try:
+            with nothing_placed(), OnStream(self._beside.stream) if stream else contextlib.nullcontext():
+                call(comm, timeout=timeout)
+        except BaseException:
+            if stream:
+                self._work(comm, inputs, outputs)  # steps before may be under way, on memory that the caller drops
+            raise
         return _DONE if stream is None else self._work(comm, inputs, outputs)
 
     def connect(self, device: torch.device | None) -> Communicator:

@@ -1,9 +1,11 @@
 """Packs of kernels compiled ahead of time: they hold what the runtime asks for, and a bad one does no harm."""
 
+import concurrent.futures
 import itertools
 import os
 import subprocess
 import sys
+import threading
 import types
 import warnings
 
@@ -42,13 +44,19 @@ def built(tmp_path_factory):
 
 
 class Driver:
-    """Stands for cuda.bindings.driver: remembers what is loaded and launched."""
+    """Stands for cuda.bindings' driver and runtime: remembers what is loaded and launched, in threads that have a
+    context alone."""
 
     def __init__(self):
-        self.modules, self.launches = [], []
+        self.modules, self.launches, self._entered = [], [], threading.local()
+
+    def cudaSetDevice(self, device):
+        self._entered.device = device
 
     def cuModuleLoadData(self, image):
         assert image.startswith(b"\x7fELF")
+        if not hasattr(self._entered, "device"):
+            return 201, None
         self.modules.append(image)
         return 0, image
 
@@ -59,6 +67,8 @@ class Driver:
         return handle
 
     def cuLaunchKernel(self, function, *arguments):
+        if not hasattr(self._entered, "device"):
+            return (201,)
         self.launches.append((self.modules[function], *arguments))
         return (0,)
 
@@ -71,7 +81,7 @@ def driver(monkeypatch):
         raise AssertionError(f"{kernel.fn.__name__} was to be compiled")
 
     stub = Driver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=stub))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=stub, runtime=stub))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(launch, "emulated", lambda: False)
@@ -122,6 +132,19 @@ def test_every_size_is_launched_from_the_pack(built, driver, monkeypatch):
         assert cubin in driver.modules
     opened = pack.Pack(built)
     assert len(driver.modules) == len(set(driver.modules)) == len(opened.keys("sm_90")), "a kernel is never needed"
+
+
+def test_threads_need_no_context(built, driver, monkeypatch):
+    """One of their own, which the driver wants: neither for the first launch nor for one that was bound before."""
+    use(monkeypatch, built)
+    call, context = call_of(1000), context_of(RANKS)
+    table = aot.table_for("another GPU", RANKS)
+    with concurrent.futures.ThreadPoolExecutor(1) as first, concurrent.futures.ThreadPoolExecutor(1) as second:
+        choice = choose(ALGORITHMS[call.collective], call, context, table)
+        plan = first.submit(Plan, choice, call, team_of(context, "cuda"), call.segments).result()
+        for thread in (first, second, second):
+            thread.submit(plan.launch, *plan.at(1 << 34, 1 << 35), 0).result()
+    assert len(driver.launches) == 3
 
 
 def test_a_pack_says_of_each_kernel_what_a_launch_needs(built):
@@ -271,7 +294,8 @@ sys.modules["cuda.bindings"] = SimpleNamespace(
         cuModuleGetFunction=lambda module, name: (0, 2),
         CUfunction=int,
         cuLaunchKernel=lambda *arguments: launches.append(arguments) or (0,),
-    )
+    ),
+    runtime=SimpleNamespace(cudaSetDevice=lambda device: None),
 )
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)

@@ -1,8 +1,9 @@
 """DeepEP's interface: what its documentation says of arguments and results, computed here from all ranks' inputs."""
 
+import contextlib
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import ep_reference as reference
 import pool
@@ -13,6 +14,7 @@ from test_ep import recorded
 
 import tdccl
 import tdccl.compat.deep_ep as deep_ep
+from tdccl.compat.deep_ep import utils
 
 TOKENS = ([5, 0, 7, 3], [0, 0, 0, 0], [9, 12, 1, 4])  # of each rank; the last need more memory
 HIDDEN, TOP_K, LOCAL = 512, 3, 2
@@ -21,7 +23,7 @@ THREE = min(3, pool.LARGEST_WORLD)  # ranks, where other numbers of them would s
 WORLDS = (2, 3)
 
 
-@contextmanager
+@contextlib.contextmanager
 def buffer_of(comm, **options):
     buffer = deep_ep.Buffer(comm, explicitly_destroy=True, **options)
     yield buffer
@@ -561,3 +563,18 @@ def test_kinds_of_groups(kind, tmp_path, installed):
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
         output = run(*launcher, program, kind, path=(CHECKOUT, installed))
     assert output.count("ok") == 2
+
+
+def test_calls_beside_wait_for_the_caller_s_stream_of_their_device(monkeypatch):
+    """Whichever device is the current one."""
+    here, elsewhere = mock.Mock(), mock.Mock()
+    side = utils.SideStream(torch.device("cpu"))
+    side.stream = mock.Mock(device=torch.device("cuda", 1))
+    monkeypatch.setattr(utils.environment, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: elsewhere if device is None else here)
+    tensor = mock.Mock(spec=torch.Tensor)
+    made, event = side.run(lambda: ("made",), (tensor,), None, async_finish=True)
+    assert made == ("made",) and event.event is not None
+    side.stream.wait_stream.assert_called_once_with(here)
+    tensor.record_stream.assert_called_once_with(side.stream)

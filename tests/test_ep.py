@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -415,8 +416,10 @@ def check_hooks(comm):
     assert same_bits(r.rows[:arrived], whole)
     whole = ep.combine(r.rows.clone(), plan)
     y, receive = ep.combine(r.rows.clone(), plan, hook=True)
+    plan = weakref.ref(plan)
+    assert plan(), "the second half reads it: its memory must not be another's by then"
     receive()
-    assert same_bits(y, whole)
+    assert same_bits(y, whole) and not plan()
     for _ in range(3 if low else 0):
         plan = low.plan(idx)
         r, receive_next = low.dispatch(x, plan, hook=True)

@@ -768,7 +768,7 @@ def nvshmem4py(monkeypatch):
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(transport, "p2p", sys.modules["tdccl.transport.p2p"], raising=False)
-    monkeypatch.setattr(library, "_own_stream", contextlib.nullcontext)
+    monkeypatch.setattr(library, "aside", contextlib.nullcontext)
     monkeypatch.setattr(library, "_started", None)
     monkeypatch.setattr(library, "_unusable", lambda: None)
     for name in VARIABLES:  # so that what is set is undone

@@ -252,9 +252,7 @@ def both_allocate(monkeypatch, here=lambda rank, where: None) -> tuple[list, lis
     monkeypatch.setattr(multicast, "rounds_store", carry)
     monkeypatch.setattr(torch_symmetric, "empty", empty)
     monkeypatch.setattr(torch_symmetric, "rendezvous", rendezvous)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(synchronize=lambda: None))
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     threads = [threading.Thread(target=allocate, name=str(rank)) for rank in range(2)]
     for thread in threads:
         thread.start()

@@ -1,5 +1,6 @@
 """The torch backend: `torch_face.py` under both launchers, and the entry point by which torch finds it."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+
+from tdccl.errors import ArgumentError
 
 CHECKOUT = Path(__file__).parent.parent
 LONG = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="long: TDCCL_LONG=1 runs it")
@@ -137,6 +140,17 @@ def test_event_of_a_work_serves_another_once_that_is_gone(monkeypatch):
     third = process_group.Work([], None, stream)
     assert third.mark_end() is events[0]
     assert events[0].record.call_args_list == [mock.call(stream)] * 2
+
+
+def test_memory_is_kept_for_what_a_call_has_begun_before_it_fails(monkeypatch):
+    from tdccl import process_group
+
+    monkeypatch.setattr(process_group, "OnStream", contextlib.nullcontext)
+    group = SimpleNamespace(_begin=lambda *_: (None, 1, None), _beside=mock.Mock(), _work=mock.Mock())
+    refused = mock.Mock(side_effect=ArgumentError("the second tensor"))
+    with pytest.raises(ArgumentError):
+        process_group.ProcessGroup._compose(group, None, ["inputs"], ["outputs"], refused)
+    group._work.assert_called_once_with(None, ["inputs"], ["outputs"])
 
 
 LONG_EXCHANGE = """

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
@@ -11,6 +12,7 @@ import test_moe
 import torch
 
 from tdccl import calls
+from tdccl.ep import ExpertParallel
 from tdccl.overlap import all_gather_grouped_gemm, all_reduce_rms_norm, gemm_all_reduce
 
 norms = importlib.import_module("tdccl.overlap.all_reduce_rms_norm")  # the package has functions of these names
@@ -118,6 +120,36 @@ def test_a_graph_does_not_wait_for_what_is_outside_it(follow):
     assert follow(2) == [(2, 9)], "what was outside is still waited for outside"
 
 
+def test_a_stream_that_will_be_waited_for_is_held(monkeypatch):
+    """CuPy's are destroyed with their last reference, after which nothing can be recorded on them."""
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+    followed, capturing = [], set()
+    comm = SimpleNamespace(
+        _streams={}, _captured={}, _held={}, _index=0, _emulated=False, _turn=contextlib.nullcontext(),
+        _order=SimpleNamespace(follow=lambda *streams: followed.append(streams)), _recorder=mock.Mock(),
+    )  # fmt: skip
+    comm._follow = lambda *given: calls.Calls._follow(comm, *given)
+    monkeypatch.setattr(calls, "is_capturing", capturing.__contains__)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+
+    def call(handle):
+        stream = Stream(handle)
+        calls.Calls._start(comm, b"", mock.Mock(), 0, 0, stream)
+        return weakref.ref(stream)
+
+    eager = call(1)
+    capturing.add(2)
+    captured = [call(2), call(2)]
+    assert eager() and captured[0]()
+    capturing.clear()
+    assert call(3)() and followed == [(3, 1)]
+    assert not eager() and not captured[0]()
+
+
 def forked(comm):
     """Two branches of one graph, each with a collective and a fused product."""
     generator = torch.Generator(comm.device).manual_seed(comm.rank)
@@ -150,3 +182,29 @@ def forked(comm):
 @needs_gpu
 def test_branches_of_a_graph_share_what_a_communicator_has(ranks, world):
     ranks.run(forked, world)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def planned_beside(comm):
+    """A plan on a side stream, while the current one has yet to read what it has freed."""
+    ep, side = ExpertParallel(comm, 64, 128, 2 * comm.size, 2), torch.cuda.Stream()
+    idx = torch.zeros(64, 2, dtype=torch.int64, device=comm.device)
+    idx[:, 1] = 1
+    ep.plan(idx)
+    torch.cuda.synchronize()
+    freed = torch.full((ep.plan_words(64, 1),), 7, dtype=torch.int32, device=comm.device)
+    torch.cuda._sleep(1_000_000_000)
+    read = freed.clone()
+    del freed
+    plan = ep.plan(idx, stream=side)
+    torch.cuda.synchronize()
+    assert (read == 7).all()
+    assert plan.sent.sum() == 64
+    ep.check()
+
+
+@needs_gpu
+def test_what_a_call_makes_is_memory_of_its_stream(ranks, world):
+    ranks.run(planned_beside, world)

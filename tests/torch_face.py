@@ -307,6 +307,48 @@ def one_after_another():
     assert first.query()
 
 
+def first_in_a_thread():
+    """A thread need not have used the GPU before its first call, be it one that was made before or not."""
+    failures = []
+
+    def body(tensor):
+        try:
+            dist.all_reduce(tensor)
+        except Exception as error:
+            failures.append(error)
+
+    for count, made_before in ((1000, True), (77, False)):
+        tensor = full(count, 1)
+        if made_before:
+            dist.all_reduce(tensor)
+        thread = threading.Thread(target=body, args=(tensor,))
+        thread.start()
+        thread.join()
+        assert not failures, failures
+        same(tensor, SIZE ** (1 + made_before))
+
+
+def streams_of_torch():
+    """What waits for a message holds up none of the streams that torch deals out, nor who makes memory or looks for
+    messages beside it."""
+    if SIZE == 1:
+        return
+    awaited, told, value = full(3, -1), full(3, -1), full(1, 1)
+    torch.cuda.synchronize()  # not once something waits
+    work = dist.irecv(awaited, 1) if RANK == 0 else None
+    for _ in range(40):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert (value + 1).item() == 2
+    dist.group.WORLD.communicator.empty(16)
+    if RANK == 0:
+        dist.send(told, 1)
+        work.wait()
+        same(awaited, 7)
+    elif RANK == 1:
+        dist.recv(told, 0)
+        dist.send(full(3, 7), 0)
+
+
 def coalesced():
     tensors = [full(10 + i, RANK) for i in range(3)]
     with dist._coalescing_manager(device=DEVICE, async_ops=True) as manager:
@@ -678,7 +720,9 @@ EVERYWHERE = [
     messages_of_anyone, monitored, refusals, groups_made_again,
     cpu_tensors,
 ]  # fmt: skip
-ON_GPUS = [streams, ends, futures_without_results, one_after_another] if GPU else []
+ON_GPUS = (
+    [streams, ends, futures_without_results, one_after_another, first_in_a_thread, streams_of_torch] if GPU else []
+)
 AT_FIRST = [cpu_tensors] if GLOO else [*EVERYWHERE, *ON_GPUS]
 # In a default group made anew.
 AGAIN = [cpu_tensors, objects, saved_beside] if GLOO else [all_reduce, groups, messages, monitored]

@@ -129,10 +129,10 @@ class LowLatency(Experts):
         self._check_quant(quant)
         payload = self.dtype if quant is None else torch.float8_e4m3fn
         shape = (self.local_experts, self.max_rows)
-        rows = self._empty((*shape, self.hidden), payload) if out is None else out
+        rows = self._empty((*shape, self.hidden), payload, stream) if out is None else out
         self._check(rows, "out", (*shape, self.hidden), (payload,))
         words = self._scale_words(quant)
-        scales = self._empty((*shape, words), torch.int32)
+        scales = self._empty((*shape, words), torch.int32, stream)
         unit = 512 if quant == "fp8_128_ue8m0" else 128
         slicing = self._slicing(unit, payload)
         constants = {
@@ -147,7 +147,7 @@ class LowLatency(Experts):
         )  # fmt: skip
         finish = self._run(
             self._dispatching, "ep_dispatch", low_latency.dispatch, self._dtype_name, _warps(slicing), constants,
-            tensors, (plan.tokens,), x.numel(), hook, stream,
+            tensors, (plan.tokens,), x.numel(), hook, stream, plan,
         )  # fmt: skip
         if quant == "fp8_128":
             scales = scales.view(torch.float32)
@@ -185,7 +185,7 @@ class LowLatency(Experts):
         self._check(h, "h", (self.local_experts, self.max_rows, self.hidden), (self.dtype,))
         self._check(weights, "weights", (plan.tokens, self.top_k), (torch.float32,))
         if out is None:
-            out = self._empty((plan.tokens, self.hidden), self.dtype)
+            out = self._empty((plan.tokens, self.hidden), self.dtype, stream)
         self._check(out, "out", (plan.tokens, self.hidden), (self.dtype,))
         if not plan.dispatched:
             raise ArgumentError(
@@ -197,7 +197,7 @@ class LowLatency(Experts):
         tensors = (h, plan.placed, plan.sizes, plan.topk_idx, weights, out, self._complaints)
         finish = self._run(
             self._combining, "ep_combine", low_latency.combine, self._dtype_name, _warps(slicing), constants,
-            tensors, (plan.tokens,), out.numel(), hook, stream,
+            tensors, (plan.tokens,), out.numel(), hook, stream, plan,
         )  # fmt: skip
         return (out, finish) if hook else out
 

@@ -202,7 +202,7 @@ class ExpertParallel(Experts):
         tokens = self._check_routing(topk_idx)
         if not hasattr(align, "__index__") or align < 1:
             raise ArgumentError(f"plan: align is {align!r}, expected a whole number of rows >= 1")
-        plan = self._new_plan(tokens, align)
+        plan = self._new_plan(tokens, align, stream)
         if self.nodes == 1:
             inputs, gathered = (topk_idx, plan.memory, self._counts, self._complaints), None
             self._launch_planning(routing.exchange, self._counting, inputs, (tokens, plan.memory.numel()), stream)
@@ -228,9 +228,9 @@ class ExpertParallel(Experts):
         warps = 1 if environment.emulated() else 8
         self._planning.launch("ep_plan", kernel, name, warps, constants, tensors, sizes, elements, stream)
 
-    def _new_plan(self, tokens: int, align: int) -> Plan:
+    def _new_plan(self, tokens: int, align: int, stream: Any) -> Plan:
         layout, words = self._known_layout(tokens, align)
-        return Plan(self._empty((words,), torch.int32), tokens, align, self.made_for, layout)
+        return Plan(self._empty((words,), torch.int32, stream), tokens, align, self.made_for, layout)
 
     def plan_words(self, tokens: int, align: int) -> int:
         """Words of the memory of a plan; of symbolic sizes too."""
@@ -307,16 +307,16 @@ class ExpertParallel(Experts):
         else:
             most = self.most_rows(layout, plan.align)
             if out is None:
-                rows = self._empty((most, self.hidden), payload)
+                rows = self._empty((most, self.hidden), payload, stream)
             else:
                 rows = self._check(out, "out", (None, self.hidden), (payload,))
             if len(rows) > most:
                 raise ArgumentError(f"dispatch: out has {len(rows)} rows, expected at most the {most} that can come")
-            out_scales = self._empty((len(rows), words), torch.int32)
+            out_scales = self._empty((len(rows), words), torch.int32, stream)
         out_weights = None
         if weights is not None:
             shape = (len(rows),) if layout == "expert" else (len(rows), self.top_k)
-            out_weights = self._empty(shape, torch.float32)
+            out_weights = self._empty(shape, torch.float32, stream)
         constants = {
             **self._row_constants(), "QUANT": quant or "", "SCALES": words,
             "SCALE_TILE": self._scale_tile(quant, words), "WEIGHTED": weights is not None,
@@ -330,7 +330,7 @@ class ExpertParallel(Experts):
         name = "u8" if x.dtype is torch.float8_e4m3fn else self._dtype_name
         finish = self._run(
             self._moving, "ep_dispatch", self._kernels.dispatch, name, _WARPS, constants, tensors, (len(rows),),
-            x.numel(), hook, stream,
+            x.numel(), hook, stream, plan,
         )  # fmt: skip
         if words:
             out_scales = out_scales.view(torch.int32 if quant == "fp8_128_ue8m0" else torch.float32)
@@ -390,9 +390,9 @@ class ExpertParallel(Experts):
         for each in biases:
             self._check(each, "bias", (plan.tokens, self.hidden), (self.dtype,))
         if out is None:
-            out = self._empty((plan.tokens, self.hidden), self.dtype)
+            out = self._empty((plan.tokens, self.hidden), self.dtype, stream)
         self._check(out, "out", (plan.tokens, self.hidden), (self.dtype,))
-        carried = self._empty((plan.tokens, self.top_k), torch.float32) if carry is not None else None
+        carried = None if carry is None else self._empty((plan.tokens, self.top_k), torch.float32, stream)
         zero_copy = not expert and h.data_ptr() == self.landing.data_ptr()
         constants = {
             **self._row_constants(), "WEIGHTED": weights is not None, "CARRY": carry is not None,
@@ -405,7 +405,7 @@ class ExpertParallel(Experts):
         )  # fmt: skip
         finish = self._run(
             self._moving, "ep_combine", self._kernels.combine, self._dtype_name, _WARPS, constants, tensors, (len(h),),
-            out.numel(), hook, stream,
+            out.numel(), hook, stream, plan,
         )  # fmt: skip
         result = out if carry is None else (out, carried)
         return (result, finish) if hook else result

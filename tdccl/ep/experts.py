@@ -91,8 +91,10 @@ class Experts:
         if quant not in QUANTS:
             raise ArgumentError(f"dispatch: quant is {quant!r}, expected one of {', '.join(map(str, QUANTS))}")
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.comm.device)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, stream: Any = None) -> torch.Tensor:
+        """Memory of the `stream` that writes it: what was there before may still be read on the current one."""
+        with self.comm._on(stream):
+            return torch.empty(shape, dtype=dtype, device=self.comm.device)
 
     def _scale_words(self, quant: str | None) -> int:
         """Words of 4 bytes in which a quantised row's scales lie."""
@@ -100,11 +102,12 @@ class Experts:
 
     def _run(
         self, workspace: Workspace, called: str, kernel, dtype: str, warps: int, constants: dict[str, Any], tensors,
-        sizes, elements: int, hook: bool, stream,
+        sizes, elements: int, hook: bool, stream, plan,
     ) -> Callable[[], None]:  # fmt: skip
-        """Launches both halves of a kernel at once, or if `hook` the first; returns what launches the second then."""
+        """Launches both halves of a kernel at once, or if `hook` the first; returns what launches the second then, and
+        keeps the tensors and the plan till then."""
 
-        def half(send: bool, recv: bool) -> None:
+        def half(send: bool, recv: bool, _keep=plan) -> None:
             given = {**constants, "SEND": send, "RECV": recv}
             workspace.launch(called, kernel, dtype, warps, given, tensors, sizes, elements, stream)
 

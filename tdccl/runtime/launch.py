@@ -22,6 +22,7 @@ _layout = bare.read("tdccl.language.team")
 _rails = bare.read("tdccl.language.rails")
 Team, Symmetric, Rail = _layout.Team, _layout.Symmetric, _rails.Rail
 
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 
@@ -180,6 +181,7 @@ def _load(kernel, arguments: Arguments, team: Team, warps: int) -> pack.Loaded:
     device, name = torch.cuda.current_device(), identity(kernel, arguments, team, warps)
     loaded = _loaded.get((name, device))
     if loaded is None:
+        _enter(device)
         loaded = pack.load(name, torch.cuda.get_device_capability(device))
         if loaded is None:
             compiled = compile_kernel(kernel, arguments, team, warps, _target())
@@ -191,9 +193,18 @@ def _load(kernel, arguments: Arguments, team: Team, warps: int) -> pack.Loaded:
     return loaded
 
 
+def _enter(device: int) -> None:
+    """Gives this thread the device's context, which the driver asks for: on device 0, where every thread begins, torch
+    sees nothing to switch to, and a new thread has none before its first call of CUDA's runtime."""
+    from cuda.bindings import runtime
+
+    runtime.cudaSetDevice(device)
+
+
 def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
     from cuda.bindings import driver
 
+    device = torch.cuda.current_device()
     loaded = _load(kernel, arguments, values["team"], geometry.warps)
     cells, fresh, tuples = [], {}, {}
     for name, types in arguments.types.items():
@@ -217,6 +228,9 @@ def _bind_cuda(kernel, arguments: Arguments, values, geometry: Geometry):
         send_cell.value = send
         recv_cell.value = recv
         (status,) = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)
+        if status and status == _NO_CONTEXT:
+            _enter(device)
+            (status,) = launch_kernel(function, grid, 1, 1, threads, 1, 1, shared, stream, parameters, 0)
         if status:
             raise RuntimeError(f"cuLaunchKernel of {kernel.fn.__name__}: {status}")
 

@@ -12,6 +12,7 @@ import torch
 
 from tdccl.environment import emulated, multicast_forbidden_by, multimem_by_unicast
 from tdccl.errors import InitError, TdcclError
+from tdccl.runtime.streams import aside
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory, free_kept, keep, together
 
@@ -84,11 +85,8 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
 
         with torch.cuda.device(device), _explained(nbytes):
             local = torch_symmetric.empty(nbytes, dtype=torch.uint8, device=device)
-            # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.stream(stream):
+            with aside(device):
                 local.zero_()
-            stream.synchronize()
 
     def meet() -> bool:
         """Whether this rank has a multicast address. Wherever this fails, the other ranks are next in an exchange of

@@ -18,6 +18,7 @@ import torch
 
 from tdccl import environment
 from tdccl.errors import InitError, TdcclError
+from tdccl.runtime.streams import aside
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory, together
 
@@ -123,7 +124,7 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
 
     def prepare() -> None:
         nonlocal memory
-        with _own_stream(device) as stream:
+        with aside(device) as stream:
             p2p.check(runtime.cudaMemsetAsync(address, 0, nbytes, stream), "cudaMemsetAsync")
         memory = SymmetricMemory(p2p.tensor_at(address, nbytes, device), addresses, release)
 
@@ -158,20 +159,11 @@ def _give_back_kept(started: _Started, bootstrap: Bootstrap, device: torch.devic
         _give_back(started.free, *part[1:])
 
 
-@contextlib.contextmanager
-def _own_stream(device: torch.device):
-    """The number of a stream on which nothing waits for a peer that is busy right here; waits for what goes there."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        yield stream.cuda_stream
-        stream.synchronize()
-
-
 def _quiet(device: torch.device) -> None:
     """Returns when all that kernels of this rank put has arrived: their last signals are on the way when they end."""
     from nvshmem import bindings
 
-    with _own_stream(device) as stream:
+    with aside(device) as stream:
         bindings.quiet_on_stream(stream)
 
 

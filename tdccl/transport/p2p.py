@@ -12,6 +12,7 @@ import torch
 from cuda.bindings import runtime
 
 from tdccl.errors import InitError, TdcclError
+from tdccl.runtime.streams import aside
 from tdccl.transport.bootstrap import Bootstrap
 from tdccl.transport.symmetric_memory import SymmetricMemory, free_kept, keep, together
 
@@ -26,10 +27,8 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> Symmetr
     def obtain() -> _Raw:
         memory = _Raw(check(runtime.cudaMalloc(nbytes), f"cudaMalloc of {nbytes} bytes"), nbytes)
         weakref.finalize(memory, _free, memory.address, device).atexit = False
-        # On a stream of its own: kernels of other groups may be waiting for peers that are busy right here.
-        stream = torch.cuda.Stream(device)
-        check(runtime.cudaMemsetAsync(memory.address, 0, nbytes, stream.cuda_stream), "cudaMemsetAsync")
-        stream.synchronize()
+        with aside(device) as stream:
+            check(runtime.cudaMemsetAsync(memory.address, 0, nbytes, stream), "cudaMemsetAsync")
         return memory
 
     return _shared(bootstrap, obtain, device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from tdccl.errors import InitError
+from tdccl.runtime.streams import aside
 from tdccl.transport.bootstrap import Bootstrap
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ class SymmetricMemory:
         self.address, self.nbytes = local.data_ptr(), local.numel()
         self.addresses = addresses
         self.multicast = multicast
-        self.peers = torch.tensor([*addresses, multicast], dtype=torch.int64, device=local.device)
+        with aside(local.device):  # torch waits for what it copies, and for all before it
+            self.peers = torch.tensor([*addresses, multicast], dtype=torch.int64, device=local.device)
         self._release = release
 
     def release(self, bootstrap: Bootstrap | None, peers_gone: Callable[[], bool]) -> None:

@@ -63,14 +63,16 @@ class SideStream:
             if previous is not None:
                 previous.current_stream_wait()
             return call(), EventOverlap(EventHandle() if async_finish else None)
-        caller = torch.cuda.current_stream(self.stream.device)
-        before = EventHandle() if previous is None else previous.event
+        caller = torch.cuda.current_stream(self.stream.device)  # the current device may be another
         with torch.cuda.stream(self.stream):
-            before.current_stream_wait()
+            if previous is None:
+                self.stream.wait_stream(caller)
+            else:
+                previous.current_stream_wait()
+            for tensor in _tensors(used):  # their memory may be used again only after both streams
+                tensor.record_stream(self.stream)
             made = call()
             event = EventHandle()
-        for tensor in _tensors(used):  # their memory may be used again only after both streams
-            tensor.record_stream(self.stream)
         for tensor in _tensors(made):
             tensor.record_stream(caller)
         return made, EventOverlap(event)
