@@ -96,7 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model_error", description=__doc__.partition(":")[0])
     parser.add_argument("file", type=Path, help="written by `python -m bench.nodes_check -J FILE` on GPUs")
     path = parser.parse_args().file
-    found = compare(*reading.read([path]))
+    try:
+        found = compare(*reading.read([path]))
+    except ValueError as error:
+        parser.error(str(error))
     if found is None:
         parser.error(f"{path} has no all_reduce across nodes in a CUDA graph")
     for point, us in zip(found.points, found.predicted):

@@ -118,8 +118,19 @@ def newest(reports: Iterable[dict], kind: str) -> Iterable[dict]:
 
 
 def read(paths: Iterable[Path]) -> list[dict]:
-    """The reports in files that `python -m bench ... -J FILE` and `python -m bench.faults -J FILE` wrote."""
-    return [json.loads(path.read_text()) for path in paths]
+    """The reports in files that `python -m bench ... -J FILE` and `python -m bench.faults -J FILE` wrote. Raises
+    ValueError, naming the file, where there is none or it holds something else."""
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not isinstance(report, dict) or "host" not in report:
+        raise ValueError(f"{path} is no report of the bench; its -J FILE writes them")
+    return report
 
 
 def overlap_picture(report: dict) -> str:

@@ -18,7 +18,10 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {_marks('bench')} in this file, and "
                         "likewise for faults, ep, fused, attention and nodes, if there are files for them")  # fmt: skip
     options = parser.parse_args()
-    reports = reading.read(options.files)
+    try:
+        reports = reading.read(options.files)
+    except ValueError as error:
+        parser.error(str(error))
     beside = options.readme and options.readme.parent
     texts = {"bench": markdown(reports, beside), "faults": faults(reports)}
     texts |= {"ep": expert_parallel(reports), "fused": fused(reports, beside), "attention": attention(reports)}

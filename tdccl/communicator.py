@@ -531,9 +531,11 @@ class Communicator(Calls):
         Not in a graph's capture: what is lent there is lent again while the graph may yet be replayed.
 
         All ranks make and free such tensors alike. They wait for each other where there is no free memory of that size,
-        and in every 512th call, to compare where their tensors lay.
+        and in every 512th call, to compare where their tensors lay. A gc.collect() on every rank frees those that are
+        in reference cycles alike.
 
-        Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ.
+        Raises ArgumentError, on every rank: the sizes, or the places of earlier tensors, differ; InitError: other ranks
+        did not need new memory, as this one does.
         """
         self.check()
         return self._loans.tensor(math.prod(arrays.checked_shape("lend", numel, dtype)), dtype)

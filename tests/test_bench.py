@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import data, options, report
+from bench import data, model_error, options, report
 from bench.collectives import COLLECTIVES, DTYPES, OPS, Buffers, Case
 
 ROOT = Path(__file__).parents[1]
@@ -259,6 +259,18 @@ def test_report_keeps_rows_with_a_cap_out_of_the_tables_by_size():
 def test_report_of_caps_alone_has_no_other_table():
     found = report.markdown([capped_run()])
     assert "largest size" not in found and found.count("| --- |") == 1
+
+
+def test_readers_say_which_file_is_no_report(plot, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "table.json").write_text('{"gpu": "H200"}')
+    for file, complaint in [("none", "none.json cannot be read"), ("empty", "empty.json cannot be read"),
+                            ("table", "table.json is no report of the bench; its -J FILE writes them")]:  # fmt: skip
+        for tool in (report, plot, model_error):
+            monkeypatch.setattr(sys, "argv", ["tool", str(tmp_path / f"{file}.json")])
+            with pytest.raises(SystemExit):
+                tool.main()
+            assert complaint in capsys.readouterr().err
 
 
 def test_report_replaces_what_is_between_the_markers():

@@ -173,6 +173,24 @@ def test_swizzles(ranks, world):
 
 
 @triton.jit
+def places(shards, listed):
+    """Where the tiles of two ranks begin, and how many elements they have, by the variable of a loop itself."""
+    for tile in range(2 * overlap.tiles_of(shards)):
+        tl.store(listed + 2 * tile, overlap.offset_of(shards, tile))
+        tl.store(listed + 2 * tile + 1, overlap.elements_of(shards, tile))
+
+
+def check_places(comm):
+    listed = torch.zeros(4, 2, dtype=torch.int64, device=comm.device)
+    places[(1,)](overlap.shards_of(7, 12, 4), listed)
+    assert listed.tolist() == [[0, 48], [48, 36], [96, 48], [144, 36]]
+
+
+def test_a_loop_over_tiles_asks_where_they_are(ranks):
+    ranks.run(check_places, 1)
+
+
+@triton.jit
 def pull_all(team, epochs, shards, signals, x, gathered, result, PIECE: tl.constexpr):
     """Every rank offers its tiles, and fetches all the others' when they are told of."""
     epoch = overlap.begin(team, epochs)

@@ -442,3 +442,22 @@ def check_loans_that_differ(comm):
 
 def test_ranks_that_free_differently_are_found_out(ranks):
     ranks.run(check_loans_that_differ, 2)
+
+
+def check_a_loan_that_one_rank_holds(comm):
+    bootstrap = comm._bootstrap.subgroup([*range(comm.size)], "held")
+    own = tdccl.Communicator(bootstrap, comm.device, 10.0)
+    bootstrap._timeout = 1.0
+    kept = own.lend(10)
+    if comm.rank == 0:
+        del kept
+    else:
+        with pytest.raises(tdccl.InitError, match=r"rank 0 did not make new memory of 40.*gc\.collect") as raised:
+            own.lend(10)
+        assert raised.value.absent == (0,)
+    comm._bootstrap.barrier()
+    own.destroy()
+
+
+def test_who_holds_what_others_have_freed_is_told_so(ranks):
+    ranks.run(check_a_loan_that_one_rank_holds, 2)

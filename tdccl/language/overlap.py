@@ -78,7 +78,7 @@ def owner_of(shards, tile):
 @triton.jit
 def offset_of(shards, tile):
     """Index (int64) of the first element of a tile in the matrix of all ranks."""
-    return tile.to(tl.int64) * shards.TILE * shards.columns
+    return (tl.zeros([], tl.int64) + tile) * shards.TILE * shards.columns  # a tile may be a plain int
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from tdccl.errors import ArgumentError
+from tdccl.errors import ArgumentError, InitError
 from tdccl.transport import Bootstrap
 
 # Loans. A comparison is a round of messages between hosts; kernels that reach into peers' memory compare as well.
@@ -99,9 +99,25 @@ class Loans:
         place = places.take()
         if place is None:
             self._made += 1
-            place = _Place(self._made, self._allocate(nbytes, torch.uint8))
+            place = _Place(self._made, self._new(nbytes))
             places.add(place)
         return place
+
+    def _new(self, nbytes: int) -> torch.Tensor:
+        try:
+            return self._allocate(nbytes, torch.uint8)
+        except InitError as error:
+            if not error.absent:
+                raise
+            ranks = f"rank{'s' * (len(error.absent) > 1)} {', '.join(map(str, error.absent))}"
+            explained = InitError(
+                f"lend: {ranks} did not make new memory of {nbytes} bytes, as this rank does, within the timeout: is "
+                "some free there? Ranks must free their tensors alike. What is in a reference cycle, as a model after "
+                "fully_shard is, Python frees at another time on each rank: call gc.collect() on all of them when it "
+                "is no longer used"
+            )
+            explained.absent = error.absent
+            raise explained from error
 
     def _compare(self, place: _Place) -> None:
         self._lent += 1
