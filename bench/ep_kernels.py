@@ -1,5 +1,6 @@
 """The kernels of expert parallelism as they are launched, to be compiled without a GPU and without other ranks."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -70,7 +71,7 @@ def launches(sizes: Sizes, backend: str = "cuda", fp8: bool = True) -> list[Laun
     ranks, context = sizes.nodes * sizes.width, context_for(sizes.width, sizes.most_blocks, nodes=sizes.nodes)
     comm = SimpleNamespace(
         size=ranks, rank=0, device=torch.device("cpu"), check=lambda: None, check_one_node=lambda _: None,
-        all_gather=lambda *_, **__: None,
+        all_gather=lambda *_, **__: None, _on=lambda _: nullcontext(),
         topology=topology_of(0, [str(rank // sizes.width) for rank in range(ranks)]), launches=[], backend=backend,
         multiprocessors=context.rules.blocks, _context=context,
         _bootstrap=SimpleNamespace(exchange=lambda mine: [mine] * ranks),

@@ -316,7 +316,8 @@ def test_a_rank_that_comes_too_late_is_told_rather_than_given_garbage(tmp_path):
     for process in processes:
         process.join(30)
     assert all(message for _, message, _ in answers), answers
-    assert "for rank 1" in answers[0][1], answers
+    # Rank 2 may give up first; what rank 0 then waits for in vain is rank 2's data.
+    assert "for rank 1" in answers[0][1] or "rank 1 has not come" in answers[0][1], answers
 
 
 PROGRAM = """
