@@ -568,6 +568,7 @@ def test_kinds_of_groups(kind, tmp_path, installed):
 def test_calls_beside_wait_for_the_caller_s_stream_of_their_device(monkeypatch):
     """Whichever device is the current one."""
     here, elsewhere = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(utils.environment, "emulated", lambda: True)  # no stream of a GPU is made
     side = utils.SideStream(torch.device("cpu"))
     side.stream = mock.Mock(device=torch.device("cuda", 1))
     monkeypatch.setattr(utils.environment, "emulated", lambda: False)
