@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -577,6 +578,7 @@ def results_on(backend: str, cases: list, **where) -> list:
     dist.init_process_group(backend, timeout=timedelta(seconds=100), **where)
     RANK, SIZE = dist.get_rank(), dist.get_world_size()
     results = []
+    _clear_sharding_prop_cache()  # what DTensor planned knows the groups of the backend before
     for case in cases:
         start = time.perf_counter()
         torch._dynamo.reset()  # what was compiled knows the groups of the backend before
