@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from tdccl import environment
 from tdccl.collectives import ALGORITHMS
 from tdccl.decisions import ACROSS_NODES, context_for, rail_for, table_across, table_for
+from tdccl.errors import InitError
 from tdccl.language.team import MAX_RANKS
 from tdccl.runtime import pack
 from tdccl.runtime.algorithm import ITEMSIZE, Algorithm, Call, Context, Geometry, team_of
@@ -242,7 +243,10 @@ def main(words: list[str]) -> None:
             _check_writable(options.out)
         except OSError as error:
             builder.error(f"--out is {options.out}: {error.strerror}")
-    options.run(options)
+    try:
+        options.run(options)
+    except InitError as error:  # NVSHMEM's bitcode is missing or of no use, or TDCCL_SCRATCH_MB too little
+        raise SystemExit(str(error)) from error
 
 
 def _check_writable(path: str) -> None:

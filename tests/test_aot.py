@@ -12,6 +12,7 @@ import warnings
 import pool
 import pytest
 import torch
+import triton
 from variants import context_of, team_of
 
 from tdccl import aot, decisions, environment
@@ -26,10 +27,14 @@ from tdccl.tuning import BESIDE_COMPUTATION, GPU
 RANKS = 4
 
 
-def run_aot(*words) -> str:
+def try_aot(*words, **variables) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if name != "TDCCL_SCRATCH_MB"}
     command = [sys.executable, "-m", "tdccl.aot", *map(str, words)]
-    run = subprocess.run(command, cwd=pool.ROOT, env=kept, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=pool.ROOT, env=kept | variables, capture_output=True, text=True, timeout=280)
+
+
+def run_aot(*words) -> str:
+    run = try_aot(*words)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout
 
@@ -399,6 +404,17 @@ def bitcode():
         return None
 
 
+def test_bitcode_that_triton_cannot_read_is_named(tmp_path):
+    folder, pack_file = tmp_path / "lib", tmp_path / "across.zip"
+    folder.mkdir()
+    (folder / "libnvshmem_device.bc").write_text("of an LLVM to come")
+    options = ("--arch", "sm_90", "--world", 2, "--nodes", 2, "--collective", "barrier", "--out", pack_file)
+    done = try_aot("build", *options, NVSHMEM_HOME=str(tmp_path))
+    assert done.returncode == 1 and not pack_file.exists()
+    assert f"Triton {triton.__version__} cannot link {folder}" in done.stderr
+    assert "a newer Triton or an older NVSHMEM" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(bitcode() is None, reason="NVSHMEM is not installed")
 def test_kernels_across_nodes_are_launched_from_a_pack_and_their_modules_initialised(driver, monkeypatch, tmp_path):
     path, initialised = tmp_path / "across.zip", []
@@ -410,7 +426,7 @@ def test_kernels_across_nodes_are_launched_from_a_pack_and_their_modules_initial
     context = decisions.context_for(2, scratch=64 << 20, nodes=3)
     call = Call("barrier", 0, "u8", None, 0, 16, None, (None, None), False)
     choice = choose(decisions.ACROSS_NODES["barrier"], call, context, decisions.table_across())
-    rail = decisions.rail_for(context)
+    rails = {pairs: decisions.rail_for(context, pairs) for pairs in (False, True)}
     for _ in range(2):
-        Plan(choice, call, team_of(context, "cuda"), [], rail).launch(0, 0, 0)
+        Plan(choice, call, team_of(context, "cuda"), [], rails).launch(0, 0, 0)
     assert len(driver.launches) == 2 and initialised == driver.modules and len(initialised) == 1

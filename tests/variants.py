@@ -74,7 +74,8 @@ def sass_facts(sass: str) -> dict:
     return {
         "loads": sorted(set(re.findall(r"\bLDG\.E(?:\.\w+)*?\.(128|64)\b", sass))),
         "stores": sorted(set(re.findall(r"\bSTG\.E(?:\.\w+)*?\.(128|64)\b", sass))),
-        "narrow": len(re.findall(r"\b(?:LDG|STG)\.E\.(?:U8|S8|U16|S16)\b", sass)),
+        # But not of constants: so NVSHMEM reads its descriptions of queues, and Triton nothing.
+        "narrow": len(re.findall(r"\b(?:LDG|STG)\.E\.(?:U8|S8|U16|S16)\b(?!\.CONSTANT)", sass)),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tdccl.environment import emulated
+from tdccl.errors import InitError
 from tdccl.runtime import bare, pack
 from tdccl.runtime.algorithm import ITEMSIZE, Geometry
 from tdccl.transport import nvshmem
@@ -124,7 +125,10 @@ def _callees_first(function, seen: set[int]) -> None:
 
 
 def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: int, target):
-    """Compiles for `target` (a triton GPUTarget); needs no GPU. Returns Triton's CompiledKernel."""
+    """Compiles for `target` (a triton GPUTarget); needs no GPU. Returns Triton's CompiledKernel.
+
+    Raises InitError where this Triton cannot link NVSHMEM's bitcode.
+    """
     import triton
     from triton.compiler import ASTSource
 
@@ -141,9 +145,16 @@ def compile_kernel(kernel, arguments: Arguments, team_constants: Team, warps: in
     source = ASTSource(keyed(bare.kernel_of(kernel)), arguments.types, constants, attributes)
     # No contraction of a product and a sum: the bits must not depend on what the compiler fuses.
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    if arguments.across:
-        options["extern_libs"] = {"nvshmem": nvshmem.device_library(target.arch)}
-    return triton.compile(source, target=target, options=options)
+    if not arguments.across:
+        return triton.compile(source, target=target, options=options)
+    bitcode = nvshmem.device_library(target.arch)
+    try:
+        return triton.compile(source, target=target, options=options | {"extern_libs": {"nvshmem": bitcode}})
+    except ValueError as error:  # of LLVM's reader, which knows what was written by its own version or an older one
+        raise InitError(
+            f"Triton {triton.__version__} cannot link {bitcode}, of NVSHMEM (version {nvshmem.version()}): {error}; "
+            "take a newer Triton or an older NVSHMEM"
+        ) from error
 
 
 def bind(kernel, arguments: Arguments, team: Team, geometry: Geometry, tables: dict[str, int]) -> Callable:
