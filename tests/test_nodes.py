@@ -6,6 +6,7 @@ In emulation those have the ordering of a network. On GPUs they need nvshmem4py,
 import contextlib
 import ctypes
 import errno
+import gc
 import importlib.util
 import itertools
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from unittest import mock
 
 import cases
@@ -54,25 +56,26 @@ long = pytest.mark.skipif(os.environ.get("TDCCL_LONG", "0") == "0", reason="TDCC
 _groups = {}
 
 
+def split(comm, size):
+    """A new communicator of the same ranks, with a node boundary after every `size` ranks."""
+    os.environ["TDCCL_NODE_SIZE"] = str(size)
+    try:
+        return comm.split(0)
+    finally:
+        del os.environ["TDCCL_NODE_SIZE"]
+
+
 def drawn(comm, size):
-    """A communicator of the same ranks, with a node boundary after every `size` ranks; made once."""
+    """One that is made once."""
     if (comm, size) not in _groups:
-        os.environ["TDCCL_NODE_SIZE"] = str(size)
-        try:
-            _groups[comm, size] = comm.split(0)
-        finally:
-            del os.environ["TDCCL_NODE_SIZE"]
+        _groups[comm, size] = split(comm, size)
     return _groups[comm, size]
 
 
 @contextlib.contextmanager
 def fresh(comm, size):
     """One that is made anew, for what leaves it unusable."""
-    os.environ["TDCCL_NODE_SIZE"] = str(size)
-    try:
-        group = comm.split(0)
-    finally:
-        del os.environ["TDCCL_NODE_SIZE"]
+    group = split(comm, size)
     try:
         yield group
     finally:
@@ -570,6 +573,28 @@ def check_kept(comm, call):
 @pytest.mark.parametrize("call", ["all_reduce", "all_gather", "all_to_all", "broadcast", "send", "dispatch", "combine"])
 def test_what_is_under_way_is_not_written_over_after_a_failed_wait(ranks, call):
     ranks.run(check_kept, 2, call=call)
+
+
+def check_dropped(comm):
+    """Of a communicator that was dropped without `destroy` no address is left; what it had under way still arrives."""
+    for elements in (1 << 10, 1 << 16, 1 << 12):
+        network.reseed(comm.rank, longest=0.05)
+        group = split(comm, 1)
+        x = torch.arange(float(elements))
+        assert torch.equal(group.all_reduce(x), 2 * x)
+        lanes, group = group._lanes.address, weakref.ref(group)
+        gc.collect()
+        assert group() is None
+        network.quiet()
+        with pytest.raises(tdccl.ArgumentError, match="no address in memory"):
+            network.get(0, lanes, 8, 0)
+    network.reseed(0)
+    comm._bootstrap.barrier()
+
+
+@pytest.mark.skipif(not environment.emulated() or pool.LARGEST_WORLD < 2, reason="of the emulation")
+def test_a_dropped_communicator_leaves_no_addresses(ranks):
+    ranks.run(check_dropped, 2)
 
 
 def check_short(comm):

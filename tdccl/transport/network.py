@@ -14,6 +14,7 @@ import heapq
 import random
 import threading
 import time
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -30,17 +31,28 @@ _LONGEST = 3e-3  # seconds that an operation is under way, at most
 _PROMPT = 0.5  # of all operations
 
 
-class _Segment(NamedTuple):
-    start: int
-    end: int
-    addresses: dict[int, int]  # by PE
+class _Segment:
+    """Memory of `allocate`. It stays mapped as long as somebody has this."""
+
+    def __init__(self, memory: SymmetricMemory, pes: list[int]):
+        self.memory = memory
+        self.start, self.end = memory.address, memory.address + memory.nbytes
+        self.addresses = dict(zip(pes, memory.addresses))  # by PE
+
+
+class _Place(NamedTuple):
+    """Where something lies for this process; what is under way there holds the segment, lest it write into nothing."""
+
+    address: int
+    segment: _Segment
 
 
 class _Network:
     """What this process has under way."""
 
     def __init__(self, seed: int):
-        self.segments: list[_Segment] = []
+        # Weak: a communicator that is dropped without `destroy` must not leave addresses that others get after it.
+        self._segments: weakref.WeakSet[_Segment] = weakref.WeakSet()
         self.pe = -1
         self.met: set[int] = set()  # the PEs with which this one has memory in common
         self.draws = random.Random(seed)
@@ -52,12 +64,21 @@ class _Network:
         self._numbers = 0
         self._thread: threading.Thread | None = None
 
-    def at(self, address: int, pe: int) -> int:
+    def at(self, address: int, pe: int) -> _Place:
         """Where PE `pe` has what lies here at `address`."""
-        for segment in self.segments:
-            if segment.start <= address < segment.end:
-                return segment.addresses[pe] + address - segment.start
+        with self._changed:
+            for segment in self._segments:
+                if segment.start <= address < segment.end:
+                    return _Place(segment.addresses[pe] + address - segment.start, segment)
         raise ArgumentError(f"nvshmem: {address:#x} is no address in memory that NVSHMEM allocated")
+
+    def add(self, segment: _Segment) -> None:
+        with self._changed:
+            self._segments.add(segment)
+
+    def remove(self, segment: _Segment) -> None:
+        with self._changed:
+            self._segments.discard(segment)
 
     def send(self, operation, pe: int) -> None:
         with self._changed:
@@ -117,14 +138,14 @@ def allocate(bootstrap: Bootstrap, nbytes: int, device: torch.device) -> tuple[S
     """(`nbytes` zeroed bytes on every rank, the PE of every rank); collective over the bootstrap's ranks."""
     memory, network = host.allocate(bootstrap, nbytes, device), _here()
     pes = bootstrap.exchange(bootstrap.world_rank)
-    segment = _Segment(memory.address, memory.address + memory.nbytes, dict(zip(pes, memory.addresses)))
-    network.segments.append(segment)
+    segment = _Segment(memory, pes)
+    network.add(segment)
     network.pe = bootstrap.world_rank
     network.met.update(pes)
 
     def release(bootstrap, peers_gone):
         network.quiet()  # as `nvshmem.allocate`'s; here what came later would find no memory at all
-        network.segments.remove(segment)
+        network.remove(segment)
         memory.release(bootstrap, peers_gone)
 
     return SymmetricMemory(memory.local, memory.addresses, release), pes
@@ -134,13 +155,13 @@ def put(destination: int, source: int, nbytes: int, pe: int) -> None:
     """Writes bytes from `source` to PE `pe`, where `destination` lies here; the source may be changed at once."""
     data = ctypes.string_at(source, nbytes)
     target = _here().at(destination, pe)
-    _here().send(lambda: ctypes.memmove(target, data, nbytes), pe)
+    _here().send(lambda: ctypes.memmove(target.address, data, nbytes), pe)
 
 
 def put_nbi(destination: int, source: int, nbytes: int, pe: int) -> None:
     """`put`, but the source must stay as it is until `quiet`."""
     target = _here().at(destination, pe)
-    _here().send(lambda: ctypes.memmove(target, source, nbytes), pe)
+    _here().send(lambda: ctypes.memmove(target.address, source, nbytes), pe)
 
 
 def put_signal(destination: int, source: int, nbytes: int, signal: int, value: int, pe: int, operation: int = SET):
@@ -159,8 +180,8 @@ def _send_with_signal(
     target, word = _here().at(destination, pe), _here().at(signal, pe)
 
     def deliver():
-        ctypes.memmove(target, data, nbytes)
-        _update(word, value, operation)
+        ctypes.memmove(target.address, data, nbytes)
+        _update(word.address, value, operation)
 
     _here().send(deliver, pe)
 
@@ -168,12 +189,12 @@ def _send_with_signal(
 def signal_op(signal: int, value: int, pe: int) -> None:
     """A signal without data."""
     word = _here().at(signal, pe)
-    _here().send(lambda: _update(word, value, SET), pe)
+    _here().send(lambda: _update(word.address, value, SET), pe)
 
 
 def get(destination: int, source: int, nbytes: int, pe: int) -> None:
     """Reads bytes of PE `pe`, from where `source` lies here."""
-    ctypes.memmove(destination, _here().at(source, pe), nbytes)
+    ctypes.memmove(destination, _here().at(source, pe).address, nbytes)
 
 
 def fence() -> None:
