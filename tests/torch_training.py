@@ -24,6 +24,7 @@ import torch.distributed._functional_collectives as functional
 import torch.distributed.checkpoint as checkpoint
 import torch.distributed.nn.functional as differentiable
 from torch import nn
+from torch.distributed import device_mesh
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
@@ -307,16 +308,18 @@ def hsdp():
 def hsdp_on_split_groups():
     """Where init_process_group was given a device, which it takes on GPUs only, a mesh splits the default group."""
     world = dist.group.WORLD
-    if dist.get_backend() != "tdccl":
+    if dist.get_backend() != "tdccl" or (torch.__version__ < (2, 13) and not GPU):  # older ones ask torch.cuda
         return hsdp()
     world.bound_device_id = torch.device(DEVICE.type, DEVICE.index or 0)
     accelerator = {"is_available": lambda: True, "current_accelerator": lambda: world.bound_device_id}
-    with (
-        mock.patch.multiple(torch.accelerator, **accelerator),
-        mock.patch("torch.distributed.device_mesh.new_group", side_effect=AssertionError("not split")),
-    ):
-        mesh = init_device_mesh(DEVICE.type, (SIZE // 2, 2), mesh_dim_names=("copies", "shards"))
-    world.bound_device_id = None
+    try:
+        with (
+            mock.patch.multiple(torch.accelerator, **accelerator),
+            mock.patch.object(device_mesh, "new_group", side_effect=AssertionError("not split")),
+        ):
+            mesh = init_device_mesh(DEVICE.type, (SIZE // 2, 2), mesh_dim_names=("copies", "shards"))
+    finally:
+        world.bound_device_id = None
     return trained(sharded(net(), mesh=mesh))
 
 
