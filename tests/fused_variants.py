@@ -63,14 +63,14 @@ def operands_of(shape: Shape, descriptors: bool, transposed: bool) -> dict:
 
 
 def spills_in_loops(sass: str) -> list[int]:
-    """How many accesses to spilled registers each innermost loop of wgmmas has, in ascending order."""
+    """How many accesses to spilled registers each innermost loop on tensor cores has, in ascending order."""
     lines = sass.splitlines()
     labels = {line.strip(" :"): at for at, line in enumerate(lines) if re.match(r"\s*LBB\w+:", line)}
     jumps = (
         (labels.get(found[1]), at) for at, line in enumerate(lines) if (found := re.search(r"BRA.*\b(LBB\w+)", line))
     )
     loops = [(first, last) for first, last in jumps if first is not None and first < last]
-    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    loops = [loop for loop in loops if any("HGMMA" in line or "HMMA" in line for line in lines[slice(*loop)])]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return sorted(len(re.findall(r"\b(?:STL|LDL)\b", "\n".join(lines[slice(*loop)]))) for loop in inner)
 

@@ -1,7 +1,6 @@
 """Compiles the kernels of gemm_all_reduce and all_reduce_rms_norm for sm_90 without a GPU, as `fused_variants.py`."""
 
 from importlib import import_module
-from types import SimpleNamespace
 
 import triton.language as tl
 from fused_variants import compiled, operands_of, tell
@@ -11,8 +10,12 @@ from tdccl.overlap.gemm import Shape, shape_for
 product = import_module("tdccl.overlap.gemm_all_reduce")  # the package has functions of these names
 norm = import_module("tdccl.overlap.all_reduce_rms_norm")
 
-ONE = SimpleNamespace(ONE_SHOT=True, FOLDED=16)
-TWO = SimpleNamespace(ONE_SHOT=False, FOLDED=0)
+RANKS = 4
+TWO = {"ONE_SHOT": False, "FOLDED": product.FOLDED}
+
+
+def in_one_shot(shape: Shape) -> dict:
+    return {"ONE_SHOT": True, "FOLDED": product.Sums.of(shape, 128, True, True, RANKS, 132).folded}
 
 
 def products(kernel, shape: Shape, descriptors: bool, rows: int | None = None, **constants) -> None:
@@ -39,12 +42,14 @@ def norms(kernel, words: int, wide: bool) -> None:
 
 
 def main() -> None:
-    few = product.shape_of_few(128, 8192, True)
-    products(product.multiply_shares, product.shape_of_few(1, 8192, True), True, 1, **vars(ONE))
-    products(product.multiply_shares, few, True, **vars(TWO))
-    products(product.multiply_shares, product.shape_of_few(128, 8192, False), False, **vars(TWO))
+    for rows in (1, 16, 32, 64, 128, 256):
+        shape = product.shape_of_few(rows, 8192, True)
+        products(product.multiply_shares, shape, True, 1 if rows == 1 else None, **in_one_shot(shape))
+    few, plain = product.shape_of_few(128, 8192, True), product.shape_of_few(128, 8192, False)
+    products(product.multiply_shares, few, True, **TWO)
+    products(product.multiply_shares, plain, False, **TWO)
+    products(product.multiply_shares, plain, False, **in_one_shot(plain))
     products(product.multiply_tiles, shape_for(8192, 8192, True), True)
-    products(product.fold_everywhere, few, True, FOLDED=product.FOLDED)
     products(product.fold_and_share, few, True, FOLDED=product.FOLDED, HEIGHT=product.FOLDED)
     many = shape_for(8192, 8192, True)
     products(product.fold_and_share, many, True, FOLDED=product.FOLDED_OF_ALL // 4, HEIGHT=many.rows)

@@ -1,15 +1,15 @@
 """A product fused with all-reduce: every rank has A and B of its share of K, and gets the whole sum.
 
-The product stores each tile that is done into a slot on another rank, with a signal; after it or beside it a second
-kernel adds what all ranks have stored, in rank order:
+The product stores each tile that is done into a slot on another rank, with a signal; then what all ranks have stored
+is added in rank order, by the same kernel, or by a second one after it or beside it:
 
 one shot   a tile goes to all ranks, and each adds it up                        few rows
 two shots  a tile goes to its owner, which adds it up and sends the sum to all  else; tiles belong to the ranks in turns
 
 With few rows the product reads B and little else: all multiprocessors take equal shares of the steps of all tiles, and
-the block that comes last to a tile adds up the shares (stream-K). Where shares come out as whole tiles, a block knows
-which ones are its on all ranks, and adds them up itself, in the same launch. With many rows tiles are whole, and the
-second kernel runs beside the product on a few multiprocessors.
+the block that comes last to a tile adds up the shares (stream-K). In one shot the block with a tile's last step adds up
+what the ranks have sent of it, in the same launch. With many rows tiles are whole, and the second kernel runs beside
+the product on a few multiprocessors.
 """
 
 from typing import NamedTuple
@@ -41,8 +41,9 @@ ONE_SHOT_MORE = 1 << 10 if environment.emulated() else 1 << 20
 # Blocks that add up beside a product of many rows; they wait for it, so it leaves them their multiprocessors.
 FOLDERS = 1 if environment.emulated() else 16
 FOLD_WARPS = 4, 16  # of a block that adds up, of few rows and of many
-FOLDED = 8 if environment.emulated() else 16  # of few rows a block adds up so many at once
+FOLDED = 8 if environment.emulated() else 16  # of few rows in two shots a block adds up so many at once
 FOLDED_OF_ALL = 128  # of many so many of all ranks together, or fewer
+FOLDED_ELEMENTS = 256 if environment.emulated() else 1 << 14  # of few in one shot of all ranks together, or fewer
 _SHAPES_OF_FEW = {
     16: Shape(16, 64, 128, 7, 4, 8),
     32: Shape(32, 64, 128, 6, 4, 8),
@@ -67,11 +68,13 @@ def multiply_shares(
 ):  # fmt: skip
     """Sends the tiles of a [M, K] times b; each block takes `share` steps, of DEPTH of K, one tile after another.
 
-    FOLDED: not 0 where shares are whole tiles, in one shot; then the block adds up its own ones into c, so many rows at
-    once, and no second kernel is launched. Else c is not touched.
+    ONE_SHOT: the block also adds up, into c, FOLDED rows at once, the tiles whose last step was its. Else c is not
+    touched.
 
-    Waits:    for nobody; or block b for block b of every peer, for each of its tiles, after it has sent them all.
-    Ordering: stores, block barrier, release at sys scope on the tile's signals; between the blocks of a tile `_join`.
+    Waits:    for the blocks before it, all running, that have shares of its tiles; in one shot then for the same blocks
+              of every peer, once for each tile.
+    Ordering: stores, block barrier, release at sys scope on the tile's signals; acquire at sys scope, block barrier,
+              loads; between the blocks of a tile `_join`.
     Reuse:    slots alternate by the parity of the epoch. A rank starts a call when its last one has ended, in which it
               has heard from all ranks, directly or through a tile's owner; and they spoke in it only after they had
               ended the last but one, which read this parity.
@@ -93,14 +96,14 @@ def multiply_shares(
         )  # fmt: skip
         done = last - first == steps
         if last - first < steps:
-            total, done = _join(partials, arrivals, total, tile, height, steps, share, ROWS, COLUMNS)
+            total, done = _join(team, partials, arrivals, total, tile, height, steps, share, ROWS, COLUMNS)
         if done:
             _send_tile(
                 team, signals, slots, (epoch & 1) * odd, total, tile, tiles, height, most, epoch,
                 DTYPE, ROWS, COLUMNS, ONE_SHOT,
             )  # fmt: skip
         at += last - first
-    if FOLDED:
+    if ONE_SHOT:
         for tile in range(tl.program_id(0) * share // steps, end // steps):
             down, across = grouped(tile, tiles_down, tiles_across, GROUP)
             height = tl.minimum(M - down * ROWS, ROWS)
@@ -116,26 +119,37 @@ def multiply_shares(
 
 @triton.jit
 def _join(
-    partials, arrivals, total, tile, height, steps, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    team, partials, arrivals, total, tile, height, steps, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Puts this block's share of a tile beside those of the others, which are the blocks before and after it.
 
     Returns the sum in the order of the blocks and True in the block that comes last, anything and False in the others.
+    Where there are two, the last one's share stays in registers.
 
-    Ordering: stores, block barrier, release at gpu scope; acquire, block barrier, loads.
+    Waits:    the last one, for those that came before it and are storing their shares.
+    Ordering: stores, block barrier, release at gpu scope; acquire at sys scope, block barrier, loads.
     """
     place, mask = _rows_of_tile(0, height, ROWS, COLUMNS)
-    tl.store(_share_of(partials, tl.program_id(0), tile, steps, share, ROWS * COLUMNS) + place, total, mask=mask)
     first, last = tile * steps // share, ((tile + 1) * steps - 1) // share
-    tl.debug_barrier()
-    done = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == last - first
-    tl.debug_barrier()
+    come, stored = arrivals + 2 * tile, arrivals + 2 * tile + 1
+    done = tl.atomic_add(come, 1, sem="relaxed", scope="gpu") == last - first
+    kept = done & (last - first == 1)  # the sum of two has the same bits in either order
+    if not kept:
+        tl.store(_share_of(partials, tl.program_id(0), tile, steps, share, ROWS * COLUMNS) + place, total, mask=mask)
+        tl.debug_barrier()
+        tl.atomic_add(stored, 1, sem="release", scope="gpu")
     if done:
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for block in range(first, last + 1):
-            of_block = _share_of(partials, block, tile, steps, share, ROWS * COLUMNS)
-            total += tl.load(of_block + place, mask=mask, other=0)
-        tl.store(arrivals + tile, 0)
+        shmem.signal_wait(team, stored, tl.where(kept, 1, last - first + 1), team.rank)
+        if kept:
+            other = _share_of(partials, first + last - tl.program_id(0), tile, steps, share, ROWS * COLUMNS)
+            total += tl.load(other + place, mask=mask, other=0)
+        else:
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for block in range(first, last + 1):
+                of_block = _share_of(partials, block, tile, steps, share, ROWS * COLUMNS)
+                total += tl.load(of_block + place, mask=mask, other=0)
+        tl.store(come, 0)
+        tl.store(stored, 0)
     return total, done
 
 
@@ -229,39 +243,14 @@ def _tell(signals, receivers, word, epoch):
 
 
 @triton.jit
-def fold_everywhere(
-    team, epochs, signals, slots, odd, c, M, N, most,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, FOLDED: tl.constexpr,
-):  # fmt: skip
-    """c [M, N] = the sum of what all ranks have stored of each tile, in rank order; blocks take FOLDED rows of a tile.
-
-    Waits:    for the tile of every rank, by kernels that were launched earlier.
-    Ordering: acquire at sys scope, block barrier, loads.
-    Reuse:    see `multiply_shares`.
-    """
-    epoch = overlap.begin(team, epochs)
-    tiles_down, tiles_across = (M + ROWS - 1) // ROWS, (N + COLUMNS - 1) // COLUMNS
-    tiles, parts = tiles_down * tiles_across, (tl.minimum(M, ROWS) + FOLDED - 1) // FOLDED
-    for unit in range(tl.program_id(0), tiles * parts, tl.num_programs(0)):
-        tile, first = unit // parts, unit % parts * FOLDED
-        down, across = grouped(tile, tiles_down, tiles_across, GROUP)
-        height = tl.minimum(M - down * ROWS, ROWS)
-        if first < height:
-            _wait_ranks(team, signals, tile, most, epoch)
-            _fold_into(
-                team, slots, (epoch & 1) * odd, c, tile, tiles, first, height, down, across, M, N,
-                DTYPE, ROWS, COLUMNS, FOLDED,
-            )  # fmt: skip
-    overlap.end(epochs, epoch)
-
-
-@triton.jit
 def fold_and_share(
     team, epochs, signals, slots, odd, c, M, N, most,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, FOLDED: tl.constexpr,
     HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """As `fold_everywhere`, each rank its own tiles, whose sums it sends to all; blocks take HEIGHT rows of a tile.
+    """c [M, N] = the sum of what all ranks have stored of each tile, in rank order.
+
+    Each rank adds up its own tiles, and sends the sums to all; blocks take HEIGHT rows of a tile, FOLDED at once.
 
     Waits:    for what all ranks store of own tiles, by kernels that were launched earlier; block b for block b of every
               peer, once for each sum of theirs, after it has sent its own.
@@ -434,11 +423,12 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape, tiles: int, few: bool, one_shot: bool, size: int, blocks: int) -> "Sums":
+        power = (size - 1).bit_length()
         if one_shot:
-            return cls(True, tiles, shape.rows, FOLDED)
+            return cls(True, tiles, shape.rows, min(shape.rows, max(1, (FOLDED_ELEMENTS >> power) // shape.columns)))
         owned = -(-tiles // size)
         if not few:
-            return cls(False, owned, shape.rows, min(FOLDED_OF_ALL >> (size - 1).bit_length(), shape.rows))
+            return cls(False, owned, shape.rows, min(FOLDED_OF_ALL >> power, shape.rows))
         height = FOLDED
         while height < shape.rows and owned * (shape.rows // height) > blocks:  # more than one turn for a block
             height *= 2
@@ -466,13 +456,12 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     how = operands.constants() | {"ROWS": shape.rows}
     steps = -(-depth // shape.depth)
     share = share_of(tiles, steps, blocks)
-    whole = one_shot and share % steps == 0  # then there is no second launch
 
     def multiply():
         if few:
             keyed(multiply_shares)[(multipliers,)](
                 comm.team, space.epochs[0], *slots, *pair, out, space.partials, space.arrivals, rows, columns, depth,
-                share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded if whole else 0, **how,
+                share, *layout, ONE_SHOT=one_shot, FOLDED=sums.folded, **how,
             )  # fmt: skip
         else:
             keyed(multiply_tiles)[(multipliers,)](
@@ -480,15 +469,12 @@ def _compute(comm: Communicator, a: torch.Tensor, b: torch.Tensor, out: torch.Te
             )  # fmt: skip
 
     def fold():
-        if whole:
-            return
-        summed = (comm.team, space.epochs[1], *slots, out, rows, columns, space.most)
-        tiling = {name: how[name] for name in ("DTYPE", "ROWS", "COLUMNS", "GROUP")}
-        summing = {**tiling, "FOLDED": sums.folded, "num_warps": FOLD_WARPS[not few]}
-        if one_shot:
-            keyed(fold_everywhere)[(blocks,)](*summed, **summing)
-        else:
-            keyed(fold_and_share)[(blocks if few else folders,)](*summed, **summing, HEIGHT=sums.height)
+        if not one_shot:
+            tiling = {name: how[name] for name in ("DTYPE", "ROWS", "COLUMNS", "GROUP")}
+            keyed(fold_and_share)[(blocks if few else folders,)](
+                comm.team, space.epochs[1], *slots, out, rows, columns, space.most,
+                **tiling, FOLDED=sums.folded, HEIGHT=sums.height, num_warps=FOLD_WARPS[not few],
+            )  # fmt: skip
 
     comm.start_fused("all_reduce", _name(few), a, lambda: _one_then_other(comm.device, multiply, fold, beside=not few))
 

@@ -18,7 +18,7 @@ class Workspace:
     signals  int64 [size, most]: every word is set by one rank alone
     epochs   int64 [2, blocks], this rank's own: a row a kernel, a word a block
     partials fp32, flat, this rank's own, of any content
-    arrivals int32 [most], this rank's own: zeros between calls
+    arrivals int32 [most, 2], this rank's own: zeros between calls
 
     If it is `copied` (by copy engines), `buffer` has the first half alone, and there are:
 
@@ -37,7 +37,7 @@ class Workspace:
         self.signals = comm.empty((comm.size, most), torch.int64)
         self.epochs = torch.zeros((2, blocks), dtype=torch.int64, device=comm.device)
         self.partials = torch.empty(partials, device=comm.device)
-        self.arrivals = torch.zeros(most, dtype=torch.int32, device=comm.device)
+        self.arrivals = torch.zeros((most, 2), dtype=torch.int32, device=comm.device)
         self.on_all_ranks = comm.symmetric(self.buffer)
         self.signals_on_all_ranks = comm.symmetric(self.signals)
         if copied:
